@@ -1,0 +1,1 @@
+"""Suites, datasets, scores and pictures: how good a checkpoint is, with intervals."""

@@ -1,0 +1,47 @@
+"""The model card of a merged checkpoint, in the Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from merging.methods import get_method
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """Markdown with YAML front matter: what was merged, how, and the digests that prove it."""
+    recipe = manifest["recipe"]
+    method = get_method(recipe["method"])
+    lines = [
+        "---",
+        "tags:",
+        "- merge",
+        "- mergeline",
+        f"- {method.id}",
+        "---",
+        "",
+        f"# Merged by {method.id}",
+        "",
+        f"{method.summary} Paper: arXiv {method.paper}.",
+        "",
+        "| checkpoint | role | digest |",
+        "|---|---|---|",
+    ]
+    if recipe["base"]:
+        lines.append(f"| base | base | `{recipe['base']['digest']}` |")
+    lines += [f"| {_cell(name)} | expert | `{e['digest']}` |" for name, e in recipe["experts"].items()]
+    lines += [
+        f"| this | merged | `{manifest['output']['digest']}` |",
+        "",
+        "```json",
+        json.dumps({"method": recipe["method"], "params": recipe["params"]}, indent=1, ensure_ascii=False),
+        "```",
+        "",
+        "Made with Mergeline; `mergeline verify` re-derives it bit for bit.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,255 @@
+"""Checkpoints: safetensors files, or folders of them, read by header first and tensor by tensor after.
+
+Everything a file says about itself is checked before it is believed: sizes, offsets, dtypes, and the names in a
+shard index. The format: https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Iterator
+
+from merging.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# safetensors name -> (torch name, bytes an element)
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: bytes [start, stop) of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The headers of a checkpoint; `tensors` is sorted by name."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in its stored dtype, as a fresh copy.
+
+        Raises:
+            UserError: the file became shorter than its header said.
+        """
+        import torch
+
+        info = self.tensors[name]
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        with open(info.file, "rb", buffering=0) as file:
+            file.seek(info.start)
+            view = memoryview(buffer.numpy())
+            done = 0
+            while done < info.nbytes:
+                got = file.readinto(view[done:])
+                if not got:
+                    raise UserError(f"{info.file}: ends inside tensor '{name}'; copy or download the file again")
+                done += got
+        return buffer.view(getattr(torch, DTYPES[info.dtype][0])).reshape(info.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor, a few megabytes at a time."""
+        info = self.tensors[name]
+        with open(info.file, "rb") as file:
+            file.seek(info.start)
+            left = info.nbytes
+            while left:
+                chunk = file.read(min(left, _CHUNK))
+                if not chunk:
+                    raise UserError(f"{info.file}: ends inside tensor '{name}'; copy or download the file again")
+                left -= len(chunk)
+                yield chunk
+
+    @cached_property
+    def tensor_hashes(self) -> dict[str, str]:
+        """SHA-256 of the bytes of every tensor. Reads the whole checkpoint, once."""
+        hashes = {}
+        for name in self.tensors:
+            sha = hashlib.sha256()
+            for chunk in self.chunks(name):
+                sha.update(chunk)
+            hashes[name] = sha.hexdigest()
+        return hashes
+
+    def digest(self) -> str:
+        """The digest of the content; the same for one file or many shards."""
+        return content_digest((t.name, t.dtype, t.shape, self.tensor_hashes[t.name]) for t in self.tensors.values())
+
+
+def content_digest(tensors: Iterator[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """`sha256:...` over (name, dtype, shape, SHA-256 of the bytes) of every tensor, in the order of the names."""
+    rows = sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in tensors)
+    text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """Read and check the headers of a safetensors file or folder; no tensor data is read.
+
+    Raises:
+        UserError: nothing there, a pickle, a malformed or truncated file, overlapping tensors, an index that
+            names files outside the folder or tensors that are not in them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    refuse_pickle(path)
+    tensors, metadata = _read_header(path)
+    return Checkpoint(path, dict(sorted(tensors.items())), metadata)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises UserError if `path` is named, or begins, like a pickle."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if path.suffix in PICKLE_SUFFIXES or start[:2] in (b"\x80\x02", b"\x80\x04") or start == b"PK\x03\x04":
+        raise UserError(
+            f"{path}: a pickle checkpoint can run code when it is opened; save it as safetensors, or let "
+            "`mergeline fetch` convert it with allow_pickle: true"
+        )
+
+
+def safe_name(folder: Path, name: Any, source: Path) -> Path:
+    """`folder/name`, if `name` is a plain file name that stays inside `folder` (raises UserError if not)."""
+    plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name and name not in ("", "..")
+    if not plain:
+        raise UserError(f"{source}: names the file {name!r}; only plain file names inside the folder are allowed")
+    target = folder / name
+    if target.is_symlink() and not target.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{target}: is a link out of its folder; put the file itself there")
+    return target
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    index = folder / INDEX
+    if index.exists():
+        return _open_sharded(folder, index)
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / WEIGHTS) in files:
+        files = [folder / WEIGHTS]
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files) or "none"
+        raise UserError(f"{folder}: needs {WEIGHTS}, {INDEX} or one *.safetensors file; found {found}")
+    tensors, metadata = _read_header(safe_name(folder, files[0].name, folder))
+    return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
+
+
+def _open_sharded(folder: Path, index: Path) -> Checkpoint:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        entries = sorted(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: is not a shard index ({type(error).__name__}: {error})") from None
+    shards = {}
+    for _, name in entries:
+        shards.setdefault(str(name), safe_name(folder, name, index))
+    headers = {}
+    for name, file in sorted(shards.items()):
+        if not file.exists():
+            raise UserError(f"{index}: names the shard '{name}', which is missing; download it again")
+        headers[name] = _read_header(file)
+    tensors, metadata = {}, {}
+    for tensor, shard in entries:
+        found, metadata_of_shard = headers[shard]
+        if tensor not in found:
+            raise UserError(f"{index}: says that '{tensor}' is in '{shard}', where it is not")
+        tensors[tensor] = found[tensor]
+        metadata |= metadata_of_shard
+    return Checkpoint(folder, tensors, metadata)
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise UserError(f"{path}: the header does not fit into the file ({size} bytes); it is truncated or no safetensors")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: malformed safetensors header ({error})") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: malformed safetensors header (__metadata__ must map names to strings)")
+    tensors = {name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if info.start != end:
+            raise UserError(f"{path}: tensor '{info.name}' overlaps its neighbour or leaves a hole before it")
+        end = info.stop
+    if end != size:
+        state = "truncated: download it again" if end > size else "longer than its header says"
+        raise UserError(f"{path}: {state} ({size} bytes, the header describes {end})")
+    return tensors, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name is given twice")
+    return result
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    def bad(reason: str) -> UserError:
+        return UserError(f"{path}: tensor '{name}': {reason}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise bad("malformed entry in the safetensors header")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise bad(f"unknown dtype {dtype!r}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise bad("malformed shape or offsets in the safetensors header")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][1]:
+        raise bad(f"its offsets {offsets} do not hold {dtype} of shape {shape}")
+    return TensorInfo(name, dtype, tuple(shape), path, data_start + offsets[0], data_start + offsets[1])

@@ -1,0 +1,18 @@
+"""`from merging.lazy import torch`: the module is imported at its first use, so that planning never pays for it."""
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+class _LazyModule(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self.__name__), name)
+
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = _LazyModule("torch")
+
+__all__ = ["torch"]

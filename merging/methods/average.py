@@ -1,0 +1,17 @@
+"""Weight averaging, the uniform soup."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging import operators as ops
+from merging.methods import Slot, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(paper="2203.05482", code="yule-BUAA/MergeLM@6d49ad96", reference="mean")
+def average(x: Slot) -> Tensor:
+    """The mean of the experts."""
+    return ops.mean(x.experts)

@@ -1,0 +1,26 @@
+"""Task arithmetic: adding, negating and combining task vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging import operators as ops
+from merging.methods import Slot, method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(paper="2212.04089", code="mlfoundations/task_vectors@826a64c6", reference="pretrained", needs_base=True)
+def task_arithmetic(
+    x: Slot, *, scale: float = 0.3, weights: list[float] | None = None, normalize: bool = False
+) -> Tensor:
+    """base + scale * sum of weight * task vector.
+
+    One weight an expert, 1 by default: [-1] negates, [-1, 1, 1] on (A, B, C) is the analogy C + (B - A).
+    `normalize` divides by the sum of the weights.
+    """
+    total = ops.weighted_sum(x.task_vectors, weights)
+    if normalize:
+        total = total / (sum(weights) if weights else len(x.experts))
+    return x.base + scale * total

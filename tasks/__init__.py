@@ -1,0 +1,1 @@
+"""The steps of the pipeline: plain functions from declared inputs to declared outputs."""
