@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What describes the weights and lies beside them.
+CONFIG_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json",
+    "open_clip_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 # safetensors name -> (torch name, bytes an element)

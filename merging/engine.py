@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Sequence
 
 from merging.card import model_card
-from merging.checkpoint import DTYPES, content_digest
+from merging.checkpoint import CONFIG_FILES, DTYPES, content_digest
 from merging.errors import UserError
 from merging.files import publish, staged, write_json
 from merging.lazy import torch
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Manifest = dict[str, Any]
-
-# What a folder checkpoint holds beside its weights and a merge carries over from the base.
-CONFIG_FILES = (
-    "config.json", "open_clip_config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model",
-    "chat_template.jinja",
-)  # fmt: skip
-
 
 class Factors(Protocol):
     """Stored spectra of the mean-centred task vectors: per expert (squared singular values, singular vectors)."""
@@ -64,7 +56,7 @@ def merge(
     out = Path(out)
     workers = _workers(plan, workers, memory)
     with staged(out) as partial, one_thread():
-        source = _Files(plan, device)
+        source = FileInputs(plan, device)
         writer = CheckpointWriter(partial, [e.spec for e in plan.entries], _metadata(plan), plan.recipe.shard_size)
         try:
             facts = plan.method.prepass(source, **plan.params) if plan.method.prepass else None
@@ -133,7 +125,7 @@ def one_thread() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- inputs
 
 
-class _Files:
+class FileInputs:
     """The float tensors of a plan as slots, and the hashes of everything that was read."""
 
     def __init__(self, plan: Plan, device: str):
@@ -249,7 +241,7 @@ def _apply(method: Method, params: Mapping[str, Any], slot: Slot, facts: Any) ->
 
 def _write_all(
     plan: Plan,
-    source: _Files,
+    source: FileInputs,
     writer: CheckpointWriter,
     facts: Any,
     workers: int,
@@ -276,7 +268,7 @@ def _write_all(
             raise
 
 
-def _output(plan: Plan, source: _Files, entry: Entry, facts: Any) -> Tensor:
+def _output(plan: Plan, source: FileInputs, entry: Entry, facts: Any) -> Tensor:
     dtype = getattr(torch, DTYPES[entry.spec.dtype][0])
     if entry.action == "merge":
         value = _apply(plan.method, plan.params, source.slot(entry), facts).reshape(entry.spec.shape)
@@ -308,7 +300,7 @@ def _metadata(plan: Plan) -> dict[str, str]:
     return {"format": "pt", "mergeline.recipe": canonical_json(recipe)}
 
 
-def _manifest(plan: Plan, source: _Files, writer: CheckpointWriter, out: Path, device: str) -> Manifest:
+def _manifest(plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Path, device: str) -> Manifest:
     recipe = plan.recipe
     folder = out.parent if out.suffix == ".safetensors" else out
 

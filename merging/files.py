@@ -38,22 +38,38 @@ def staged(out: Path) -> Iterator[Path]:
         UserError: another process is writing `out`, the disk is full, or the place is read-only.
     """
     partial = out.parent / f".{out.name}.partial"
-    with user_errors(out):
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
+    handle = _locked_folder(partial, out)
     try:
+        _empty(partial)
+        with user_errors(out):
+            yield partial
+    finally:
+        if _is_same(partial, handle):  # not published, nor yet another process's
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_folder(partial: Path, out: Path) -> int:
+    """Make and lock the folder; the lock is on the inode, so check that the name still means it."""
+    while True:
+        with user_errors(out):
+            partial.mkdir(parents=True, exist_ok=True)
+            handle = os.open(partial, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(handle)
             raise UserError(f"{out}: another process is writing it; wait for it or choose another place") from None
-        try:
-            _empty(partial)
-            with user_errors(out):
-                yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
+        if _is_same(partial, handle):
+            return handle
         os.close(handle)
+
+
+def _is_same(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
 
 
 def _empty(folder: Path) -> None:
@@ -72,13 +88,13 @@ def publish(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
         with user_errors(path):
-            temporary.write_text(text)
+            temporary.write_bytes(data)
         sync(temporary)
         temporary.rename(path)
     finally:
@@ -87,7 +103,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all, keys in their given order."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
 
 
 def sync(path: Path) -> None:

@@ -7,8 +7,8 @@ from math import prod
 from typing import Any, Mapping
 
 from merging.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
-from merging.errors import UserError
-from merging.methods import Method, get_method, suggest
+from merging.errors import UserError, did_you_mean
+from merging.methods import Method, get_method
 from merging.recipe import Recipe
 from merging.writer import TensorSpec
 
@@ -177,7 +177,7 @@ def _missing(plan: Plan, names: list[str], base: dict[str, TensorInfo]) -> list[
     for expert, checkpoint in plan.experts.items():
         lacking = [name for name in names if name not in checkpoint.tensors]
         if lacking:
-            near = suggest(lacking[0], sorted(set(checkpoint.tensors) - set(base))) if base else ""
+            near = did_you_mean(lacking[0], sorted(set(checkpoint.tensors) - set(base))) if base else ""
             problems.append(f"expert '{expert}' lacks {len(lacking)} tensor(s) that others have, first '{lacking[0]}'{near}")
     extra = [name for name in names if base and name not in base]
     if extra:

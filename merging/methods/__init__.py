@@ -12,11 +12,10 @@ import importlib
 import inspect
 import pkgutil
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Sequence
 
-from merging.errors import UserError
+from merging.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +99,7 @@ class Method:
 
         for name in params:
             if name not in self.parameters:
-                raise UserError(f"{self.id}: unknown parameter '{name}'{suggest(name, self.parameters)}")
+                raise UserError(f"{self.id}: unknown parameter '{name}'{did_you_mean(name, self.parameters)}")
         try:
             return self.schema.model_validate(dict(params)).model_dump()
         except ValidationError as error:
@@ -168,11 +167,6 @@ def get_method(id: str) -> Method:
     """The method `id` (raises UserError with the nearest name if there is none)."""
     methods = catalogue()
     if id not in methods:
-        raise UserError(f"unknown method '{id}'{suggest(id, methods)}")
+        raise UserError(f"unknown method '{id}'{did_you_mean(id, methods)}")
     return methods[id]
 
-
-def suggest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
-    """'; did you mean ...?' or '; known: ...', to end an error message."""
-    close = get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(map(str, known))}"

@@ -72,9 +72,11 @@ def cart(
     parts = []
     for t, expert in enumerate(x.experts):
         tau_MN = expert.double() - start
-        stored = x.factors if origin == "mean" else None
-        energy_R, q_RR = stored[t] if stored else ops.spectrum(tau_MN)
+        stored = x.factors[t] if x.factors and origin == "mean" else None
+        energy_R, q_RR = stored or ops.spectrum(tau_MN)
         k = ops.rank_of(rank, tau_MN.shape) if rank_rule == "fraction" else ops.rank_for_energy(energy_R, energy)
+        if k > q_RR.shape[1]:  # more than was stored
+            q_RR = ops.spectrum(tau_MN)[1]
         q_RK = q_RR[:, :k].to(tau_MN)
         parts.append(ops.project(tau_MN, q_RK) if reduce == "sum" else ops.leading_triplets(tau_MN, q_RK))
     return start + scale * (sum(parts) if reduce == "sum" else ops.orthogonal_sum(parts))

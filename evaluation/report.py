@@ -1,0 +1,345 @@
+"""The report of a run: one HTML file that needs nothing else, made of what the steps left behind.
+
+This module turns results into what the page shows; report.html.jinja says how it looks.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, Callable, Iterable, NamedTuple, Sequence
+
+from evaluation.figures import as_text, curve, is_logarithmic, ranked, searched, write_whole
+
+Json = dict[str, Any]
+
+_WIDTH, _HEIGHT = 400, 220  # of a line chart, in its own coordinates
+
+
+def render(
+    path: Path, *, leaderboard: Json, searches: dict[str, Json], description: Json, costs: list[Json], verdict: Json | None
+) -> None:
+    """Write the report to `path`, the same bytes for the same results.
+
+    leaderboard: leaderboard.json of the compare step. searches: merge -> its search result. description: that of the
+    extract step. costs: of stages, {"stage", "seconds", "cpu_seconds", "peak_rss_bytes"}. verdict: of the register
+    step, or None before it has run.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "accuracy": _accuracy,
+        "signed": _signed,
+        "p_value": _p_value,
+        "percent": lambda share: f"{share:.0%}",
+        "bytes": _bytes,
+        "duration": _duration,
+        "settings": _settings,
+        "value": as_text,
+    }
+    template = environment.from_string(resources.files("evaluation").joinpath("report.html.jinja").read_text("utf-8"))
+    rows = ranked(leaderboard)
+    page = template.render(
+        board=leaderboard,
+        rows=rows,
+        summary=_summary(leaderboard),
+        pairs=_pairs(leaderboard),
+        accuracies=_accuracies(rows, leaderboard["tasks"]),
+        searches=_searches(searches),
+        vectors=_vectors(description),
+        steps=_steps(costs),
+        costs=costs,
+        verdict=verdict,
+    )
+    write_whole(path, page.encode())
+
+
+# ---------------------------------------------------------------------------------------------- numbers as text
+
+
+def _accuracy(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _settings(params: Json) -> str:
+    return ", ".join(f"{name} {as_text(value)}" for name, value in params.items()) or "no parameters"
+
+
+# --------------------------------------------------------------------------------------------------- leaderboard
+
+
+def _summary(board: Json) -> Json:
+    """The candidate, its distance to experts and base on the tasks they share, and any merge that tests better."""
+    rows = {row["kind"]: row for row in board["rows"] if row["kind"] != "merge"}
+    merges = [row for row in ranked(board) if row["kind"] == "merge"]
+    candidate = next(row for row in merges if row["name"] == board["candidate"])
+    return {
+        "row": candidate,
+        "merges": len(merges),
+        "against": {kind: _distance(candidate, rows[kind]) for kind in ("experts", "base") if kind in rows},
+        "better_on_test": merges[0] if merges[0]["mean"] > candidate["mean"] else None,
+    }
+
+
+def _distance(row: Json, other: Json) -> Json:
+    """Mean accuracy of `row` minus that of `other`, over the tasks that both have."""
+    tasks = row["tasks"].keys() & other["tasks"].keys()
+    gaps = (row["tasks"][task]["accuracy"] - other["tasks"][task]["accuracy"] for task in tasks)
+    return {"difference": math.fsum(gaps) / len(tasks), "tasks": len(tasks)}
+
+
+def _pairs(board: Json) -> Json:
+    """Paired comparisons: those of the candidate, as candidate minus other, and the rest.
+
+    `reach` is the largest absolute end of an interval: the half-width of the axis they are drawn on.
+    """
+    pairs = [_flipped(pair) if pair["b"] == board["candidate"] else pair for pair in board["pairs"]]
+    return {
+        "candidate": [pair for pair in pairs if pair["a"] == board["candidate"]],
+        "rest": [pair for pair in pairs if pair["a"] != board["candidate"]],
+        "reach": max((abs(pair[end]) for pair in pairs for end in ("lower", "upper")), default=0) or 1,
+    }
+
+
+def _flipped(pair: Json) -> Json:
+    flipped = {"difference": -pair["difference"], "lower": -pair["upper"], "upper": -pair["lower"]}
+    return {"a": pair["b"], "b": pair["a"], "p": pair["p"], **flipped}
+
+
+# ------------------------------------------------------------------------------------------------ coloured tables
+
+
+class Cell(NamedTuple):
+    """`heat` is the strength of its colour, 0 to 100; None leaves it blank."""
+
+    text: str
+    heat: float | None
+    title: str = ""
+    best: bool = False
+
+
+class Table(NamedTuple):
+    """A table whose cells are coloured by their values, from the smallest to the largest."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    smallest: float
+    largest: float
+
+
+def _table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[float | None]]], form: str = ".3f") -> Table:
+    rows = list(rows)
+    known = [value for _, values in rows for value in values if value is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+
+    def cell(value: float | None) -> Cell:
+        if value is None:
+            return Cell("–", None)
+        return Cell(format(value, form).replace("-", "−"), 100 * (value - low) / ((high - low) or 1))
+
+    return Table(list(columns), [(name, [cell(value) for value in values]) for name, values in rows], low, high)
+
+
+def _accuracies(rows: list[Json], tasks: list[str]) -> Table:
+    """Test accuracy of every model on every task; the best merge of each task is marked."""
+    plain = _table(
+        ["mean", *tasks],
+        ((row["name"], [row["mean"], *(row["tasks"].get(t, {}).get("accuracy") for t in tasks)]) for row in rows),
+    )
+    best = {
+        task: max((row["tasks"][task]["accuracy"] for row in rows if row["kind"] == "merge" and task in row["tasks"]), default=None)
+        for task in tasks
+    }
+
+    def explained(cell: Cell, row: Json, task: str) -> Cell:
+        score = row["tasks"].get(task)
+        if score is None:
+            return cell
+        title = f"95 % interval {score['lower']:.3f} to {score['upper']:.3f}, n = {score['n']}"
+        if score["normalised"] is not None:
+            title += f", {score['normalised']:.0%} of its expert"
+        return cell._replace(title=title, best=row["kind"] == "merge" and score["accuracy"] == best[task])
+
+    marked = [
+        (name, [cells[0], *(explained(cell, row, task) for cell, task in zip(cells[1:], tasks))])
+        for (name, cells), row in zip(plain.rows, rows)
+    ]
+    return plain._replace(rows=marked)
+
+
+# ----------------------------------------------------------------------------------------------- search curves
+
+
+class Axis(NamedTuple):
+    """Maps values to picture coordinates; ticks are (coordinate, label)."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    def at(self, value: float) -> float:
+        low, high, value = (math.log(v) if self.logarithmic else v for v in (self.low, self.high, value))
+        return round(self.start + (self.end - self.start) * (value - low) / ((high - low) or 1), 1)
+
+    def ticks(
+        self, values: Iterable[float], room: float, form: Callable[[float], str] = as_text
+    ) -> list[tuple[float, str]]:
+        """Those of `values` whose labels keep a distance of `room`."""
+        kept: list[tuple[float, str]] = []
+        for value in values:
+            if not kept or abs(self.at(value) - kept[-1][0]) >= room:
+                kept.append((self.at(value), form(value)))
+        return kept
+
+
+class Line(NamedTuple):
+    """`points` as SVG writes them; `place` in the order of lines, 0 to 100, gives the colour."""
+
+    label: str
+    points: list[tuple[float, float]]
+    place: float
+
+
+class Chart(NamedTuple):
+    """A line chart, in the coordinates of a picture of `width` x `height`."""
+
+    parameter: str
+    other: str | None
+    best: list[tuple[float, float]]
+    lines: list[Line]
+    chosen: tuple[float, float]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    width: int = _WIDTH
+    height: int = _HEIGHT
+
+
+def _searches(searches: dict[str, Json]) -> list[Json]:
+    """Of every merge that searched: its points, its charts, and where the chosen setting lies on the edge of the grid."""
+    return [
+        {
+            "name": name,
+            "points": search["points"],
+            "chosen": search["chosen"],
+            "mean": max(point["mean"] for point in search["points"]),
+            "columns": list(search["points"][0]["params"]),
+            "charts": [chart for key in searched(search) if (chart := _chart(search, key))],
+            "edges": list(_edges(search)),
+        }
+        for name, search in searches.items()
+        if search["points"]
+    ]
+
+
+def _grid(means: Sequence[float]) -> list[float]:
+    """At most eight round values around all of `means`."""
+    low, high = min(means), max(means)
+    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 6 * s)
+    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def _chart(search: Json, parameter: str) -> Chart | None:
+    found = curve(search, parameter)
+    if found is None:
+        return None
+    values, grid = [x for x, _ in found.best], _grid([point["mean"] for point in search["points"]])
+    horizontal = Axis(values[0], values[-1], start=52, end=_WIDTH - 14, logarithmic=is_logarithmic(parameter, values))
+    vertical = Axis(grid[0], grid[-1], start=_HEIGHT - 38, end=10)
+
+    def placed(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(horizontal.at(x), vertical.at(y)) for x, y in points]
+
+    last = max(1, len(found.lines) - 1)
+    return Chart(
+        parameter=parameter,
+        other=found.other,
+        best=placed(found.best),
+        lines=[Line(label, placed(points), 100 * i / last) for i, (label, points) in enumerate(found.lines.items())],
+        chosen=placed([found.chosen])[0],
+        x_ticks=horizontal.ticks(values, room=30),
+        y_ticks=vertical.ticks(grid, room=20, form="{:.2f}".format),
+    )
+
+
+def _edges(search: Json) -> Iterable[str]:
+    """Which chosen values are the smallest or the largest that was tried: the best may lie beyond."""
+    for parameter in searched(search):
+        if found := curve(search, parameter):
+            value, tried = found.chosen[0], [x for x, _ in found.best]
+            if value in (tried[0], tried[-1]):
+                yield f"{parameter} {as_text(value)} is the {'smallest' if value == tried[0] else 'largest'}"
+
+
+# ------------------------------------------------------------------------------------------------ task vectors
+
+
+def _vectors(description: Json) -> Json:
+    """What the extract step saw, as tables; those with nothing to show are None."""
+    experts = description["experts"]
+    names = list(experts)
+    return {
+        "experts": experts,
+        "longest": max(expert["relative_norm"] for expert in experts.values()) or 1,
+        "cosine": _square(names, description["cosine"]),
+        "sign_conflict": _square(names, description["sign_conflict"]),
+        "blocks": _shares(experts, "energy_by_block"),
+        "directions": _shares(experts, "energy_in_leading_directions"),
+    }
+
+
+def _square(names: list[str], values: list[list[float]]) -> Table | None:
+    """A matrix between experts, without its diagonal."""
+    if len(names) < 2:
+        return None
+    rows = ([None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(values))
+    return _table(names, zip(names, rows))
+
+
+def _shares(experts: dict[str, Json], key: str) -> Table | None:
+    columns = list(next(iter(experts.values()))[key])
+    if not columns:
+        return None
+    titles = [f"{float(c):.0%}" for c in columns] if key == "energy_in_leading_directions" else columns
+    return _table(titles, ((name, [expert[key][c] for c in columns]) for name, expert in experts.items()), ".0%")
+
+
+# -------------------------------------------------------------------------------------------------------- costs
+
+
+def _steps(costs: list[Json]) -> list[Json]:
+    """Costs summed by step: the part of a stage's name before "@"."""
+    steps: dict[str, Json] = {}
+    for cost in costs:
+        name = cost["stage"].partition("@")[0]
+        step = steps.setdefault(name, {"name": name, "stages": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0})
+        step["stages"] += 1
+        step["seconds"] += cost["seconds"]
+        step["cpu_seconds"] += cost["cpu_seconds"]
+        step["peak_rss_bytes"] = max(step["peak_rss_bytes"], cost["peak_rss_bytes"])
+    return list(steps.values())

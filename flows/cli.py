@@ -1,0 +1,349 @@
+"""The command line. Exit codes: 0 done, 2 the input is wrong (one line says how to mend it), 1 our fault."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, Sequence
+
+from merging.errors import UserError
+
+STEPS = {
+    "fetch": "bring checkpoints into build/checkpoints",
+    "data": "decode datasets into build/data",
+    "heads": "make the zero-shot heads of all tasks",
+    "extract": "describe the task vectors",
+    "search": "choose settings on the validation split",
+    "merge-all": "merge with the chosen settings",
+    "evaluate": "score the merged checkpoints",
+    "baselines": "score the base and the experts",
+    "compare": "write the leaderboard",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; what bad input raises becomes one line on stderr and exit code 2."""
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except UserError as error:
+        print(f"mergeline: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mergeline: stopped; what was finished is kept, run again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mergeline", description="Checkpoints in, one better checkpoint out, with proof.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    def add_pipeline(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = add(name, run, help)
+        command.add_argument("--params", default="params.yaml", metavar="FILE", help="default: params.yaml")
+        return command
+
+    add_pipeline("run", _run, "the whole pipeline of params.yaml, as a Prefect flow")
+    init = add("init", _init, "make a workspace: a folder with params.yaml and dvc.yaml")
+    init.add_argument("folder", type=Path)
+    init.add_argument("--params", type=Path, metavar="FILE", help="start from this file (default: the sample family)")
+    for step, help in STEPS.items():
+        command = add_pipeline(step, _step, help)
+        command.set_defaults(step=step)
+        if step not in ("heads", "extract", "baselines", "compare"):
+            command.add_argument("names", nargs="*", metavar="NAME", help="only these items (default: all)")
+    add_pipeline("publish", _publish, "write the outputs' metrics and lineage to MLflow, and register the best merge")
+    add_pipeline("register", _register, "register the best merge, and promote it if the gates pass")
+    rollback = add_pipeline("rollback", _rollback, "make an earlier version of the registry the champion again")
+    rollback.add_argument("version")
+    add_pipeline("report", _report, "write the HTML report of the last run")
+    serve = add_pipeline("serve", _serve, "run the pipeline on a schedule and on events, through Prefect")
+    serve.add_argument("--cron", default="0 3 * * *", help="default: every night at three")
+    add_pipeline("notify", _notify, "tell Prefect that a new checkpoint is there").add_argument("name", metavar="NAME")
+
+    merge = add("merge", _merge, "merge checkpoints into one")
+    _add_recipe(merge)
+    merge.add_argument("--out", required=True, type=Path, help="x.safetensors for one file, else a folder")
+    merge.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    merge.add_argument("--memory", type=_bytes, metavar="SIZE", help="an upper bound, such as 2GiB")
+    merge.add_argument("--workers", type=int, metavar="N", help="default: one a core")
+    plan = add("plan", _plan, "what a merge would read, write and need, and every problem, from headers alone")
+    _add_recipe(plan)
+    plan.add_argument("--json", action="store_true")
+    methods = add("methods", _methods, "the catalogue of methods, or one method's parameters")
+    methods.add_argument("id", nargs="?")
+    methods.add_argument("--json", action="store_true")
+    inspect = add("inspect", _inspect, "what is in a checkpoint")
+    inspect.add_argument("checkpoint", type=Path, nargs="+")
+    inspect.add_argument("--json", action="store_true")
+    diff = add("diff", _diff, "how two checkpoints differ")
+    diff.add_argument("a", type=Path)
+    diff.add_argument("b", type=Path)
+    verify = add("verify", _verify, "re-derive a merge from its manifest and compare bit for bit")
+    verify.add_argument("out", type=Path)
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", required=True, metavar="ID")
+    command.add_argument("--base", metavar="P", help="a safetensors file, a folder, or a URI")
+    command.add_argument("--expert", action="append", required=True, metavar="NAME=P", help="repeat for every expert")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="split the output, such as 5GiB")
+    command.add_argument("--allow-pickle", action="store_true", help="convert pickle checkpoints of the sources")
+
+
+# ---------------------------------------------------------------------------------------------- the pipeline
+
+
+def _workspace(args: argparse.Namespace) -> Any:
+    from tasks.workspace import Workspace
+
+    workspace = Workspace(args.params)
+    workspace.params  # blame params.yaml before anything else happens
+    os.chdir(workspace.root)
+    return workspace
+
+
+def _run(args: argparse.Namespace) -> None:
+    from flows.launch import run_pipeline
+
+    run_pipeline(_workspace(args))
+
+
+def _init(args: argparse.Namespace) -> None:
+    from tasks.versioning import init_workspace
+
+    init_workspace(args.folder, args.params)
+    print(f"made {args.folder}: edit params.yaml there, then `mergeline run --params {args.folder}/params.yaml`")
+
+
+def _step(args: argparse.Namespace) -> None:
+    workspace = _workspace(args)
+    with workspace.lock():
+        workspace.tidy()
+        for stage in workspace.select(args.step, getattr(args, "names", None)):
+            workspace.run(stage)
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from tasks.publish import publish
+
+    workspace = _workspace(args)
+    with workspace.lock():
+        published = publish(workspace)
+    print(f"run {published.run_id}" + (f"  {published.url}" if published.url else ""))
+
+
+def _register(args: argparse.Namespace) -> None:
+    from tasks.register import register
+
+    workspace = _workspace(args)
+    with workspace.lock():
+        outcome = register(workspace.root, workspace.raw)
+    for finding in outcome.findings:
+        print(f"{'yes' if finding.passed else 'NO '} {finding.sentence}")
+    print(f"{outcome.candidate}: version {outcome.version}; champion: version {outcome.champion_after}")
+
+
+def _rollback(args: argparse.Namespace) -> None:
+    from tasks.register import rollback
+
+    workspace = _workspace(args)
+    with workspace.lock():
+        rollback(workspace.root, workspace.raw, args.version)
+    print(f"version {args.version} is the champion")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from tasks.publish import write_report
+
+    print(write_report(_workspace(args)))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from flows.deployments import serve
+
+    serve(_workspace(args), args.cron)
+
+
+def _notify(args: argparse.Namespace) -> None:
+    from flows.deployments import notify
+
+    notify(_workspace(args), args.name)
+
+
+# ---------------------------------------------------------------------------------------------- one merge
+
+
+def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+    from tasks.fetch import local_checkpoint
+
+    def local(where: str) -> Path:
+        return local_checkpoint(where, allow_pickle=args.allow_pickle)
+
+    experts = {}
+    for text in args.expert:
+        name, _, where = text.rpartition("=")
+        name = name or Path(where).stem
+        if name in experts:
+            raise UserError(f"two experts are named '{name}'; name them apart: --expert NAME=PATH")
+        experts[name] = local(where)
+    return {
+        "method": args.method,
+        "params": dict(_setting(text) for text in args.set),
+        "base": local(args.base) if args.base else None,
+        "experts": experts,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "shard_size": args.shard_size,
+    }
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: write KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number = text.rstrip("BKMGIbkmgi ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write 500MB or 2GiB") from None
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from merging import merge
+    from merging.plan import make_plan
+
+    recipe = _recipe(args)
+    for warning in make_plan(recipe).warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    manifest = merge(
+        recipe, args.out, device=args.device, memory=args.memory, workers=args.workers, progress=_progress()
+    )
+    print(f"{args.out}  {manifest['output']['digest']}")
+
+
+def _progress() -> Any:
+    """A progress bar on a terminal once two seconds have passed; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+    import time
+
+    start = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        if time.monotonic() - start > 2 or done == total:
+            end = "\n" if done == total and time.monotonic() - start > 2 else ""
+            print(f"\rmerging {done}/{total} tensors", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from merging.plan import make_plan
+
+    summary = make_plan(_recipe(args)).summary()
+    if args.json:
+        print(json.dumps(summary, indent=1))
+    else:
+        _print_plan(summary)
+    if summary["problems"]:
+        raise UserError(f"{len(summary['problems'])} problem(s): see above")
+
+
+def _print_plan(summary: dict[str, Any]) -> None:
+    tensors = summary["tensors"]
+    print(f"method     {summary['method']} {json.dumps(summary['params'])}")
+    print(f"tensors    {tensors['merge']} merged, {tensors['copy']} copied")
+    print(f"read       {_size(summary['bytes_read'])}, write {_size(summary['bytes_written'])}")
+    print(f"memory     {_size(summary['peak_bytes'])} a worker at the largest tensor")
+    print(f"time       about {summary['seconds']:g} s on one core")
+    for kind in ("warnings", "problems"):
+        for line in summary[kind]:
+            print(f"{kind[:-1]:10} {line}")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from merging.methods import catalogue, get_method
+
+    chosen = [get_method(args.id)] if args.id else list(catalogue().values())
+    if args.json:
+        print(json.dumps([{"id": m.id, "summary": m.summary, "parameters": m.parameters, "paper": m.paper,
+                           "code": m.code, "reference": m.reference, "needs_base": m.needs_base,
+                           "minimum_experts": m.minimum_experts} for m in chosen], indent=1))  # fmt: skip
+        return
+    for entry in chosen:
+        print(f"{entry.id:18} {entry.summary}")
+        if args.id:
+            print(f"\narXiv {entry.paper}; official code {entry.code}; reference {entry.reference}\n")
+            for name, default in entry.parameters.items():
+                print(f"  {name:14} {json.dumps(default)}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from tasks.inspection import describe
+
+    for path in args.checkpoint:
+        found = describe(path)
+        if args.json:
+            print(json.dumps(found, indent=1))
+            continue
+        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
+        print(f"{path}\n  {found['digest']}\n  {found['tensors']} tensors ({dtypes}), {_size(found['bytes'])}")
+        for name, value in found["metadata"].items():
+            print(f"  {name}: {value}")
+
+
+def _diff(args: argparse.Namespace) -> None:
+    from tasks.inspection import differences
+
+    rows = differences(args.a, args.b)
+    for name, what in rows:
+        print(f"{name}: {what}")
+    print(f"{len(rows)} tensor(s) differ" if rows else "the same tensors, bit for bit")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from merging.verify import verify
+
+    print(verify(args.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

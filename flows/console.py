@@ -1,0 +1,65 @@
+"""What a person sees on the terminal while the pipeline runs and when it is done."""
+
+from __future__ import annotations
+
+import json
+import time
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from tasks.publish import REPORT, load_leaderboard, load_verdict
+
+if TYPE_CHECKING:
+    from tasks.workspace import Workspace
+
+
+def watch(workspace: Workspace, done: Event) -> None:
+    """Print a line for each stage that finishes, until `done` is set."""
+    folder = workspace.state / "costs"
+    seen = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.json")}
+    while not done.wait(0.5):
+        for file in sorted(folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
+            if seen.get(file.name) != file.stat().st_mtime_ns:
+                seen[file.name] = file.stat().st_mtime_ns
+                cost = json.loads(file.read_text())
+                print(f"  {time.strftime('%H:%M:%S')}  {cost['stage']:28} {cost['seconds']:6.1f} s", flush=True)
+
+
+def print_leaderboard(workspace: Workspace) -> None:
+    """The leaderboard as a table, best first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    board = load_leaderboard(workspace)
+    table = Table(title=f"{board['pipeline']}: test accuracy, mean of {len(board['tasks'])} tasks")
+    for name, justify in (("model", "left"), ("mean", "right"), ("95 % interval", "right"), ("normalised", "right"),
+                          ("worst task", "right"), ("settings (chosen on validation)", "left")):  # fmt: skip
+        table.add_column(name, justify=justify)
+    for row in sorted(board["rows"], key=lambda r: -r["mean"]):
+        table.add_row(*_cells(row), style="bold" if row["name"] == board["candidate"] else "")
+    Console().print(table)
+    verdict = load_verdict(workspace)
+    if verdict:
+        state = "passed the gates" if verdict["passed"] else "did not pass the gates"
+        print(f"{verdict['candidate']} {state}; champion: version {verdict['champion_after'] or 'none yet'}")
+        for finding in verdict["findings"]:
+            print(f"  {'yes' if finding['passed'] else 'NO '} {finding['sentence']}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["name"],
+        f"{row['mean']:.3f}",
+        f"{row['lower']:.3f} - {row['upper']:.3f}",
+        "" if row["normalised"] is None else f"{row['normalised']:.3f}",
+        f"{row['worst_task']:.3f}",
+        ", ".join(f"{key} {value}" for key, value in row.get("params", {}).items()),
+    ]
+
+
+def print_next_steps(workspace: Workspace, ran: list[str]) -> None:
+    """Where to look and what to try, in a few lines."""
+    print(f"{len(ran)} of {len(workspace.stages)} stages ran; report: {REPORT}")
+    print("Prefect's pages:  PREFECT_HOME=$PWD/.mergeline/prefect prefect server start   (http://127.0.0.1:4200)")
+    print("MLflow's pages:   mlflow ui --backend-store-uri sqlite:///.mergeline/mlflow.db   (http://127.0.0.1:5000)")
+    print("Try next:         edit merges: in params.yaml, then `mergeline run` again: only that branch runs")

@@ -1,0 +1,45 @@
+"""`mergeline run`: the pipeline with an embedded or a team's Prefect server, and its results on the terminal."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Iterator
+
+from flows.console import print_leaderboard, print_next_steps, watch
+from flows.server import prefect_server
+
+if TYPE_CHECKING:
+    from tasks.workspace import Workspace
+
+
+def run_pipeline(workspace: Workspace) -> None:
+    """Run the pipeline of a workspace and print its leaderboard.
+
+    Raises:
+        UserError: bad input, or another run in this workspace.
+    """
+    with workspace.lock():
+        pass  # say so at once, before a server is started
+    with prefect_server(workspace.state), _watched(workspace):
+        from prefect.logging.handlers import APILogHandler
+
+        from flows.pipeline import pipeline
+
+        ran = pipeline(str(workspace.params_file))
+        APILogHandler.flush()  # while its server is still there
+    print_leaderboard(workspace)
+    print_next_steps(workspace, ran)
+
+
+@contextmanager
+def _watched(workspace: Workspace) -> Iterator[None]:
+    """A line for each stage as it finishes."""
+    done = threading.Event()
+    watcher = threading.Thread(target=watch, args=(workspace, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

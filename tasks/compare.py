@@ -1,0 +1,165 @@
+"""The compare step: one leaderboard of base, experts and merges, with intervals, and the tables that plots are made of."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterable
+
+from evaluation.metrics import bootstrap_mean, normalised, paired, wilson
+from merging.checkpoint import open_checkpoint
+from merging.files import publish, staged, write_bytes, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tasks.params import Params
+
+    Correct = dict[str, np.ndarray]  # task -> which test examples are right, bool (N)
+
+
+def compare(params: Params, build: Path, out: Path) -> None:
+    """Read `build/` and write the leaderboard folder `out`.
+
+    leaderboard.json: every row with intervals, lineage, and paired comparisons of all merges. metrics.json: the
+    numbers alone, for `dvc metrics`. accuracy.csv and search.csv: for `dvc plots`. The candidate is the merge with
+    the best mean on the validation split; the test split only reports.
+    """
+    right = {name: correct(params, build, name) for name in ["base", "experts", *params.merges]}
+    experts = {task: float(c.mean()) for task, c in right["experts"].items()}
+    rows = [_row(params, build, name, right[name], experts) for name in right]
+    merges = {row["name"]: row for row in rows if row["kind"] == "merge"}
+    leaderboard = {
+        "pipeline": params.name,
+        "tasks": params.tasks,
+        "candidate": max(merges.values(), key=lambda row: row["val_mean"])["name"],
+        "rows": rows,
+        "pairs": [_pair(a, b, right) for i, a in enumerate(merges) for b in list(merges)[i + 1 :]],
+        "lineage": _lineage(params, build),
+    }
+    with staged(out) as partial:
+        write_json(partial / "leaderboard.json", leaderboard)
+        write_json(partial / "metrics.json", {row["name"]: _numbers(row) for row in rows})
+        _write_csv(partial / "accuracy.csv", ["model_task", "accuracy"], _accuracies(rows))
+        _write_csv(partial / "search.csv", ["merge", "point", "params", "mean"], _search_points(params, build))
+        publish(partial, out)
+
+
+def correct(params: Params, build: Path, name: str, split: str = "test") -> Correct:
+    """Which examples of a split a model gets right, task by task; `experts` stands for each expert on its own task."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    def right(predictions: np.ndarray, task: str) -> np.ndarray:
+        return predictions == np.load(build / "data" / task / f"{split}_y.npy")
+
+    if name in params.merges:
+        found = load_file(build / "evaluations" / name / "predictions.safetensors")
+        return {task: right(found[f"{split}/{task}"], task) for task in params.tasks}
+    found = load_file(build / "evaluations" / "baselines" / "predictions.safetensors")
+    if name == "base":
+        return {task: right(found[f"base/{split}/{task}"], task) for task in params.tasks}
+    return {task: right(found[f"{task}/{split}/{task}"], task) for task in params.tasks if task in params.experts}
+
+
+def _row(params: Params, build: Path, name: str, right: Correct, experts: dict[str, float]) -> dict[str, Any]:
+    estimate = bootstrap_mean(right)
+    accuracy = {task: float(c.mean()) for task, c in right.items()}
+    own = {task: value for task, value in accuracy.items() if task in experts}
+    validation = correct(params, build, name, "val")
+    row: dict[str, Any] = {
+        "name": name,
+        "kind": "merge" if name in params.merges else name,
+        "val_mean": float(sum(c.mean() for c in validation.values()) / len(validation)),
+        "mean": estimate.mean,
+        "lower": estimate.lower,
+        "upper": estimate.upper,
+        "normalised": normalised(own, experts) if own else None,
+        "worst_task": min(accuracy.values()),
+        "tasks": {task: _task(c, experts.get(task)) for task, c in right.items()},
+    }
+    if name in params.merges:
+        manifest = json.loads((build / "merges" / name / "manifest.json").read_text())
+        search = json.loads((build / "search" / f"{name}.json").read_text())
+        row |= {
+            "method": manifest["recipe"]["method"],
+            "params": search["chosen"],
+            "searched": len(search["points"]),
+            "digest": manifest["output"]["digest"],
+            "bytes": manifest["output"]["bytes"],
+            **_norms(params, build, name),
+        }
+    return row
+
+
+def _task(right: np.ndarray, expert: float | None) -> dict[str, Any]:
+    count, n = int(right.sum()), len(right)
+    lower, upper = wilson(count, n)
+    return {
+        "accuracy": count / n,
+        "lower": lower,
+        "upper": upper,
+        "n": n,
+        "normalised": count / n / expert if expert else None,
+    }
+
+
+def _norms(params: Params, build: Path, name: str) -> dict[str, Any]:
+    """Norm of (merged - base) over the mean norm of the task vectors, and whether every weight is finite."""
+    import torch
+
+    merged = open_checkpoint(build / "merges" / name)
+    base = open_checkpoint(build / "checkpoints" / params.base)
+    square, finite = 0.0, True
+    for tensor, info in merged.tensors.items():
+        if info.is_float:
+            value = merged.read(tensor).double()
+            finite = finite and bool(torch.isfinite(value).all())
+            square += float(((value - base.read(tensor).double()) ** 2).sum())
+    description = json.loads((build / "extract" / "description.json").read_text())
+    norms = [expert["norm"] for expert in description["experts"].values()]
+    return {"norm_ratio": sqrt(square) / (sum(norms) / len(norms)) if finite else None, "finite": finite}
+
+
+def _pair(a: str, b: str, right: dict[str, Correct]) -> dict[str, Any]:
+    found = paired(right[a], right[b])
+    return {"a": a, "b": b, **found._asdict()}
+
+
+def _lineage(params: Params, build: Path) -> dict[str, Any]:
+    def digest(name: str) -> str:
+        return json.loads((build / "checkpoints" / name / "provenance.json").read_text())["digest"]
+
+    return {
+        "base": {"name": params.base, "source": params.sources[params.base], "digest": digest(params.base)},
+        "experts": {name: {"source": params.sources[name], "digest": digest(name)} for name in params.experts},
+    }
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    names = ("mean", "lower", "upper", "val_mean", "normalised", "worst_task", "norm_ratio")
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _accuracies(rows: list[dict[str, Any]]) -> Iterable[list[Any]]:
+    for row in rows:
+        for task, score in row["tasks"].items():
+            yield [f"{row['name']} {task}", score["accuracy"]]
+
+
+def _search_points(params: Params, build: Path) -> Iterable[list[Any]]:
+    for name in params.merges:
+        for point in json.loads((build / "search" / f"{name}.json").read_text())["points"]:
+            settings = " ".join(f"{key}={value}" for key, value in point["params"].items())
+            yield [name, f"{name} {settings}", settings, point["mean"]]
+
+
+def _write_csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())

@@ -1,0 +1,299 @@
+"""Step `fetch`: bring a checkpoint from wherever it is into a folder of one shape.
+
+model.safetensors                     or shards, under their own names, + model.safetensors.index.json
+config.json, tokenizer.json, ...      what describes the weights and lies beside them
+provenance.json                       source, revision (commit), digest, size and SHA-256 of every file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merging.checkpoint import (
+    CONFIG_FILES,
+    DTYPES,
+    INDEX,
+    PICKLE_SUFFIXES,
+    WEIGHTS,
+    open_checkpoint,
+    safe_name,
+)
+from merging.errors import UserError, did_you_mean
+from merging.files import publish, staged, sync, write_json
+from merging.writer import CheckpointWriter, TensorSpec
+from tasks.sources import LocalFile, Source, download, locate, sha256_of, without_credentials
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Where a folder holds several: first by name (open_clip's config describes its own weights; model.safetensors
+# beside them is for transformers), then the only one of a kind.
+_SAFE_NAMES = ("open_clip_model.safetensors", WEIGHTS, INDEX)
+_SAFE_SUFFIXES = (".safetensors.index.json", ".safetensors")
+_PICKLE_NAMES = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLE_SUFFIXES = (".bin.index.json", *PICKLE_SUFFIXES)
+
+_PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize_mode")
+
+
+def fetch(
+    source: str, out: Path, *, cache: Path, allow_pickle: bool = False, layout: str | None = None
+) -> None:
+    """Make `out` the checkpoint that `source` names, in place of what stood there.
+
+    Args:
+        source: a path, `file:...`, `hf://org/name[@revision][/file-or-folder]`, `open_clip://arch/tag`,
+            http(s), or any other URL that fsspec knows.
+        out: the folder; it appears whole or not at all, and is the same bytes for the same source.
+        cache: a folder for unfinished downloads, which a later call goes on with.
+        allow_pickle: convert weights that exist only as a pickle (read with `weights_only`).
+        layout: `open_clip` renames and packs the tensors of transformers' CLIP classes; None keeps all names.
+
+    Raises:
+        UserError: not found, no access, interrupted too often, damaged, quantised, a pickle, disk full.
+    """
+    downloads = cache / f"{out.name}-{hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:8]}"
+    with staged(out) as staging:
+        if source.startswith("open_clip://"):
+            revision = None
+            _from_open_clip(source, staging)
+        else:
+            found = locate(source)
+            revision = found.revision
+            _from_files(found, staging, downloads, allow_pickle)
+        if layout == "open_clip":
+            _convert_layout(staging, source)
+        _write_provenance(staging, without_credentials(source), revision)
+        publish(staging, out)
+    shutil.rmtree(downloads, ignore_errors=True)
+
+
+def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bool) -> None:
+    """Fill `staging` with weights and configuration files; all of them are here before the first is moved."""
+    weights = _choose_weights(source, allow_pickle)
+    configs = {name: _bring(source, name, downloads) for name in source.files if name in CONFIG_FILES}
+    if "config.json" in configs:
+        _refuse_quantised(configs["config.json"], source.name)
+    is_pickle = weights.endswith(_PICKLE_SUFFIXES)
+    index = _bring(source, weights, downloads) if weights.endswith(".index.json") else None
+    shards = _shards(index, f"{source.name}: {weights}", is_pickle) if index else [weights]
+    files = {name: _bring(source, name, downloads) for name in shards}
+
+    for name, path in configs.items():
+        _place(path, staging / name, downloads)
+    if is_pickle:
+        _convert_pickles(files, staging, source.name)
+    elif index:
+        for name, path in files.items():
+            _place(path, staging / name, downloads)
+        _place(index, staging / INDEX, downloads)
+    else:
+        _place(files[weights], staging / WEIGHTS, downloads)
+
+
+def _choose_weights(source: Source, allow_pickle: bool) -> str:
+    names = [source.chosen] if source.chosen else list(source.files)
+    if safe := _pick(names, _SAFE_NAMES, _SAFE_SUFFIXES, source.name):
+        return safe
+    if pickle := _pick(names, _PICKLE_NAMES, _PICKLE_SUFFIXES, source.name):
+        if allow_pickle:
+            return pickle
+        raise UserError(
+            f"{source.name}: '{pickle}' is a pickle, which can run code when it is opened; convert it to "
+            "safetensors, or allow it with --allow-pickle (in params.yaml: allow_pickle: true)"
+        )
+    if any(name.lower().endswith(".gguf") for name in names):
+        raise UserError(
+            f"{source.name}: GGUF weights are quantised, they cannot be merged; take the original ones"
+        )
+    raise UserError(
+        f"{source.name}: no checkpoint there; expected {WEIGHTS}, {INDEX} or one *.safetensors file, "
+        f"found {', '.join(names[:5]) or 'no files'}"
+    )
+
+
+def _pick(names: list[str], preferred: tuple[str, ...], suffixes: tuple[str, ...], source: str) -> str | None:
+    for name in preferred:
+        if name in names:
+            return name
+    for suffix in suffixes:
+        matching = [name for name in names if name.endswith(suffix)]
+        if len(matching) > 1:
+            raise UserError(f"{source}: several checkpoints ({', '.join(matching[:5])}); name one of them")
+        if matching:
+            return matching[0]
+    return None
+
+
+def _refuse_quantised(config: Path, source: str) -> None:
+    settings = _read_json(config, f"{source}: config.json")
+    if quantisation := settings.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise UserError(f"{source}: quantised weights ({method}) cannot be merged; take the original ones")
+
+
+def _shards(index: Path, where: str, is_pickle: bool) -> list[str]:
+    weight_map = _read_json(index, where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{where} is not a shard index: it has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        safe_name(index.parent, name, where)
+        if not name.endswith(PICKLE_SUFFIXES if is_pickle else ".safetensors"):
+            raise UserError(f"{where} names the shard '{name}', which is not a file of weights")
+    return names
+
+
+def _read_json(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is not a JSON object")
+    return value
+
+
+def _bring(source: Source, name: str, downloads: Path) -> Path:
+    """Where the file lies on this machine: as it is, or downloaded."""
+    file = source.file(name)
+    if not isinstance(file, LocalFile):
+        return download(file, downloads)
+    if not os.access(file.path, os.R_OK):
+        raise UserError(f"{file.path}: cannot be read; check the permissions")
+    return file.path
+
+
+def _place(path: Path, target: Path, downloads: Path) -> None:
+    """Move a download, copy a file of the user's: `target` never shares its bytes with another file."""
+    if path.parent == downloads:
+        shutil.move(path, target)
+    else:
+        shutil.copyfile(path, target)
+
+
+def _convert_pickles(files: dict[str, Path], staging: Path, source: str) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, path in files.items():
+        tensors |= _load_pickle(path, f"{source}: '{name}'")
+    _write_tensors(tensors, staging, source)
+
+
+def _load_pickle(path: Path, where: str) -> dict[str, Tensor]:
+    """The state dict of a pickle checkpoint; the tensors stay in the file until they are read."""
+    import torch
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        # A malformed pickle can raise anything. Torch's text is left out: it recommends weights_only=False.
+        raise UserError(f"{where} holds more than tensors, or is damaged ({type(error).__name__})") from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not loaded:
+        raise UserError(f"{where} holds no state dict")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise UserError(f"{where}: entry '{name}' is not a dense tensor; save a plain state dict")
+    return loaded
+
+
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, source: str) -> None:
+    """Write one model.safetensors; tensors that shared memory share none in it."""
+    stored_as = {f"torch.{name}": dtype for dtype, (name, _) in DTYPES.items()}
+    specs = []
+    for name, tensor in tensors.items():
+        if str(tensor.dtype) not in stored_as:
+            raise UserError(f"{source}: tensor '{name}' has the dtype {tensor.dtype}, which cannot be merged")
+        specs.append(TensorSpec(name, stored_as[str(tensor.dtype)], tuple(tensor.shape), tensor.nbytes))
+    writer = CheckpointWriter(folder, specs, {"format": "pt"}, None)
+    try:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _from_open_clip(source: str, staging: Path) -> None:
+    """Weights of open_clip's own list, in float32; open_clip downloads them into its cache.
+
+    The activation is the one the weights were trained with: QuickGELU for `ViT-B-32/openai`, where open_clip
+    itself takes it only for `ViT-B-32-quickgelu`. https://github.com/mlfoundations/open_clip#pretrained-models
+    """
+    import open_clip
+
+    arch, _, tag = source.removeprefix("open_clip://").partition("/")
+    if arch not in open_clip.list_models():
+        raise UserError(f"{source}: unknown architecture{did_you_mean(arch, open_clip.list_models())}")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    if not open_clip.is_pretrained_cfg(arch, tag):
+        known = f"known are {', '.join(tags)}" if tags else "open_clip has none for it"
+        raise UserError(f"{source}: unknown weights{did_you_mean(tag, tags)}; {known}")
+    quick_gelu = open_clip.get_pretrained_cfg(arch, tag).get("quick_gelu", False)
+    try:
+        model = open_clip.create_model(arch, tag, require_pretrained=True, force_quick_gelu=quick_gelu)
+    except Exception as error:  # of the network, the file, the unpickler or the model
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{source}: open_clip could not load it ({reason})") from error
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    _write_tensors(tensors, staging, source)
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    config = {
+        "model_cfg": open_clip.get_model_config(arch) | ({"quick_gelu": True} if quick_gelu else {}),
+        "preprocess_cfg": {key: preprocess[key] for key in _PREPROCESS_KEYS},
+    }
+    write_json(staging / "open_clip_config.json", config)
+
+
+def _convert_layout(staging: Path, source: str) -> None:
+    from evaluation.layouts import is_transformers, open_clip_config, to_open_clip
+
+    checkpoint = open_checkpoint(staging)
+    if not is_transformers(checkpoint.tensors):
+        return
+    tensors = to_open_clip({name: checkpoint.read(name) for name in checkpoint.tensors})
+    for file in {info.file for info in checkpoint.tensors.values()} | {staging / INDEX}:
+        file.unlink(missing_ok=True)
+    _write_tensors(tensors, staging, source)
+    if (staging / "config.json").exists() and "visual.proj" in tensors:
+        configs = [staging / "config.json", staging / "preprocessor_config.json"]
+        read = [_read_json(path, source) for path in configs if path.exists()]
+        write_json(staging / "open_clip_config.json", open_clip_config(*read))
+
+
+def _write_provenance(staging: Path, source: str, revision: str | None) -> None:
+    """Check the checkpoint and write down what it is."""
+    try:
+        digest = open_checkpoint(staging).digest()
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).replace(f'{staging}/', '')}") from None
+    files = {}
+    for path in sorted(staging.iterdir()):
+        sync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    provenance = {"source": source, "revision": revision, "digest": digest, "files": files}
+    write_json(staging / "provenance.json", provenance)
+
+
+def local_checkpoint(where: str, *, allow_pickle: bool = False) -> Path:
+    """A path as it is; what a URI names, fetched into the user's cache. A pinned revision is fetched once.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    if "://" not in where and not where.startswith("file:"):
+        return Path(where)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mergeline"
+    out = cache / "checkpoints" / hashlib.sha256(where.encode()).hexdigest()[:16]
+    provenance = out / "provenance.json"
+    pinned = provenance.exists() and (_read_json(provenance, str(out))["revision"] or "\0") in where
+    if not pinned:
+        fetch(where, out, cache=cache / "downloads", allow_pickle=allow_pickle)
+    return out

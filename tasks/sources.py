@@ -1,0 +1,434 @@
+"""Where checkpoints come from: local files, the Hugging Face Hub, web servers, and whatever fsspec knows.
+
+`locate` lists the files of a source without reading them; `download` brings one of them here. A download goes
+on where an earlier one was cut off, and is checked for size and SHA-256 (where the source states them).
+
+The Hub is spoken to directly, because huggingface_hub (2.4) neither resumes what another process began nor
+checks hashes. Its settings are honoured: HF_ENDPOINT, HF_TOKEN or the saved login, HF_HUB_OFFLINE.
+https://huggingface.co/docs/hub/api
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from time import sleep
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, unquote, urlsplit
+
+from merging.checkpoint import safe_name
+from merging.errors import UserError, did_you_mean
+from merging.files import user_errors
+
+if TYPE_CHECKING:
+    from requests import Response
+
+ATTEMPTS = 6  # failures in a row, without a new byte, before giving up
+BACKOFF_SECONDS = 1.0  # before the second attempt; doubled for every further one
+LONGEST_WAIT_SECONDS = 300.0  # the Hub counts requests over windows of five minutes
+TIMEOUT_SECONDS = (10, 60)  # to connect; between two pieces of an answer
+
+_CHUNK = 1 << 16  # small, because a chunk that is cut off is lost
+_PASSING = (408, 429, 500, 502, 503, 504)
+_NOT_FOUND = {
+    "RepoNotFound": "no such repository, or a private one (then set HF_TOKEN)",
+    "RevisionNotFound": "no such revision",
+    "EntryNotFound": "no such file",
+}
+T = TypeVar("T")
+
+
+class Transient(Exception):
+    """A failure that may pass; `wait` is the number of seconds that the server asks for, if it does."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    path: Path
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file elsewhere. `where` names it to people; `version` differs whenever its bytes may differ."""
+
+    where: str
+    version: str = ""
+    size: int | None = None
+    sha256: str | None = None
+
+    def append(self, partial: Path) -> None:
+        """Add to the existing file `partial` the bytes that it lacks.
+
+        Raises:
+            Transient: cut off, or the server is busy; the bytes that came are kept.
+            UserError: there is no such file, or no access to it.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class HttpFile(RemoteFile):
+    url: str = field(default="", repr=False)  # may carry a signature
+    token: str | None = field(default=None, repr=False)
+
+    def append(self, partial: Path) -> None:
+        have, etag_file = partial.stat().st_size, partial.with_suffix(".etag")
+        etag = etag_file.read_text() if etag_file.exists() else ""
+        with http_get(self.url, self.where, self.token, self._range(have, etag)) as answer:
+            part = answer.headers.get("Content-Range", "")
+            if answer.status_code == 416 and part == f"bytes */{have}":
+                return  # nothing was lacking
+            if answer.status_code != 200 and not part.startswith(f"bytes {have}-"):
+                partial.write_bytes(b"")
+                raise Transient(f"{self.where}: the server sent another part than was asked for")
+            resumed = answer.status_code == 206
+            total = part.rpartition("/")[2] if resumed else answer.headers.get("Content-Length", "")
+            with open(partial, "ab" if resumed else "wb") as file:
+                if not resumed:
+                    new = answer.headers.get("ETag", "")
+                    etag_file.write_text("" if new.startswith("W/") else new)
+                for chunk in answer.iter_content(_CHUNK):
+                    file.write(chunk)
+        _require_whole(partial, self.size or (int(total) if total.isdigit() else None), self.where)
+
+    def _range(self, have: int, etag: str) -> dict[str, str]:
+        """Ask for the rest, if the hash in the end or the ETag now proves that it belongs to what is here."""
+        if not have or not (self.sha256 or etag):
+            return {}
+        return {"Range": f"bytes={have}-"} | ({} if self.sha256 else {"If-Range": etag})
+
+
+@dataclass(frozen=True)
+class FsspecFile(RemoteFile):
+    filesystem: Any = None
+    path: str = ""
+
+    def append(self, partial: Path) -> None:
+        with open(partial, "ab") as file:
+            for chunk in self._chunks(file.tell()):
+                file.write(chunk)
+        _require_whole(partial, self.size, self.where)
+
+    def _chunks(self, start: int) -> Iterator[bytes]:
+        with _fsspec_errors(self.where), self.filesystem.open(self.path, "rb") as remote:
+            remote.seek(start)
+            while chunk := remote.read(_CHUNK):
+                yield chunk
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one folder, by plain name, sorted.
+
+    name: what the user wrote, without credentials.
+    chosen: the file that was named; None if it was the folder.
+    revision: the commit that the name stands for, if there is one.
+    sibling: makes the file of another name in a folder that cannot be listed.
+    """
+
+    name: str
+    files: dict[str, LocalFile | RemoteFile]
+    chosen: str | None = None
+    revision: str | None = None
+    sibling: Callable[[str], RemoteFile] | None = None
+
+    def file(self, name: str) -> LocalFile | RemoteFile:
+        """The file `name` (raises UserError: missing, or a link out of the folder that nobody named)."""
+        file = self.files.get(name) or (self.sibling and self.sibling(name))
+        if not file:
+            raise UserError(f"{self.name}: '{name}' is missing{did_you_mean(name, self.files)}")
+        if isinstance(file, LocalFile) and name != self.chosen:
+            safe_name(file.path.parent, name, self.name)
+        return file
+
+
+def locate(source: str) -> Source:
+    """List the files of a path, `file:...`, `hf://org/name[@revision][/path]`, http(s) or any fsspec URL.
+
+    Raises:
+        UserError: unknown scheme, nothing there, no access, or file names that lead elsewhere.
+    """
+    scheme = re.match(r"(file(?=:)|[A-Za-z][\w+.-]*(?=://|::))", source)
+    match scheme and scheme[0].lower():
+        case None:
+            return _local(source, Path(source).expanduser())
+        case "file":
+            return _local(source, Path(unquote(re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", source))))
+        case "hf":
+            return _hub(source)
+        case "http" | "https":
+            return _web(source)
+        case other:
+            return _fsspec(source, other)
+
+
+def without_credentials(source: str) -> str:
+    """The URL less `user:password@`, query and fragment, where passwords, tokens and signatures travel."""
+    if "://" not in source or source.lower().startswith("file:"):
+        return source
+    source = re.sub(r"[?#].*", "", source)
+    # Elsewhere than on the web, a name without a password belongs to the address (abfs://container@account/);
+    # github://org:repo@revision/ holds no password at all.
+    return re.sub(r"(https?://)[^/]*@|((?<!github:)//)[^/:@]*:[^/]*@", r"\1\2", source)
+
+
+def download(file: RemoteFile, folder: Path) -> Path:
+    """Bring a file into `folder`, going on with what an earlier call left there; returns where it is.
+
+    One process at a time may use the folder.
+
+    Raises:
+        UserError: not found, no access, still failing after some attempts, wrong size or hash, disk full.
+    """
+    key = hashlib.sha256(f"{file.where}\n{file.version}".encode()).hexdigest()[:32]
+    partial = folder / f"{key}.part"
+    with user_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        if file.size is None or partial.stat().st_size != file.size:
+            patiently(lambda: file.append(partial), progress=lambda: partial.stat().st_size)
+        _verify(file, partial)
+    return partial
+
+
+def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+    """`action()`, repeated after Transient failures with exponential back-off and jitter.
+
+    A failure after which `progress()` is further than ever is not counted.
+    """
+    failures, furthest = 0, progress()
+    while True:
+        try:
+            return action()
+        except Transient as error:
+            failures = 1 if progress() > furthest else failures + 1
+            furthest = max(furthest, progress())
+            if failures == ATTEMPTS:
+                raise UserError(
+                    f"{error}; gave up after {ATTEMPTS} attempts, run again to continue"
+                ) from None
+            wait = error.wait
+            if wait is None:
+                wait = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
+            if wait > LONGEST_WAIT_SECONDS:
+                raise UserError(f"{error}; it asks to wait for {wait:.0f} s, run again then") from None
+            sleep(wait)
+
+
+@contextmanager
+def http_get(
+    url: str, where: str, token: str | None = None, headers: dict[str, str] | None = None
+) -> Iterator[Response]:
+    """A streamed answer with status 200, 206 or 416; every other outcome is Transient or a UserError.
+
+    The messages hold `where`, not the URL, which may carry a signature; the causes, which do, are cut off.
+    """
+    import requests
+
+    def authorise(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        # Not given as a header, which ~/.netrc would overrule. A redirect to another host drops it.
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    try:
+        with requests.get(
+            url,
+            headers={"Accept-Encoding": "identity"} | (headers or {}),
+            auth=authorise if token else None,
+            stream=True,
+            timeout=TIMEOUT_SECONDS,
+        ) as answer:
+            _check_status(answer, where)
+            yield answer
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        raise Transient(f"{where}: the connection failed ({type(error).__name__})") from None
+    except requests.RequestException as error:
+        raise UserError(f"{where}: no valid answer from the server ({type(error).__name__})") from None
+
+
+def _check_status(answer: Response, where: str) -> None:
+    status = answer.status_code
+    if status in (200, 206, 416):
+        return
+    if status in _PASSING:
+        raise Transient(f"{where}: the server answers HTTP {status}", _wait_asked_for(answer.headers))
+    if status in (401, 403):
+        raise UserError(
+            f"{where}: access denied (HTTP {status}); give credentials (for the Hub: set HF_TOKEN to a token "
+            "that may read the repository, and accept its licence there if it is gated)"
+        )
+    if status in (404, 410):
+        reason = _NOT_FOUND.get(answer.headers.get("X-Error-Code", ""), "not found")
+        raise UserError(f"{where}: {reason} (HTTP {status})")
+    raise UserError(f"{where}: the server answers HTTP {status}")
+
+
+def _wait_asked_for(headers: Any) -> float | None:
+    """Seconds, from `Retry-After: 30` or the Hub's `RateLimit: "api";r=0;t=30`."""
+    retry_after = re.fullmatch(r"(\d+)", headers.get("Retry-After", "").strip())
+    rate_limit = re.search(r";\s*r=0\s*;\s*t=(\d+)", headers.get("RateLimit", ""))
+    asked = retry_after or rate_limit
+    return float(asked[1]) if asked else None
+
+
+def _require_whole(partial: Path, size: int | None, where: str) -> None:
+    have = partial.stat().st_size
+    if size is not None and have < size:
+        raise Transient(f"{where}: cut off after {have} of {size} bytes")
+
+
+def _verify(file: RemoteFile, partial: Path) -> None:
+    size = partial.stat().st_size
+    problem = ""
+    if file.size is not None and size != file.size:
+        problem = f"has {size} bytes, not {file.size}"
+    elif file.sha256 and file.sha256 != (actual := sha256_of(partial)):
+        problem = f"has SHA-256 {actual}, not {file.sha256}"
+    if problem:
+        partial.unlink()
+        raise UserError(f"{file.where}: {problem}; the download was thrown away, try again")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _local(source: str, path: Path) -> Source:
+    if not path.exists():
+        like_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+        hint = f"; a repository of the Hub is written hf://{source}" if like_the_hub else ""
+        raise UserError(f"{source}: no such file or folder{hint}")
+    folder = path if path.is_dir() else path.parent
+    if not os.access(path, os.R_OK) or not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{source}: cannot be read; check the permissions")
+    files = {p.name: LocalFile(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    return Source(source, files, chosen=None if path.is_dir() else path.name)
+
+
+def _web(source: str) -> Source:
+    """A web server lists no files: there is the one that was named, and the shards that an index names."""
+    try:
+        url = urlsplit(source)
+    except ValueError as error:
+        raise UserError(f"{without_credentials(source)}: is no URL ({error})") from None
+    folder, _, name = url.path.rpartition("/")
+    name = unquote(name)
+    if not name:
+        raise UserError(f"{without_credentials(source)}: name a file, for example .../model.safetensors")
+
+    def sibling(name: str) -> HttpFile:
+        whole = url._replace(path=f"{folder}/{quote(name)}").geturl()
+        return HttpFile(without_credentials(whole), url=whole)
+
+    return Source(without_credentials(source), {name: sibling(name)}, chosen=name, sibling=sibling)
+
+
+def _hub(source: str) -> Source:
+    from huggingface_hub import constants, get_token
+
+    parsed = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", source)
+    if not parsed:
+        raise UserError(f"{source}: write hf://org/name@revision, and after it /file or /folder if need be")
+    repository, revision, inside = parsed[1], unquote(parsed[2] or "main"), (parsed[3] or "").strip("/")
+    where = f"hf://{repository}@{revision}"
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
+    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    token = get_token()
+    commit, siblings = patiently(lambda: _hub_listing(endpoint, repository, revision, where, token))
+
+    def hub_file(path: str) -> HttpFile:
+        url = f"{endpoint}/{repository}/resolve/{commit}/{quote(path)}"
+        entry = siblings[path]
+        sha256 = (entry.get("lfs") or {}).get("sha256")
+        return HttpFile(f"{where}/{path}", commit, entry.get("size"), sha256, url=url, token=token)
+
+    chosen = inside if inside in siblings else None
+    folder = inside.rpartition("/")[0] if chosen else inside
+    files = {p.rpartition("/")[2]: hub_file(p) for p in sorted(siblings) if p.rpartition("/")[0] == folder}
+    if not files:
+        raise UserError(f"{where}: there is no '{inside}' in this repository{did_you_mean(inside, siblings)}")
+    return Source(source, files, chosen=chosen and chosen.rpartition("/")[2], revision=commit)
+
+
+def _hub_listing(
+    endpoint: str, repository: str, revision: str, where: str, token: str | None
+) -> tuple[str, dict]:
+    """The commit of a revision, and its files: path -> {"size": bytes, "lfs": {"sha256": ...}}."""
+    url = f"{endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
+    with http_get(url, where, token) as answer:
+        listing = answer.json()
+    try:
+        commit, siblings = (
+            str(listing["sha"]),
+            {str(entry["rfilename"]): entry for entry in listing["siblings"]},
+        )
+    except (KeyError, TypeError):
+        raise UserError(f"{where}: the Hub's answer is no list of files") from None
+    if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
+        raise UserError(f"{where}: the Hub's answer names no commit")
+    for path in map(PurePosixPath, siblings):
+        if path.is_absolute() or ".." in path.parts or "\\" in str(path):
+            raise UserError(f"{where}: lists the file '{path}'; only names inside the repository are allowed")
+    return commit, siblings
+
+
+def _fsspec(source: str, scheme: str) -> Source:
+    import fsspec
+
+    name = without_credentials(source)
+    known = ["file", "hf", "open_clip", "http", "https", *fsspec.available_protocols()]
+    if scheme not in known:
+        raise UserError(
+            f"{name}: unknown scheme '{scheme}'{did_you_mean(scheme, known)}; "
+            "known are file, hf, open_clip, http, https, s3, gs, az and the others of fsspec"
+        )
+    return patiently(lambda: _fsspec_listing(source, name))
+
+
+def _fsspec_listing(source: str, name: str) -> Source:
+    import fsspec
+
+    with _fsspec_errors(name):
+        filesystem, path = fsspec.core.url_to_fs(source)
+        filesystem.invalidate_cache()  # fsspec remembers listings for as long as the process lives
+        is_folder = filesystem.info(path)["type"] == "directory"
+        folder = path if is_folder else path.rpartition("/")[0]
+        entries = [entry for entry in filesystem.ls(folder, detail=True) if entry["type"] == "file"]
+    shown = name.rstrip("/") if is_folder else name.rpartition("/")[0]
+    files = {}
+    for entry in sorted(entries, key=lambda entry: entry["name"]):
+        base = entry["name"].rpartition("/")[2]
+        # str(entry) holds what tells one version from another: a modification time, an ETag.
+        files[base] = FsspecFile(
+            f"{shown}/{base}", str(entry), entry["size"], filesystem=filesystem, path=entry["name"]
+        )
+    return Source(name, files, chosen=None if is_folder else path.rpartition("/")[2])
+
+
+@contextmanager
+def _fsspec_errors(where: str) -> Iterator[None]:
+    """Every file system brings exceptions of its own: all are taken, with their type and text."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{where}: not found") from None
+    except PermissionError as error:
+        raise UserError(f"{where}: access denied; check the credentials ({error})") from None
+    except OSError as error:
+        raise Transient(f"{where}: {type(error).__name__}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error

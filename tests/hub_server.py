@@ -1,0 +1,171 @@
+"""A loopback web server that speaks what downloading needs of the Hub's protocol, with faults on demand.
+
+/api/models/ORG/NAME/revision/REVISION    commit and files of a repository, as JSON
+/ORG/NAME/resolve/COMMIT/FILE             a file; one in LFS is a redirect to /cdn/ on another host name
+/cdn/SHA256/FILE, /web/FILE               bytes, with ETag, Range and If-Range
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Fault:
+    """What happens to the next request whose path holds `path`, instead of what should."""
+
+    path: str
+    status: int | None = None  # answer with this status and no body
+    headers: dict[str, str] = field(default_factory=dict)
+    drop_after: int | None = None  # close the connection after so many bytes of the body
+    truncate: int | None = None  # send so many bytes, and say that these are all
+    body: bytes | None = None  # send these bytes
+
+
+@dataclass
+class Seen:
+    """A request that came, and the bytes of body that went out."""
+
+    path: str
+    host: str
+    range: str | None
+    authorization: str | None
+    sent: int = 0
+
+
+@dataclass
+class Hub:
+    port: int = 0
+    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    web: dict[str, bytes] = field(default_factory=dict)
+    private: bool = False  # whoever brings no token is turned away
+    faults: list[Fault] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def commit(self, repository: str) -> str:
+        names_and_bytes = repr(sorted(self.repositories[repository].items())).encode()
+        return hashlib.sha1(names_and_bytes).hexdigest()
+
+    def bodies(self, path: str) -> list[Seen]:
+        """The requests whose path holds `path`."""
+        return [seen for seen in self.seen if path in seen.path]
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.port = server.server_address[1]
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.seen = Seen(
+            self.path, self.headers["Host"], self.headers["Range"], self.headers["Authorization"]
+        )
+        self.hub.seen.append(self.seen)
+        self.fault = next((fault for fault in self.hub.faults if fault.path in path), Fault(""))
+        if self.fault in self.hub.faults:
+            self.hub.faults.remove(self.fault)
+        if self.fault.status:
+            self.answer(self.fault.status, self.fault.headers)
+        elif path.startswith("/web/"):
+            self.file(self.hub.web.get(path.removeprefix("/web/")))
+        elif path.startswith("/cdn/"):
+            every_file = (body for files in self.hub.repositories.values() for body in files.values())
+            self.file(next((body for body in every_file if _sha256(body) == path.split("/")[2]), None))
+        elif self.hub.private and not self.headers["Authorization"]:
+            self.answer(401, {"X-Error-Code": "GatedRepo"})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/(.+)", path):
+            self.listing(match[1], match[2])
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.resolve(match[1], match[2], match[3])
+        else:
+            self.answer(404)
+
+    def listing(self, repository: str, revision: str) -> None:
+        if repository not in self.hub.repositories:
+            return self.answer(404, {"X-Error-Code": "RepoNotFound"})
+        if revision not in ("main", self.hub.commit(repository)):
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        siblings = []
+        for name, body in self.hub.repositories[repository].items():
+            sibling = {"rfilename": name, "size": len(body)}
+            if _in_lfs(name):
+                sibling["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 134}
+            siblings.append(sibling)
+        document = {"id": repository, "sha": self.hub.commit(repository), "siblings": siblings}
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+
+    def resolve(self, repository: str, commit: str, name: str) -> None:
+        body = self.hub.repositories.get(repository, {}).get(name)
+        if body is None:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
+        if not _in_lfs(name):
+            return self.file(body)
+        linked = {
+            "X-Repo-Commit": commit,
+            "X-Linked-Size": str(len(body)),
+            "X-Linked-ETag": f'"{_sha256(body)}"',
+        }
+        cdn = f"http://localhost:{self.hub.port}/cdn/{_sha256(body)}/{name}?signature=SECRET"
+        self.answer(302, linked | {"Location": cdn})
+
+    def file(self, body: bytes | None) -> None:
+        if body is None:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
+        if self.fault.body is not None:
+            body = self.fault.body
+        etag, whole = f'"{_sha256(body)}"', len(body)
+        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        if not wanted or self.headers["If-Range"] not in (None, etag):
+            return self.answer(200, headers, body)
+        start = int(wanted[1])
+        if start >= whole:
+            return self.answer(416, headers | {"Content-Range": f"bytes */{whole}"})
+        self.answer(206, headers | {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"}, body[start:])
+
+    def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
+        body = body[: self.fault.truncate]
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        body = body[: self.fault.drop_after]
+        self.wfile.write(body)
+        self.seen.sent = len(body)
+
+
+def _in_lfs(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin"))
+
+
+def _sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()

@@ -1,0 +1,141 @@
+"""Pictures, and the curves behind them. `made_up` results are also those of test_report."""
+
+import itertools
+import os
+
+import pytest
+
+from evaluation.figures import curve, draw_all, searched
+from merging.errors import UserError
+
+
+def made_up(tasks=("digits", "shapes", "latin"), merges=("average", "ties", "cart"), experts=None):
+    """Results as the steps leave them: the arguments of `draw_all`. `experts` are the tasks that have one, by default all."""
+    experts = tasks if experts is None else experts
+    own = {task: 0.9 + 0.01 * i for i, task in enumerate(experts)}
+
+    def row(name, kind, accuracy):
+        mean = sum(accuracy.values()) / len(accuracy)
+        scores = {
+            task: {"accuracy": a, "lower": a - 0.03, "upper": a + 0.03, "n": 400, "normalised": a / own[task] if task in own else None}
+            for task, a in accuracy.items()
+        }
+        known = [score["normalised"] for score in scores.values() if score["normalised"] is not None]
+        return {
+            "name": name,
+            "kind": kind,
+            "val_mean": mean,
+            "mean": mean,
+            "lower": mean - 0.01,
+            "upper": mean + 0.01,
+            "normalised": sum(known) / len(known) if known else None,
+            "worst_task": min(accuracy.values()),
+            "tasks": scores,
+        }
+
+    def merge(name, i):
+        chosen = {"cart": {"rank": 0.16, "scale": 2.0}, "ties": {"scale": 1.0}}.get(name, {})
+        facts = {"method": name, "params": chosen, "digest": f"sha256:{i:064x}", "bytes": 10_456_320}
+        facts |= {"norm_ratio": 1.5, "finite": True, "searched": len(searches[name]["points"])}
+        return row(name, "merge", {t: 0.4 + 0.2 * i / len(merges) + 0.01 * j for j, t in enumerate(tasks)}) | facts
+
+    searches = {name: search(name) for name in merges}
+    rows = [row("base", "base", {task: 0.3 for task in tasks})]
+    rows += [row("experts", "experts", own)] if own else []
+    rows += [merge(name, i) for i, name in enumerate(merges)]
+    board = {
+        "pipeline": "sample",
+        "tasks": list(tasks),
+        "candidate": merges[-1],
+        "rows": rows,
+        "pairs": [
+            {"a": a, "b": b, "difference": -0.05, "lower": -0.06, "upper": -0.04, "p": 0.0001}
+            for a, b in itertools.combinations(merges, 2)
+        ],
+        "lineage": {
+            "base": {"name": "base", "source": "samples/base", "digest": f"sha256:{7:064x}"},
+            "experts": {name: {"source": f"samples/{name}", "digest": f"sha256:{8:064x}"} for name in experts or ["one"]},
+        },
+    }
+    return {"leaderboard": board, "searches": searches, "description": description(experts or ["one"])}
+
+
+def search(name):
+    grid = {"cart": {"rank": [0.04, 0.16, 0.64], "scale": [1.0, 2.0]}, "ties": {"scale": [0.5, 1.0, 2.0]}}.get(name, {})
+    points = [
+        {"params": dict(zip(grid, values)), "mean": 0.7 - sum(abs(v - t) for v, t in zip(values, target)) / 10, "tasks": {}}
+        for target in [(0.16, 2.0) if name == "cart" else (1.0,)]
+        for values in itertools.product(*grid.values())
+        if grid
+    ]
+    chosen = max(points, key=lambda point: point["mean"])["params"] if points else {}
+    return {"method": name, "points": points, "chosen": chosen}
+
+
+def description(experts):
+    count = len(experts)
+    return {
+        "reference": "pretrained",
+        "experts": {
+            name: {
+                "norm": 7.0,
+                "relative_norm": 0.05,
+                "alignment_with_base": 0.998,
+                "energy_by_block": {"outside blocks": 0.1, "block 0": 0.9},
+                "energy_in_leading_directions": {"0.01": 0.2, "1": 1.0},
+            }
+            for name in experts
+        },
+        "cosine": [[1.0 if i == j else 0.02 * (i + j) for j in range(count)] for i in range(count)],
+        "sign_conflict": [[0.0 if i == j else 0.49 for j in range(count)] for i in range(count)],
+        "tensor_norms": {},
+    }
+
+
+def test_every_picture_is_drawn_with_the_same_bytes_again(tmp_path):
+    first = draw_all(tmp_path / "a", **made_up())
+    second = draw_all(tmp_path / "b", **made_up())
+    assert [path.name for path in first] == [
+        "heatmap.png",
+        "leaderboard.png",
+        "rank_curve.png",
+        "scale_curve.png",
+        "similarity.png",
+    ]
+    for a, b in zip(first, second):
+        assert a.read_bytes().startswith(b"\x89PNG") and a.read_bytes() == b.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [path.name for path in first]
+
+
+def test_pictures_without_content_are_left_out_and_old_ones_removed(tmp_path):
+    draw_all(tmp_path, **made_up())
+    drawn = draw_all(tmp_path, **made_up(tasks=("digits",), merges=("average",)))
+    assert {path.name for path in drawn} == {"heatmap.png", "leaderboard.png"} == {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("tasks", [("only",), tuple(f"task-{i}" for i in range(20))])
+def test_names_that_mean_something_to_matplotlib_are_drawn_as_they_are(tmp_path, tasks):
+    assert draw_all(tmp_path, **made_up(tasks, merges=("$\\frac{", "_hidden", "cart", "long" * 40), experts=tasks[:1]))
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="heatmap.png: cannot be written"):
+        draw_all(tmp_path / "file", **made_up())
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_curve_takes_the_best_over_other_parameters():
+    found = curve(search("cart"), "rank")
+    assert found.best == [(0.04, pytest.approx(0.688)), (0.16, pytest.approx(0.7)), (0.64, pytest.approx(0.652))]
+    assert found.other == "scale" and list(found.lines) == ["1", "2"]
+    assert found.lines["2"] == found.best and found.chosen == (0.16, found.best[1][1])
+    assert curve(search("ties"), "scale").lines == {}
+
+
+def test_only_numbers_that_varied_have_a_curve():
+    values = [{"mode": "a", "scale": 1, "weights": [1, 2]}, {"mode": "b", "scale": 1, "weights": [2, 1]}]
+    found = {"points": [{"params": v, "mean": 0.5} for v in values], "chosen": values[0]}
+    assert searched(found) == ["mode", "weights"]
+    assert [curve(found, name) for name in ("mode", "scale", "weights", "rank")] == [None] * 4
+    assert curve({"points": [], "chosen": {}}, "scale") is None

@@ -1,0 +1,108 @@
+"""Every gate passes and fails, and says so with numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from tasks.gates import Champion, Checks, Gates, judge
+
+ROW = {"mean": 0.70, "norm_ratio": 1.5, "finite": True}
+BASE = Checks(base_accuracy={"digits": 0.5, "shapes": 0.5})
+
+
+def hits(digits: int, shapes: int, n: int = 400) -> dict[str, np.ndarray]:
+    return {"digits": np.arange(n) < digits, "shapes": np.arange(n) < shapes}
+
+
+def champion(digits: int, shapes: int) -> Champion:
+    return Champion("3", hits(digits, shapes))
+
+
+def verdict(gates: dict, row: dict = ROW, correct=None, rival=None, checks=BASE):
+    return judge(row, correct or hits(280, 280), rival, Gates(**gates), checks)
+
+
+def finding(gate: str, *args, **kwargs):
+    return next(f for f in verdict(*args, **kwargs).findings if f.gate == gate)
+
+
+def test_without_rules_the_weights_must_be_sound():
+    sound = verdict({})
+    assert sound.passed and [f.gate for f in sound.findings] == ["reload", "finite"]
+    assert not verdict({}, row={**ROW, "finite": False}).passed
+    broken = verdict({}, checks=Checks("The files have another digest."))
+    assert not broken.passed and broken.findings[0].sentence == "The files have another digest."
+
+
+@pytest.mark.parametrize(("gate", "limit", "passes"), [
+    ("minimum_mean", 0.70, True), ("minimum_mean", 0.71, False),
+    ("largest_norm_ratio", 1.5, True), ("largest_norm_ratio", 1.4, False),
+    ("largest_drop", 0.0, True),
+])  # fmt: skip
+def test_limits_are_inclusive(gate, limit, passes):
+    found = finding(gate, {gate: limit})
+    assert found.passed is passes and f"{limit:.2f}" in found.sentence
+
+
+@pytest.mark.parametrize("key", ["mean", "norm_ratio"])
+def test_not_a_number_never_passes(key):
+    assert not verdict(
+        {"minimum_mean": 0.1, "largest_norm_ratio": 9.0}, row={**ROW, key: float("nan")}
+    ).passed
+
+
+def test_a_clear_gain_passes_and_an_unclear_one_does_not():
+    assert finding("minimum_gain", {"minimum_gain": 0.0}, rival=champion(250, 250)).passed
+    unclear = finding("minimum_gain", {"minimum_gain": 0.0}, rival=champion(279, 280))
+    assert not unclear.passed
+    assert "champion version 3" in unclear.sentence and "95% paired interval" in unclear.sentence
+    assert not finding("minimum_gain", {"minimum_gain": 0.0}, rival=champion(280, 280)).passed
+    assert not finding("minimum_gain", {"minimum_gain": 0.1}, rival=champion(250, 250)).passed
+
+
+def test_a_small_loss_may_be_tolerated():
+    assert finding("minimum_gain", {"minimum_gain": -0.05}, rival=champion(281, 281)).passed
+
+
+def test_confidence_widens_the_interval():
+    rival = champion(274, 280)  # six examples: lower end above zero at 80 %, not at 99.9 %
+    assert finding("minimum_gain", {"minimum_gain": 0.0, "confidence": 0.8}, rival=rival).passed
+    assert not finding("minimum_gain", {"minimum_gain": 0.0, "confidence": 0.999}, rival=rival).passed
+
+
+def test_the_first_candidate_needs_no_gain_but_may_not_fall_below_the_base():
+    assert "no champion" in finding("minimum_gain", {"minimum_gain": 0.5}).sentence
+    assert verdict({"minimum_gain": 0.5, "largest_drop": 0.05}).passed
+    fallen = finding("largest_drop", {"largest_drop": 0.05}, correct=hits(400, 160))
+    assert not fallen.passed
+    assert fallen.sentence.startswith("Against the base the largest drop in accuracy is 0.1000 (task shapes)")
+
+
+def test_one_task_may_not_pay_for_the_others():
+    found = verdict(
+        {"minimum_gain": 0.0, "largest_drop": 0.05}, correct=hits(400, 250), rival=champion(280, 280)
+    )
+    assert {f.gate: f.passed for f in found.findings} == {
+        "reload": True, "finite": True, "minimum_gain": True, "largest_drop": False,
+    }  # fmt: skip
+    assert (
+        "champion version 3" in found.findings[-1].sentence and "task shapes" in found.findings[-1].sentence
+    )
+
+
+def test_what_cannot_be_compared_fails_only_the_gates_that_compare():
+    rival = Champion("3", obstacle="The test data changed.")
+    found = verdict({"minimum_mean": 0.5, "minimum_gain": 0.0, "largest_drop": 1.0}, rival=rival)
+    failed = {f.gate: f.sentence for f in found.findings if not f.passed}
+    assert failed == {"minimum_gain": "The test data changed.", "largest_drop": "The test data changed."}
+    assert verdict({"minimum_mean": 0.5}, rival=rival).passed
+
+
+@pytest.mark.parametrize(
+    "gates", [{"minimum_men": 0.5}, {"minimum_mean": 60}, {"confidence": 1.0}, {"largest_drop": float("nan")}]
+)
+def test_malformed_gates_are_refused(gates):
+    with pytest.raises(ValidationError):
+        Gates(**gates)

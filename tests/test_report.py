@@ -1,0 +1,203 @@
+"""The HTML report: well-formed, self-contained, escaped, and whole whatever is missing."""
+
+import os
+import re
+from html.parser import HTMLParser
+
+import pytest
+from test_figures import made_up, search
+
+from evaluation.report import render
+from merging.errors import UserError
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+LOADS = {"src", "href", "xlink:href", "data", "poster", "srcset", "action"}
+COSTS = [
+    {"stage": "merge@cart", "seconds": 1.5, "cpu_seconds": 1.25, "peak_rss_bytes": 3 * 2**29},
+    {"stage": "merge@ties", "seconds": 75.0, "cpu_seconds": 70.0, "peak_rss_bytes": 2**29},
+    {"stage": "compare", "seconds": 0.5, "cpu_seconds": 0.5, "peak_rss_bytes": 2**28},
+]
+HOSTILE = "<script>alert('1')</script>\"><img src=x onerror=alert(2)>{{ 7*1111 }}"
+
+
+def verdict(passed=True, **changes):
+    findings = [{"gate": "finite", "passed": passed, "sentence": "The weights are all finite."}]
+    return {
+        "candidate": "cart",
+        "version": "2",
+        "champion_before": "1",
+        "champion_after": "2" if passed else "1",
+        "passed": passed,
+        "findings": findings,
+    } | changes
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced, and gathers tags with their attributes and the visible text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.html, self.open, self.tags, self.words = html, [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    def rendered(results=None, costs=COSTS, verdict=verdict()):
+        path = tmp_path / "build" / "report.html"
+        render(path, **(results or made_up()), costs=costs, verdict=verdict)
+        assert os.listdir(path.parent) == ["report.html"]
+        return Page(path.read_text())
+
+    return rendered
+
+
+def test_it_loads_nothing(page):
+    found = page()
+    assert "script" not in {tag for tag, _ in found.tags} and "link" not in {tag for tag, _ in found.tags}
+    loads = [value for _, attrs in found.tags for key, value in attrs.items() if key in LOADS]
+    assert loads and all(value.startswith("#") for value in loads)
+    assert not re.search(r"https?://|url\(|@import", found.html)
+    ids = {attrs["id"] for _, attrs in found.tags if "id" in attrs}
+    assert {value[1:] for value in loads} <= ids
+
+
+def test_the_same_results_give_the_same_bytes(page):
+    assert page().html == page().html
+
+
+def test_sections_come_in_order(page):
+    sections = [attrs["id"] for tag, attrs in page().tags if tag == "section"]
+    assert sections == ["leaderboard", "comparisons", "tasks", "searches", "vectors", "inputs", "costs", "gates"]
+
+
+def test_the_summary_says_which_merge_and_how_good(page):
+    text = page().text
+    assert "cart (rank 0.16, scale 2) is the best of 3 merges by validation accuracy." in text
+    assert (
+        "mean accuracy over 3 tasks is 0.543 (95 % interval 0.533 to 0.553) : 0.367 below the experts and 0.243 above the base."
+        in text.replace("): ", ") : ")
+    )
+
+
+def test_experts_are_compared_with_on_their_own_tasks_only(page):
+    text = page(made_up(tasks=("digits", "held_out"), experts=("digits",))).text
+    assert "0.367 below the experts on the 1 task that has one and" in text
+
+
+def test_a_better_test_score_of_another_merge_is_not_hidden(page):
+    results = made_up()
+    results["leaderboard"]["candidate"] = "ties"
+    text = page(results).text
+    assert "On test alone cart is higher, with 0.543; the choice was made on the validation split." in text
+
+
+def test_pairs_are_told_from_the_candidates_side(page):
+    text = page().text  # the pairs say that ties and average are 0.05 below cart
+    assert "cart minus ties +0.050 +0.040 to +0.060 < 0.001 cart is better" in text
+    assert "average minus ties −0.050 −0.060 to −0.040 < 0.001 ties is better" in text
+    assert "cart is better than 2 of 2 other merges" in text
+
+
+def test_searches_say_what_was_chosen_and_where_the_grid_ended(page):
+    found = page()
+    assert "Of 6 settings, rank 0.16, scale 2 is best on validation, with 0.700. The chosen scale 2 is the largest that" in found.text
+    assert "Of 3 settings, scale 1 is best on validation, with 0.700. All points" not in found.text
+    assert [attrs["aria-label"].split(";")[0] for tag, attrs in found.tags if tag == "svg"] == [
+        "Mean validation accuracy of ties by scale",
+        "Mean validation accuracy of cart by rank",
+        "Mean validation accuracy of cart by scale",
+    ]
+
+
+def test_costs_are_summed_by_step(page):
+    assert "merge 2 1 min 16 s 1 min 11 s 1.50 GiB compare 1 0.5 s 0.5 s 256.0 MiB total 3" in page().text
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (verdict(), "cart passed every gate: version 2 is the champion now, in place of version 1."),
+        (verdict(champion_before=None), "cart passed every gate: version 2 is the first champion."),
+        (verdict(champion_before="2"), "cart is version 2, which is champion already."),
+        (verdict(False), "cart, registered as version 2, did not pass: 1 of 1 gates failed. Version 1 stays champion."),
+        (verdict(False, version=None, champion_after=None), "cart was not registered and did not pass: 1 of 1 gates failed. There is no champion."),
+        (verdict(candidate="old"), "This verdict is older than the leaderboard, whose candidate is cart."),
+        (None, "the register step has not run"),
+    ],
+)
+def test_the_verdict_in_words(page, given, words):
+    assert words in page(verdict=given).text
+
+
+def test_everything_from_outside_is_escaped(page):
+    results = made_up(tasks=("digits", HOSTILE), merges=("cart", HOSTILE))
+    board = results["leaderboard"]
+    board["pipeline"] = board["lineage"]["base"]["name"] = board["lineage"]["base"]["source"] = HOSTILE
+    board["rows"][-1] |= {"method": HOSTILE, "digest": HOSTILE, "params": {HOSTILE: HOSTILE}}
+    point = {"params": {HOSTILE: HOSTILE, "scale": 1.0}, "mean": 0.5, "tasks": {}}
+    results["searches"][HOSTILE] = {
+        "method": HOSTILE,
+        "points": [point, {**point, "params": {HOSTILE: "b", "scale": 2.0}}],
+        "chosen": point["params"],
+    }
+    gate = {"gate": HOSTILE, "passed": False, "sentence": HOSTILE}
+    given = verdict(False, candidate=HOSTILE, version=HOSTILE, champion_after=HOSTILE, findings=[gate])
+    found = page(results, [{**COSTS[0], "stage": f"{HOSTILE}@{HOSTILE}"}], given)
+    assert not {"script", "img"} & {tag for tag, _ in found.tags}
+    assert not any(key.startswith("on") for _, attrs in found.tags for key in attrs)
+    assert "{{ 7*1111 }}" in found.text and "7777" not in found.text
+
+
+def without_spectra(results):
+    for expert in results["description"]["experts"].values():
+        expert["energy_in_leading_directions"] = {}
+        expert["alignment_with_base"] = None
+    return results
+
+
+def with_one_point(results):
+    results["searches"]["ties"]["points"] = search("ties")["points"][1:2]
+    return results
+
+
+@pytest.mark.parametrize(
+    "results, absent",
+    [
+        (made_up(merges=("average",)), "id=searches"),
+        (made_up(tasks=("digits",)), "Cosine between task vectors"),
+        (made_up(tasks=("digits", "shapes"), experts=()), "below the experts"),
+        (without_spectra(made_up()), "Energy in leading directions"),
+        (with_one_point(made_up()), "accuracy of ties by scale"),
+        (made_up(tuple(f"task-{i}" for i in range(20)), tuple(f"{'long' * 30}-{i}" for i in range(15))), "id=searches"),
+    ],
+    ids=["one merge, no search", "one task, one expert", "no experts", "no spectra", "one point", "twenty tasks, fifteen merges"],
+)
+def test_what_is_missing_is_left_out(page, results, absent):
+    found = page(results, costs=[], verdict=None)
+    assert absent not in found.html.replace('"', "")
+    assert "Time and memory" not in found.text and "None" not in found.text and "nan" not in found.text
+
+
+def test_a_place_that_cannot_be_written_is_the_users_to_mend(tmp_path):
+    (tmp_path / "build").write_text("")
+    with pytest.raises(UserError, match="report.html: cannot be written"):
+        render(tmp_path / "build" / "report.html", **made_up(), costs=[], verdict=None)
