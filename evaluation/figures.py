@@ -1,7 +1,7 @@
 """Pictures of a finished comparison as PNG files, and the curves of a search that they and the report draw.
 
-matplotlib is used without pyplot, whose global state does not bear threads. Colours are Okabe and Ito's and shades of
-one blue, which colour-blind readers can tell apart.
+matplotlib is used without pyplot, whose global state does not bear threads. Colours are Okabe and Ito's, and
+shades of one blue: colour-blind readers can tell them apart.
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from merging.errors import UserError
+from merging.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Json = dict[str, Any]
 Point = tuple[float, float]  # value of a parameter, mean accuracy on the validation split
 
 _MERGE, _CANDIDATE, _REFERENCE = "#0072b2", "#d55e00", "#999999"
@@ -31,8 +30,8 @@ _LONGEST_NAME = 32  # characters; a longer one would take the room of the pictur
 class Curve(NamedTuple):
     """Mean validation accuracy against one numeric parameter of a search.
 
-    best: over all other parameters. other: the first other parameter that varied, if any. lines: for each of its
-    values, as text, the best over the rest. chosen: the point of the chosen setting.
+    best: over all other parameters. other: the first other parameter that varied, if any. lines: for each of
+    its values, as text, the best over the rest. chosen: the point of the chosen setting.
     """
 
     best: list[Point]
@@ -41,16 +40,14 @@ class Curve(NamedTuple):
     chosen: Point
 
 
-def draw_all(
-    folder: Path, *, leaderboard: dict[str, Any], searches: dict[str, dict[str, Any]], description: dict[str, Any]
-) -> list[Path]:
+def draw_all(folder: Path, *, leaderboard: Json, searches: dict[str, Json], description: Json) -> list[Path]:
     """Draw every picture that the results have into `folder`, the same bytes for the same results.
 
-    heatmap.png, leaderboard.png; rank_curve.png, scale_curve.png where a search varied them; similarity.png where
-    there are two experts. Pictures of an earlier run that these results do not have are removed.
+    heatmap.png, leaderboard.png; rank_curve.png, scale_curve.png where a search varied them; similarity.png
+    where there are several experts. Pictures of an earlier run that these results do not have are removed.
 
-    leaderboard: leaderboard.json of the compare step. searches: merge -> its search result. description: that of
-    the extract step.
+    leaderboard: leaderboard.json of the compare step. searches: merge -> its search result. description: that
+    of the extract step.
 
     Raises:
         UserError: the folder cannot be written.
@@ -68,17 +65,22 @@ def draw_all(
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            write_whole(path, _png(figure))
+            write_bytes(path, _png(figure))
             drawn.append(path)
     return drawn
 
 
-def ranked(leaderboard: dict[str, Any]) -> list[dict[str, Any]]:
+def ranked(leaderboard: Json) -> list[Json]:
     """The rows of a leaderboard, best mean test accuracy first."""
     return sorted(leaderboard["rows"], key=lambda row: -row["mean"])
 
 
-def searched(search: dict[str, Any]) -> list[str]:
+def half_width(estimates: list[Json]) -> float:
+    """Half the width of the widest interval among estimates that have "lower" and "upper"."""
+    return max((estimate["upper"] - estimate["lower"]) / 2 for estimate in estimates)
+
+
+def searched(search: Json) -> list[str]:
     """The parameters that a search varied."""
     values: dict[str, set[str]] = {}
     for point in search["points"]:
@@ -87,15 +89,15 @@ def searched(search: dict[str, Any]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def curve(search: dict[str, Any], parameter: str) -> Curve | None:
+def curve(search: Json, parameter: str) -> Curve | None:
     """The curve of a search over `parameter`; None if it did not vary or is not a number."""
     points, varied = search["points"], searched(search)
-    if parameter not in varied or not all(_is_number(p["params"].get(parameter)) for p in points):
+    if parameter not in varied or not all(_is_number(p["params"][parameter]) for p in points):
         return None
     other = next((key for key in varied if key != parameter), None)
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Json]] = {}
     for point in points if other else ():
-        groups.setdefault(as_text(point["params"].get(other)), []).append(point)
+        groups.setdefault(as_text(point["params"][other]), []).append(point)
     chosen = next(p for p in points if p["params"] == search["chosen"])
     return Curve(
         best=_best(points, parameter),
@@ -117,32 +119,11 @@ def as_text(value: Any) -> str:
     return f"{value:g}" if _is_number(value) else json.dumps(value, ensure_ascii=False)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        UserError: it cannot be written there.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as partial:
-            try:
-                partial.write(data)
-                partial.flush()
-                os.chmod(partial.name, 0o644)
-                os.replace(partial.name, path)
-            except BaseException:
-                os.unlink(partial.name)
-                raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or mend its permissions") from None
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _best(points: list[dict[str, Any]], parameter: str) -> list[Point]:
+def _best(points: list[Json], parameter: str) -> list[Point]:
     """For each value of `parameter`, ascending, the best mean."""
     best: dict[float, float] = {}
     for point in points:
@@ -179,10 +160,11 @@ def _title(ax: Axes, text: str) -> None:
     ax.set_title(text, loc="left", fontweight="bold", pad=10)
 
 
-def _heatmap(leaderboard: dict[str, Any]) -> Figure:
+def _heatmap(leaderboard: Json) -> Figure:
     rows, tasks = ranked(leaderboard), leaderboard["tasks"]
     values = [
-        [row["mean"], *(row["tasks"].get(task, {}).get("accuracy", math.nan) for task in tasks)] for row in rows
+        [row["mean"], *(row["tasks"].get(task, {}).get("accuracy", math.nan) for task in tasks)]
+        for row in rows
     ]
     figure, (ax,) = _new_figure(3.2 + 0.62 * len(values[0]), 1.9 + 0.36 * len(rows))
     image = _draw_matrix(ax, values, [row["name"] for row in rows], ["mean", *tasks], digits=2)
@@ -198,7 +180,8 @@ def _draw_matrix(
     """Cells with their numbers; a NaN is left blank. Returns the image, for a colour bar."""
     known = [value for row in values for value in row if not math.isnan(value)]
     image = ax.imshow(values, cmap="Blues", aspect="auto", vmin=min(known), vmax=max(known))
-    ax.set_xticks(range(len(columns)), [_label(name) for name in columns], rotation=40, ha="right", rotation_mode="anchor")
+    labels = [_label(name) for name in columns]
+    ax.set_xticks(range(len(columns)), labels, rotation=40, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), [_label(name) for name in rows])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -207,11 +190,12 @@ def _draw_matrix(
             if not math.isnan(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
                 dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+                colour = "white" if dark else "black"
+                ax.text(j, i, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
     return image
 
 
-def _leaderboard(leaderboard: dict[str, Any]) -> Figure:
+def _leaderboard(leaderboard: Json) -> Figure:
     rows = ranked(leaderboard)[::-1]  # matplotlib counts from below
     colours = [_REFERENCE if row["kind"] != "merge" else _MERGE for row in rows]
     places = range(len(rows))
@@ -230,7 +214,7 @@ def _leaderboard(leaderboard: dict[str, Any]) -> Figure:
     return figure
 
 
-def _curves(searches: dict[str, dict[str, Any]], parameter: str) -> Figure | None:
+def _curves(searches: dict[str, Json], parameter: str) -> Figure | None:
     """One line for each merge that varied `parameter`, best over its other parameters."""
     curves = {name: found for name, search in searches.items() if (found := curve(search, parameter))}
     if not curves:
@@ -255,14 +239,15 @@ def _curves(searches: dict[str, dict[str, Any]], parameter: str) -> Figure | Non
     return figure
 
 
-def _similarity(description: dict[str, Any]) -> Figure | None:
+def _similarity(description: Json) -> Figure | None:
     names = list(description["experts"])
     if len(names) < 2:
         return None
     figure, axes = _new_figure(3.6 + 1.1 * len(names), 1.9 + 0.42 * len(names), columns=2)
     panels = (("cosine", "Cosine of task vectors"), ("sign_conflict", "Share of weights with opposite signs"))
     for ax, (key, title) in zip(axes, panels):
-        values = [[math.nan if i == j else v for j, v in enumerate(row)] for i, row in enumerate(description[key])]
+        matrix = description[key]
+        values = [[math.nan if i == j else v for j, v in enumerate(row)] for i, row in enumerate(matrix)]
         image = _draw_matrix(ax, values, names, names, digits=3)
         _title(ax, title)
         figure.colorbar(image, ax=ax, shrink=0.9)

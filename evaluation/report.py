@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple, Sequence
 
-from evaluation.figures import as_text, curve, is_logarithmic, ranked, searched, write_whole
+from evaluation.figures import as_text, curve, half_width, is_logarithmic, ranked, searched
+from merging.files import write_bytes
 
 Json = dict[str, Any]
 
@@ -18,33 +19,41 @@ _WIDTH, _HEIGHT = 400, 220  # of a line chart, in its own coordinates
 
 
 def render(
-    path: Path, *, leaderboard: Json, searches: dict[str, Json], description: Json, costs: list[Json], verdict: Json | None
+    path: Path,
+    *,
+    leaderboard: Json,
+    searches: dict[str, Json],
+    description: Json,
+    costs: list[Json],
+    verdict: Json | None,
 ) -> None:
     """Write the report to `path`, the same bytes for the same results.
 
-    leaderboard: leaderboard.json of the compare step. searches: merge -> its search result. description: that of the
-    extract step. costs: of stages, {"stage", "seconds", "cpu_seconds", "peak_rss_bytes"}. verdict: of the register
-    step, or None before it has run.
+    leaderboard: leaderboard.json of the compare step. searches: merge -> its search result. description: that
+    of the extract step. costs: of stages, {"stage", "seconds", "cpu_seconds", "peak_rss_bytes"}. verdict: of
+    the register step, or None before it has run.
 
     Raises:
         UserError: the file cannot be written.
     """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {
         "accuracy": _accuracy,
+        "counted": lambda count, thing: f"{count} {thing}{'' if count == 1 else 's'}",
         "signed": _signed,
         "p_value": _p_value,
-        "percent": lambda share: f"{share:.0%}",
         "bytes": _bytes,
         "duration": _duration,
         "settings": _settings,
         "value": as_text,
     }
-    template = environment.from_string(resources.files("evaluation").joinpath("report.html.jinja").read_text("utf-8"))
+    template = resources.files("evaluation").joinpath("report.html.jinja").read_text("utf-8")
     rows = ranked(leaderboard)
-    page = template.render(
+    page = environment.from_string(template).render(
         board=leaderboard,
         rows=rows,
         summary=_summary(leaderboard),
@@ -56,10 +65,10 @@ def render(
         costs=costs,
         verdict=verdict,
     )
-    write_whole(path, page.encode())
+    write_bytes(path, (page.strip() + "\n").encode())
 
 
-# ---------------------------------------------------------------------------------------------- numbers as text
+# ------------------------------------------------------------ numbers as text
 
 
 def _accuracy(value: float | None) -> str:
@@ -89,11 +98,11 @@ def _settings(params: Json) -> str:
     return ", ".join(f"{name} {as_text(value)}" for name, value in params.items()) or "no parameters"
 
 
-# --------------------------------------------------------------------------------------------------- leaderboard
+# ------------------------------------------------------------ leaderboard
 
 
 def _summary(board: Json) -> Json:
-    """The candidate, its distance to experts and base on the tasks they share, and any merge that tests better."""
+    """The candidate, its distance to experts and base, and any merge that does better on test."""
     rows = {row["kind"]: row for row in board["rows"] if row["kind"] != "merge"}
     merges = [row for row in ranked(board) if row["kind"] == "merge"]
     candidate = next(row for row in merges if row["name"] == board["candidate"])
@@ -130,7 +139,7 @@ def _flipped(pair: Json) -> Json:
     return {"a": pair["b"], "b": pair["a"], "p": pair["p"], **flipped}
 
 
-# ------------------------------------------------------------------------------------------------ coloured tables
+# ------------------------------------------------------------ coloured tables
 
 
 class Cell(NamedTuple):
@@ -151,8 +160,7 @@ class Table(NamedTuple):
     largest: float
 
 
-def _table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[float | None]]], form: str = ".3f") -> Table:
-    rows = list(rows)
+def _table(columns: list[str], rows: list[tuple[str, list[float | None]]], form: str = ".3f") -> Table:
     known = [value for _, values in rows for value in values if value is not None]
     low, high = min(known, default=0.0), max(known, default=0.0)
 
@@ -161,19 +169,18 @@ def _table(columns: Sequence[str], rows: Iterable[tuple[str, Sequence[float | No
             return Cell("–", None)
         return Cell(format(value, form).replace("-", "−"), 100 * (value - low) / ((high - low) or 1))
 
-    return Table(list(columns), [(name, [cell(value) for value in values]) for name, values in rows], low, high)
+    return Table(columns, [(name, [cell(value) for value in values]) for name, values in rows], low, high)
 
 
 def _accuracies(rows: list[Json], tasks: list[str]) -> Table:
-    """Test accuracy of every model on every task; the best merge of each task is marked."""
-    plain = _table(
-        ["mean", *tasks],
-        ((row["name"], [row["mean"], *(row["tasks"].get(t, {}).get("accuracy") for t in tasks)]) for row in rows),
-    )
-    best = {
-        task: max((row["tasks"][task]["accuracy"] for row in rows if row["kind"] == "merge" and task in row["tasks"]), default=None)
-        for task in tasks
-    }
+    """Test accuracy of every model on every task, the best merges marked; last, the widest intervals."""
+
+    def values(row: Json) -> list[float | None]:
+        return [row["mean"], *(row["tasks"].get(task, {}).get("accuracy") for task in tasks)]
+
+    plain = _table(["mean", *tasks], [(row["name"], values(row)) for row in rows])
+    merges = [row for row in rows if row["kind"] == "merge"]
+    best = {task: max(row["tasks"][task]["accuracy"] for row in merges) for task in tasks}
 
     def explained(cell: Cell, row: Json, task: str) -> Cell:
         score = row["tasks"].get(task)
@@ -188,10 +195,12 @@ def _accuracies(rows: list[Json], tasks: list[str]) -> Table:
         (name, [cells[0], *(explained(cell, row, task) for cell, task in zip(cells[1:], tasks))])
         for (name, cells), row in zip(plain.rows, rows)
     ]
-    return plain._replace(rows=marked)
+    measured = [rows, *([row["tasks"][task] for row in rows if task in row["tasks"]] for task in tasks)]
+    widths = [Cell(f"±{half_width(estimates):.3f}", None) for estimates in measured]
+    return plain._replace(rows=[*marked, ("widest interval", widths)])
 
 
-# ----------------------------------------------------------------------------------------------- search curves
+# ------------------------------------------------------------ search curves
 
 
 class Axis(NamedTuple):
@@ -241,7 +250,7 @@ class Chart(NamedTuple):
 
 
 def _searches(searches: dict[str, Json]) -> list[Json]:
-    """Of every merge that searched: its points, its charts, and where the chosen setting lies on the edge of the grid."""
+    """Of every merge that searched: points, charts, and where the choice lies on the edge of the grid."""
     return [
         {
             "name": name,
@@ -269,18 +278,20 @@ def _chart(search: Json, parameter: str) -> Chart | None:
     if found is None:
         return None
     values, grid = [x for x, _ in found.best], _grid([point["mean"] for point in search["points"]])
-    horizontal = Axis(values[0], values[-1], start=52, end=_WIDTH - 14, logarithmic=is_logarithmic(parameter, values))
+    logarithmic = is_logarithmic(parameter, values)
+    horizontal = Axis(values[0], values[-1], start=52, end=_WIDTH - 14, logarithmic=logarithmic)
     vertical = Axis(grid[0], grid[-1], start=_HEIGHT - 38, end=10)
 
     def placed(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         return [(horizontal.at(x), vertical.at(y)) for x, y in points]
 
-    last = max(1, len(found.lines) - 1)
+    groups = enumerate(found.lines.items())
+    step = 100 / max(1, len(found.lines) - 1)
     return Chart(
         parameter=parameter,
         other=found.other,
         best=placed(found.best),
-        lines=[Line(label, placed(points), 100 * i / last) for i, (label, points) in enumerate(found.lines.items())],
+        lines=[Line(label, placed(points), step * i) for i, (label, points) in groups],
         chosen=placed([found.chosen])[0],
         x_ticks=horizontal.ticks(values, room=30),
         y_ticks=vertical.ticks(grid, room=20, form="{:.2f}".format),
@@ -293,10 +304,11 @@ def _edges(search: Json) -> Iterable[str]:
         if found := curve(search, parameter):
             value, tried = found.chosen[0], [x for x, _ in found.best]
             if value in (tried[0], tried[-1]):
-                yield f"{parameter} {as_text(value)} is the {'smallest' if value == tried[0] else 'largest'}"
+                end = "smallest" if value == tried[0] else "largest"
+                yield f"{parameter} {as_text(value)} is the {end}"
 
 
-# ------------------------------------------------------------------------------------------------ task vectors
+# ------------------------------------------------------------ task vectors
 
 
 def _vectors(description: Json) -> Json:
@@ -309,7 +321,7 @@ def _vectors(description: Json) -> Json:
         "cosine": _square(names, description["cosine"]),
         "sign_conflict": _square(names, description["sign_conflict"]),
         "blocks": _shares(experts, "energy_by_block"),
-        "directions": _shares(experts, "energy_in_leading_directions"),
+        "directions": _shares(experts, "energy_in_leading_directions", lambda share: f"{float(share):.0%}"),
     }
 
 
@@ -317,19 +329,19 @@ def _square(names: list[str], values: list[list[float]]) -> Table | None:
     """A matrix between experts, without its diagonal."""
     if len(names) < 2:
         return None
-    rows = ([None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(values))
-    return _table(names, zip(names, rows))
+    rows = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(values)]
+    return _table(names, list(zip(names, rows)))
 
 
-def _shares(experts: dict[str, Json], key: str) -> Table | None:
+def _shares(experts: dict[str, Json], key: str, title: Callable[[str], str] = str) -> Table | None:
     columns = list(next(iter(experts.values()))[key])
     if not columns:
         return None
-    titles = [f"{float(c):.0%}" for c in columns] if key == "energy_in_leading_directions" else columns
-    return _table(titles, ((name, [expert[key][c] for c in columns]) for name, expert in experts.items()), ".0%")
+    rows = [(name, [expert[key][column] for column in columns]) for name, expert in experts.items()]
+    return _table([title(column) for column in columns], rows, ".0%")
 
 
-# -------------------------------------------------------------------------------------------------------- costs
+# ------------------------------------------------------------ costs
 
 
 def _steps(costs: list[Json]) -> list[Json]:
@@ -337,7 +349,8 @@ def _steps(costs: list[Json]) -> list[Json]:
     steps: dict[str, Json] = {}
     for cost in costs:
         name = cost["stage"].partition("@")[0]
-        step = steps.setdefault(name, {"name": name, "stages": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0})
+        zero = {"name": name, "stages": 0, "seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0}
+        step = steps.setdefault(name, zero)
         step["stages"] += 1
         step["seconds"] += cost["seconds"]
         step["cpu_seconds"] += cost["cpu_seconds"]

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from tasks.workspace import Workspace
 
 
+_PIPED_WIDTH = 110
+
+
 def watch(workspace: Workspace, done: Event) -> None:
     """Print a line for each stage that finishes, until `done` is set."""
     folder = workspace.state / "costs"
@@ -32,12 +35,14 @@ def print_leaderboard(workspace: Workspace) -> None:
 
     board = load_leaderboard(workspace)
     table = Table(title=f"{board['pipeline']}: test accuracy, mean of {len(board['tasks'])} tasks")
-    for name, justify in (("model", "left"), ("mean", "right"), ("95 % interval", "right"), ("normalised", "right"),
-                          ("worst task", "right"), ("settings (chosen on validation)", "left")):  # fmt: skip
-        table.add_column(name, justify=justify)
+    table.add_column("model", no_wrap=True)
+    for name in ("mean", "95 % interval", "normalised", "worst task"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("settings, chosen on validation")
     for row in sorted(board["rows"], key=lambda r: -r["mean"]):
         table.add_row(*_cells(row), style="bold" if row["name"] == board["candidate"] else "")
-    Console().print(table)
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=_PIPED_WIDTH).print(table)
     verdict = load_verdict(workspace)
     if verdict:
         state = "passed the gates" if verdict["passed"] else "did not pass the gates"

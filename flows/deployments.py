@@ -66,10 +66,8 @@ def notify(workspace: Workspace, name: str) -> None:
         raise UserError(f"params.yaml has no checkpoint '{name}'{did_you_mean(name, workspace.params.sources)}")
     with prefect_server(workspace.state) as url:
         from prefect.events import emit_event
-        from prefect.events.worker import EventsWorker
 
         emit_event(EVENT, resource={"prefect.resource.id": f"{_resource(workspace)}.{name}"})
-        EventsWorker.drain_all(at_exit=False)
         print(f"told {url} of {name}")
 
 

@@ -22,12 +22,9 @@ def run_pipeline(workspace: Workspace) -> None:
     with workspace.lock():
         pass  # say so at once, before a server is started
     with prefect_server(workspace.state), _watched(workspace):
-        from prefect.logging.handlers import APILogHandler
-
         from flows.pipeline import pipeline
 
         ran = pipeline(str(workspace.params_file))
-        APILogHandler.flush()  # while its server is still there
     print_leaderboard(workspace)
     print_next_steps(workspace, ran)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from tasks.graph import Stage
 from tasks.workspace import Workspace
 
 _DOWNLOADS = ("fetch", "data")
+# A task that waits for another holds a thread of the runner, so threads are many and cores are counted here.
+_THREADS = 64
+_CORES = threading.BoundedSemaphore(os.cpu_count() or 1)
 _ON_DEVICE = ("search", "merge-all", "evaluate", "baselines")
 
 
@@ -84,7 +88,8 @@ def run_stage(params: str, name: str) -> dict[str, Any]:
     stage = _stage(workspace, name)
     record = workspace.record(stage)
     if not versioning.restore(workspace, stage, record):
-        workspace.run(stage)
+        with _CORES:
+            workspace.run(stage)
     return {**record, "outs": workspace.outputs(stage)}
 
 
@@ -100,7 +105,7 @@ def publish_run(params: str) -> dict[str, Any]:
     return {"run_id": published.run_id}
 
 
-@flow(name="mergeline", flow_run_name="{params}", task_runner=ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1))
+@flow(name="mergeline", flow_run_name="{params}", task_runner=ThreadPoolTaskRunner(max_workers=_THREADS))
 def pipeline(params: str = "params.yaml", publish: bool = True) -> list[str]:
     """Run every stage of `params` that is stale, record the run in dvc.lock, publish it; returns the stages that ran.
 

@@ -18,6 +18,7 @@ from merging.errors import UserError
 from merging.files import write_json
 
 _START_SECONDS = 180
+_DRAIN_SECONDS = 20
 _PREFERRED_PORT = 4200
 
 # Read by Prefect when it is imported; what the user has set stays.
@@ -60,10 +61,21 @@ def prefect_server(state: Path) -> Iterator[str]:
         write_json(_address_file(state), {"url": url})
         yield url
     finally:
+        _send_what_waits()
         _address_file(state).unlink(missing_ok=True)
         process.stdin.close()
         process.terminate()
         process.wait(timeout=30)
+
+
+def _send_what_waits() -> None:
+    """Logs and events leave from queues; at exit it would be too late, their server being gone."""
+    if "prefect" in sys.modules:
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        for worker in (APILogWorker, EventsWorker):
+            worker.drain_all(timeout=_DRAIN_SECONDS)
 
 
 def _address_file(state: Path) -> Path:

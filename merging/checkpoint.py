@@ -141,20 +141,25 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             names files outside the folder or tensors that are not in them.
     """
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    refuse_pickle(path)
-    tensors, metadata = _read_header(path)
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        refuse_pickle(path)
+        tensors, metadata = _read_header(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
     return Checkpoint(path, dict(sorted(tensors.items())), metadata)
 
 
 def refuse_pickle(path: Path) -> None:
     """Raises UserError if `path` is named, or begins, like a pickle."""
     with open(path, "rb") as file:
-        start = file.read(4)
-    if path.suffix in PICKLE_SUFFIXES or start[:2] in (b"\x80\x02", b"\x80\x04") or start == b"PK\x03\x04":
+        start = file.read(9)
+    # The first eight bytes of safetensors, a length, may look like a pickle; the "{" after them does not.
+    is_pickle = start.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")) and start[8:] != b"{"
+    if is_pickle or path.suffix in PICKLE_SUFFIXES:
         raise UserError(
             f"{path}: a pickle checkpoint can run code when it is opened; save it as safetensors, or let "
             "`mergeline fetch` convert it with allow_pickle: true"
@@ -218,7 +223,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise UserError(f"{path}: the header does not fit into the file ({size} bytes); it is truncated or no safetensors")
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw.decode(), object_pairs_hook=_unique)
+        json.dumps(header, ensure_ascii=False).encode()  # a lone surrogate could be read, but never written
         if not isinstance(header, dict):
             raise ValueError("not a JSON object")
     except (ValueError, RecursionError) as error:

@@ -93,10 +93,8 @@ def merge_state_dicts(
     resolved = entry.resolve(params or {})
     if statistics:
         raise UserError(f"{method} takes no statistics")
-    if entry.wants_base(resolved) and base is None:
-        raise UserError(f"{method} measures from the base: pass it")
-    if len(experts) < entry.minimum_experts:
-        raise UserError(f"{method} needs at least {entry.minimum_experts} expert(s), got {len(experts)}")
+    for misuse in entry.misuses(resolved, len(experts), base is not None):
+        raise UserError(misuse)
     source = _Memory(experts, base, factors)
     with one_thread():
         facts = entry.prepass(source, **resolved) if entry.prepass else None

@@ -23,7 +23,7 @@ def user_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{target}: no space left on the disk; free some and run again") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
             raise UserError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
         raise
 
@@ -90,15 +90,16 @@ def publish(partial: Path, out: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
         with user_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(data)
-        sync(temporary)
-        temporary.rename(path)
+            sync(temporary)
+            temporary.rename(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -135,7 +135,7 @@ def polar(x_MK: Tensor) -> Tensor:
     if x_MK.shape[0] < x_MK.shape[1]:
         return polar(x_MK.T).T
     w_K, q_KK = torch.linalg.eigh(x_MK.T @ x_MK)
-    if w_K[0] < 1e-13 * w_K[-1]:
+    if w_K[0] <= 1e-13 * w_K[-1]:
         u, _, vh = torch.linalg.svd(x_MK, full_matrices=False)
         return u @ vh
     return x_MK @ ((q_KK * w_K.rsqrt()) @ q_KK.T)

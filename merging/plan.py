@@ -115,15 +115,8 @@ def _resolve_method(plan: Plan) -> None:
     except UserError as error:
         plan.problems.append(str(error))
         return
-    method, params = plan.method, plan.params
-    if method.wants_base(params) and plan.recipe.base is None:
-        plan.problems.append(f"{method.id} measures from the base checkpoint: name it (--base, `base:`)")
-    if count < method.minimum_experts:
-        plan.problems.append(f"{method.id} needs at least {method.minimum_experts} expert(s), got {count}")
-    weights = params.get("weights")
-    if weights is not None and len(weights) != count:
-        plan.problems.append(f"{method.id}: {len(weights)} weights for {count} experts; give one an expert, in order")
-    warning = method.warn and method.warn(count, params)
+    plan.problems += plan.method.misuses(plan.params, count, plan.recipe.base is not None)
+    warning = plan.method.warn and plan.method.warn(count, plan.params)
     if warning:
         plan.warnings.append(warning)
 

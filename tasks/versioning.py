@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Mapping
 
 from merging.errors import UserError
 from merging.files import write_bytes
+from tasks.params import load_params
 
 if TYPE_CHECKING:
     from tasks.graph import Stage
@@ -64,7 +65,7 @@ def commit(workspace: Workspace, records: Mapping[str, Mapping[str, Any]]) -> bo
 
 
 def init_workspace(folder: Path, params: Path | None) -> None:
-    """A new workspace: params.yaml (a copy of `params`, or the sample family's) and the dvc.yaml of this repository.
+    """A new workspace: params.yaml (a copy of `params`, or the sample family's), its suite, and this dvc.yaml.
 
     It must lie inside the repository, whose code is part of what makes a result stale.
 
@@ -85,6 +86,10 @@ def init_workspace(folder: Path, params: Path | None) -> None:
     if params is None:
         text = text.replace(" samples/", f" {code}/samples/")
     folder.mkdir(parents=True, exist_ok=True)
+    suite = source.parent / load_params(source).suite
+    if params and suite.is_file():
+        write_bytes(folder / suite.name, suite.read_bytes())
+        text = text.replace(f"suite: {load_params(source).suite}", f"suite: {suite.name}", 1)
     write_bytes(folder / "params.yaml", text.encode())
     write_bytes(folder / "dvc.yaml", graph.encode())
 

@@ -85,22 +85,20 @@ def test_the_same_results_give_the_same_bytes(page):
 
 
 def test_sections_come_in_order(page):
-    sections = [attrs["id"] for tag, attrs in page().tags if tag == "section"]
-    assert sections == ["leaderboard", "comparisons", "tasks", "searches", "vectors", "inputs", "costs", "gates"]
+    sections = " ".join(attrs["id"] for tag, attrs in page().tags if tag == "section")
+    assert sections == "leaderboard comparisons tasks searches vectors inputs costs gates"
 
 
 def test_the_summary_says_which_merge_and_how_good(page):
     text = page().text
     assert "cart (rank 0.16, scale 2) is the best of 3 merges by validation accuracy." in text
-    assert (
-        "mean accuracy over 3 tasks is 0.543 (95 % interval 0.533 to 0.553) : 0.367 below the experts and 0.243 above the base."
-        in text.replace("): ", ") : ")
-    )
+    assert "mean accuracy over 3 tasks is 0.543 (95 % interval 0.533 to 0.553):" in text
+    assert ": 0.367 below the experts and 0.243 above the base." in text
 
 
 def test_experts_are_compared_with_on_their_own_tasks_only(page):
     text = page(made_up(tasks=("digits", "held_out"), experts=("digits",))).text
-    assert "0.367 below the experts on the 1 task that has one and" in text
+    assert "0.367 below the experts on the 1 task with an expert and" in text
 
 
 def test_a_better_test_score_of_another_merge_is_not_hidden(page):
@@ -108,6 +106,13 @@ def test_a_better_test_score_of_another_merge_is_not_hidden(page):
     results["leaderboard"]["candidate"] = "ties"
     text = page(results).text
     assert "On test alone cart is higher, with 0.543; the choice was made on the validation split." in text
+
+
+def test_accuracies_come_with_their_intervals(page):
+    found = page()
+    assert "widest interval ±0.010 ±0.030 ±0.030 ±0.030" in found.text
+    titles = [attrs["title"] for tag, attrs in found.tags if tag == "td" and "title" in attrs]
+    assert "95 % interval 0.503 to 0.563, n = 400, 59% of its expert" in titles
 
 
 def test_pairs_are_told_from_the_candidates_side(page):
@@ -119,8 +124,8 @@ def test_pairs_are_told_from_the_candidates_side(page):
 
 def test_searches_say_what_was_chosen_and_where_the_grid_ended(page):
     found = page()
-    assert "Of 6 settings, rank 0.16, scale 2 is best on validation, with 0.700. The chosen scale 2 is the largest that" in found.text
-    assert "Of 3 settings, scale 1 is best on validation, with 0.700. All points" not in found.text
+    assert "Of 6 settings, rank 0.16, scale 2 is best on validation, with 0.700." in found.text
+    assert found.text.count("that was tried") == 1 and "The chosen scale 2 is the largest that" in found.text
     assert [attrs["aria-label"].split(";")[0] for tag, attrs in found.tags if tag == "svg"] == [
         "Mean validation accuracy of ties by scale",
         "Mean validation accuracy of cart by rank",
@@ -138,8 +143,10 @@ def test_costs_are_summed_by_step(page):
         (verdict(), "cart passed every gate: version 2 is the champion now, in place of version 1."),
         (verdict(champion_before=None), "cart passed every gate: version 2 is the first champion."),
         (verdict(champion_before="2"), "cart is version 2, which is champion already."),
-        (verdict(False), "cart, registered as version 2, did not pass: 1 of 1 gates failed. Version 1 stays champion."),
-        (verdict(False, version=None, champion_after=None), "cart was not registered and did not pass: 1 of 1 gates failed. There is no champion."),
+        (verdict(False), "cart, registered as version 2, did not pass: 1 of 1 gates failed."),
+        (verdict(False), "Version 1 stays champion."),
+        (verdict(False, version=None), "cart was not registered and did not pass"),
+        (verdict(False, champion_after=None), "There is no champion."),
         (verdict(candidate="old"), "This verdict is older than the leaderboard, whose candidate is cart."),
         (None, "the register step has not run"),
     ],
@@ -179,6 +186,9 @@ def with_one_point(results):
     return results
 
 
+LONG_NAMES = tuple(f"{'long' * 30}-{i}" for i in range(15))
+
+
 @pytest.mark.parametrize(
     "results, absent",
     [
@@ -187,9 +197,9 @@ def with_one_point(results):
         (made_up(tasks=("digits", "shapes"), experts=()), "below the experts"),
         (without_spectra(made_up()), "Energy in leading directions"),
         (with_one_point(made_up()), "accuracy of ties by scale"),
-        (made_up(tuple(f"task-{i}" for i in range(20)), tuple(f"{'long' * 30}-{i}" for i in range(15))), "id=searches"),
+        (made_up(tuple(f"task-{i}" for i in range(20)), LONG_NAMES), "id=searches"),
     ],
-    ids=["one merge, no search", "one task, one expert", "no experts", "no spectra", "one point", "twenty tasks, fifteen merges"],
+    ids=["one merge", "one task", "no experts", "no spectra", "one point", "many and long"],
 )
 def test_what_is_missing_is_left_out(page, results, absent):
     found = page(results, costs=[], verdict=None)

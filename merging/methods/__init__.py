@@ -82,7 +82,7 @@ class Method:
             for name, p in inspect.signature(self.function).parameters.items()
             if p.kind is p.KEYWORD_ONLY
         }
-        return create_model(self.id, __config__=ConfigDict(extra="forbid"), **fields)
+        return create_model(self.id, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -107,8 +107,15 @@ class Method:
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"{self.id}: {where} = {first['input']!r}: {first['msg']}") from None
 
-    def wants_base(self, params: Mapping[str, Any]) -> bool:
-        return self.needs_base or bool(self.base_if and self.base_if(params))
+    def misuses(self, params: Mapping[str, Any], experts: int, has_base: bool) -> Iterator[str]:
+        """What is wrong with resolved parameters for so many experts, a sentence each."""
+        if not has_base and (self.needs_base or self.base_if and self.base_if(params)):
+            yield f"{self.id} measures from the base checkpoint: name it (--base, `base:`)"
+        if experts < self.minimum_experts:
+            yield f"{self.id} needs at least {self.minimum_experts} expert(s), got {experts}"
+        weights = params.get("weights")
+        if weights is not None and len(weights) != experts:
+            yield f"{self.id}: {len(weights)} weights for {experts} experts; give one an expert, in order"
 
 
 def method(

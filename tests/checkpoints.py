@@ -1,0 +1,92 @@
+"""Small checkpoints for tests: state dicts from a seed, files with any header, and what a refusal must look like."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from merging.errors import UserError
+
+State = dict[str, Tensor]
+
+# Names as open_clip gives them: the last is no linear layer of a block.
+SHAPES = {"blocks.0.attn.weight": (6, 4), "blocks.0.mlp.weight": (3, 5), "blocks.1.bias": (7,), "logit_scale": ()}
+
+
+@contextmanager
+def refused(*parts: str) -> Iterator[None]:
+    """The block must raise a UserError of one line that contains every part."""
+    with pytest.raises(UserError) as caught:
+        yield
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def random_state(
+    seed: int, dtype: torch.dtype = torch.float32, shapes: Mapping[str, tuple[int, ...]] = SHAPES
+) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def save_family(folder: Path, experts: int = 3, dtype: torch.dtype = torch.float32, **recipe: Any) -> dict[str, Any]:
+    """A base and its experts as files in `folder`; returns the recipe that averages them, updated by `recipe`."""
+    base = random_state(0, dtype)
+    paths = {"base": folder / "base.safetensors"}
+    save_file(base, paths["base"])
+    for t in range(experts):
+        name = "abcdefgh"[t]
+        paths[name] = folder / f"{name}.safetensors"
+        tau = random_state(t + 1)
+        save_file({k: (v.float() + 0.1 * tau[k]).to(dtype) for k, v in base.items()}, paths[name])
+    return {"method": "average", "base": paths.pop("base"), "experts": paths, **recipe}
+
+
+def edit(path: Path, **changes: Tensor | None) -> None:
+    """Replace (or, with None, remove) tensors of a safetensors file; `__` in a name stands for `.`."""
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del state[name]
+        else:
+            state[name] = value
+    save_file(state, path)
+
+
+def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    """A file with `header` (bytes, or what JSON can say) and `data`; `length` lies about the header's length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def shard(state: State, folder: Path, parts: int) -> Path:
+    """The state dict as `parts` shards with their index."""
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for part in range(parts):
+        file = f"part-{part}.safetensors"
+        held = {name: t for i, (name, t) in enumerate(state.items()) if i % parts == part}
+        save_file(held, folder / file)
+        weight_map |= dict.fromkeys(held, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Same names, dtypes, shapes and values."""
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
+    )

@@ -1,0 +1,487 @@
+"""Merging files: plans, refusals, what is left behind when a merge fails, and verify."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from checkpoints import edit, random_state, refused, same_tensors, save_family, shard
+from merging import merge, merge_state_dicts
+from merging.checkpoint import INDEX, open_checkpoint
+from merging.plan import make_plan
+from merging.verify import verify
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """The average of experts a, b and c around a base; the files lie in `in/`."""
+    (tmp_path / "in").mkdir()
+    return save_family(tmp_path / "in")
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != "in")
+
+
+# ---------------------------------------------------------------------------------------------- what is written
+
+
+def test_a_folder_holds_weights_manifest_card_and_configs(recipe, tmp_path):
+    base = tmp_path / "in" / "base"
+    base.mkdir()
+    recipe["base"].rename(base / "model.safetensors")
+    (base / "open_clip_config.json").write_text("{}")
+    (base / "notes.txt").write_text("not copied")
+    manifest = merge({**recipe, "base": base}, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "manifest.json", "model.safetensors", "open_clip_config.json",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text()) == manifest
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_the_manifest_says_what_was_merged_from_what(recipe, tmp_path):
+    manifest = merge({**recipe, "method": "cart", "params": {"rank": 0.5}, "seed": 7}, tmp_path / "out")
+    lineage, output = manifest["recipe"], manifest["output"]
+    assert lineage["method"] == "cart" and lineage["seed"] == 7
+    assert lineage["params"]["rank"] == 0.5 and lineage["params"]["scale"] == 1.0  # a default
+    assert list(lineage["experts"]) == ["a", "b", "c"]
+    for name, entry in {**lineage["experts"], "base": lineage["base"]}.items():
+        path = recipe["base"] if name == "base" else recipe["experts"][name]
+        assert entry == {"path": f"../in/{path.name}", "digest": open_checkpoint(path).digest()}
+    merged = open_checkpoint(tmp_path / "out")
+    assert output["digest"] == merged.digest() and output["tensors"] == merged.tensor_hashes
+    assert output["files"] == ["model.safetensors"] and output["bytes"] == merged.nbytes
+    assert manifest["versions"]["torch"] == torch.__version__
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["mergeline.recipe"])["params"] == lineage["params"]
+
+
+def test_the_card_names_the_method_and_the_digests(recipe, tmp_path):
+    manifest = merge(recipe, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Merged by average" in card and manifest["output"]["digest"] in card
+    assert all(entry["digest"] in card for entry in manifest["recipe"]["experts"].values())
+
+
+def test_the_same_merge_gives_the_same_bytes(recipe, tmp_path):
+    merge(recipe, tmp_path / "one" / "out")
+    merge(recipe, tmp_path / "two" / "out", workers=3)
+    for file in (tmp_path / "one" / "out").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / "out" / file.name).read_bytes(), file.name
+
+
+def test_the_recipe_digest_ignores_paths_but_not_content(recipe, tmp_path):
+    first = merge(recipe, tmp_path / "out")
+    moved = tmp_path / "in" / "moved.safetensors"
+    recipe["experts"]["a"].rename(moved)
+    recipe["experts"]["a"] = moved
+    assert merge(recipe, tmp_path / "out")["recipe_digest"] == first["recipe_digest"]
+    edit(moved, logit_scale=torch.tensor(9.0))
+    assert merge(recipe, tmp_path / "out")["recipe_digest"] != first["recipe_digest"]
+
+
+def test_shard_size(recipe, tmp_path):
+    whole = merge(recipe, tmp_path / "whole")
+    sharded = merge({**recipe, "shard_size": 100}, tmp_path / "sharded")
+    assert sharded["output"]["files"] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert (tmp_path / "sharded" / INDEX).exists()
+    assert sharded["output"]["digest"] == whole["output"]["digest"] == open_checkpoint(tmp_path / "sharded").digest()
+
+
+def test_shards_in_one_file_are_refused(recipe, tmp_path):
+    with refused("--shard-size", "folder"):
+        merge({**recipe, "shard_size": 100}, tmp_path / "out.safetensors")
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_the_output_dtype(dtype, recipe, tmp_path):
+    edit(recipe["base"], ids=torch.arange(3))
+    merge({**recipe, "dtype": dtype}, tmp_path / "out.safetensors")
+    exact = merge_state_dicts("average", {n: load_file(p) for n, p in recipe["experts"].items()})
+    merged = load_file(tmp_path / "out.safetensors")
+    assert merged.pop("ids").dtype == torch.int64
+    assert all(t.dtype == getattr(torch, dtype) for t in merged.values())
+    tolerance = {"float16": 1e-3, "bfloat16": 1e-2}.get(dtype, 1e-6)
+    assert all(torch.allclose(t.double(), exact[n].double(), rtol=tolerance, atol=1e-6) for n, t in merged.items())
+
+
+def test_tensors_of_integers_are_copied(recipe, tmp_path):
+    buffers = {
+        "flags": torch.tensor([True, False]),
+        "ids": torch.tensor([[1, 2]]),
+        "big": torch.tensor([2**63], dtype=torch.uint64),
+    }
+    for path in (recipe["base"], *recipe["experts"].values()):
+        edit(path, **buffers)
+    merge(recipe, tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")
+    assert same_tensors({name: merged[name] for name in buffers}, buffers)
+    edit(recipe["experts"]["b"], ids=torch.tensor([[1, 3]]))
+    with refused("'b'", "'ids'", "differs"):
+        merge(recipe, tmp_path / "other.safetensors")
+
+
+def test_tensors_that_only_the_base_has_are_copied_with_a_warning(recipe, tmp_path):
+    extra = torch.tensor([0.1, 1e30], dtype=torch.float32)
+    edit(recipe["base"], extra=extra)
+    assert "'extra'" in make_plan(recipe).warnings[0]
+    merge(recipe, tmp_path / "out.safetensors")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["extra"], extra)
+
+
+def test_progress_counts_every_tensor(recipe, tmp_path):
+    for workers in (1, 2):
+        seen: list[tuple[int, int]] = []
+        merge(recipe, tmp_path / "out", workers=workers, progress=lambda done, total: seen.append((done, total)))
+        assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_threads_are_put_back(recipe, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        merge(recipe, tmp_path / "out")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------- plans
+
+
+def test_a_plan_counts_what_will_be_read_and_written(recipe):
+    summary = make_plan({**recipe, "dtype": "float16"}).summary()
+    assert summary["tensors"] == {"merge": 4, "copy": 0}
+    assert summary["bytes_read"] == 4 * 188 and summary["bytes_written"] == 94
+    assert summary["problems"] == [] and summary["peak_bytes"] >= 24 * (4 * 4 + 8)
+
+
+def test_a_plan_lists_all_problems_at_once(recipe, tmp_path):
+    recipe["experts"]["b"].unlink()
+    recipe["experts"]["c"].write_bytes(b"not a checkpoint")
+    plan = make_plan({**recipe, "method": "task_arithmetic", "params": {"weights": [1.0]}})
+    assert len(plan.problems) == 3
+    for part, problem in zip(("1 weights for 3 experts", "b: ", "c: "), plan.problems):
+        assert part in problem
+    with refused("1 weights for 3 experts", "2 more", "mergeline plan"):
+        plan.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"method": "crat"}, ["unknown method 'crat'", "did you mean 'cart'?"]),
+        ({"method": "cart", "params": {"rnak": 1}}, ["unknown parameter 'rnak'", "did you mean 'rank'?"]),
+        ({"method": "cart", "params": {"rank": 2}}, ["cart: rank = 2"]),
+        ({"method": "ties", "base": None}, ["ties", "base"]),
+        ({"method": "cart", "params": {"origin": "task_arithmetic"}, "base": None}, ["cart", "base"]),
+        ({"experts": {}}, ["at least 1 expert"]),
+    ],
+)
+def test_recipes_that_cannot_work(change, parts, recipe, tmp_path):
+    with refused(*parts):
+        merge({**recipe, **change}, tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"metod": "cart"}, "metod"), ({"dtype": "float8"}, "dtype"), ({"seed": "x"}, "seed"), ({"experts": ["a"]}, "experts")],
+)
+def test_recipes_with_wrong_keys_or_types(change, part, recipe):
+    with refused("recipe", part):
+        make_plan({**recipe, **change})
+
+
+def test_cart_of_two_experts_warns(recipe):
+    recipe["experts"].pop("c")
+    assert "equals their average" in make_plan({**recipe, "method": "cart"}).warnings[0]
+    assert make_plan(recipe).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("expert", "change", "parts"),
+    [
+        ("b", {"blocks__1__bias": None}, ["'b' lacks 1 tensor", "'blocks.1.bias'"]),
+        ("b", {"more": torch.ones(2)}, ["the base lacks 1 tensor", "'more'"]),
+        ("b", {"blocks__1__bias": None, "blocks__1__bais": torch.ones(7)}, ["did you mean 'blocks.1.bais'?"]),
+        ("b", {"blocks__1__bias": torch.ones(8)}, ["'blocks.1.bias'", "[8] in expert 'b'", "[7] in 'base'"]),
+        ("b", {"blocks__1__bias": torch.ones(7, 1)}, ["'blocks.1.bias'", "[7, 1] in expert 'b'"]),
+        ("b", {"blocks__1__bias": torch.ones(7, dtype=torch.int64)}, ["'blocks.1.bias'", "I64 in expert 'b'"]),
+        ("b", {"blocks__1__bias": torch.ones(7).to(torch.float8_e4m3fn)}, ["b: ", "F8_E4M3", "'blocks.1.bias'"]),
+    ],
+)
+def test_tensors_that_do_not_match(expert, change, parts, recipe, tmp_path):
+    edit(recipe["experts"][expert], **change)
+    with refused(*parts):
+        merge(recipe, tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
+def test_without_a_base_the_experts_must_match_each_other(recipe, tmp_path):
+    edit(recipe["experts"]["b"], more=torch.ones(2))
+    with refused("'a' lacks 1 tensor", "'more'"):
+        merge({**recipe, "base": None}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_one_checkpoint_given_twice(link, recipe, tmp_path):
+    recipe["experts"]["b"] = recipe["experts"]["a"]
+    if link:
+        recipe["experts"]["b"] = tmp_path / "in" / "link.safetensors"
+        recipe["experts"]["b"].symlink_to(recipe["experts"]["a"])
+    with refused("'b' and 'a' are the same checkpoint"):
+        merge(recipe, tmp_path / "out")
+    with refused("the same checkpoint"):
+        merge({**recipe, "experts": {"a": recipe["base"]}}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_an_expert_named_base(with_base, recipe, tmp_path):
+    recipe["experts"]["base"] = recipe["experts"].pop("a")
+    with refused("'base'", "name"):
+        merge({**recipe, "base": recipe["base"] if with_base else None}, tmp_path / "out")
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
+@pytest.mark.parametrize("source", ["b", "base"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nan_and_inf_are_named(value, kind, source, workers, recipe, tmp_path):
+    edit({**recipe["experts"], "base": recipe["base"]}[source], logit_scale=torch.tensor(value))
+    with refused(f"'{source}'", "'logit_scale'", kind):
+        merge({**recipe, "method": "task_arithmetic"}, tmp_path / "out", workers=workers)
+    assert left_over(tmp_path) == []
+
+
+def test_an_overflow_is_refused(recipe, tmp_path):
+    for path in recipe["experts"].values():
+        edit(path, logit_scale=torch.tensor(1e5))
+    with refused("'logit_scale'", "overflows", "float16"):
+        merge({**recipe, "dtype": "float16"}, tmp_path / "out")
+    assert left_over(tmp_path) == []
+    merge({**recipe, "dtype": "bfloat16"}, tmp_path / "out")
+
+
+def test_memory_bounds_the_workers_or_refuses(recipe, tmp_path):
+    need = make_plan(recipe).peak_bytes
+    with refused(str(need), "allow more"):
+        merge(recipe, tmp_path / "out", memory=need - 1)
+    assert left_over(tmp_path) == []
+    merge(recipe, tmp_path / "out", memory=need, workers=8)
+
+
+# ---------------------------------------------------------------------------------------------- whole or not at all
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_any_exception_leaves_what_was_there(out, error, recipe, tmp_path):
+    merge(recipe, tmp_path / out)
+    before = left_over(tmp_path)
+    digest = open_checkpoint(tmp_path / out).digest()
+
+    def fail(done: int, total: int) -> None:
+        if done == 2:
+            raise error
+
+    edit(recipe["experts"]["a"], logit_scale=torch.tensor(3.0))
+    with pytest.raises(error):
+        merge(recipe, tmp_path / out, progress=fail)
+    assert left_over(tmp_path) == before
+    assert open_checkpoint(tmp_path / out).digest() == digest
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_an_earlier_output_is_replaced(out, recipe, tmp_path):
+    merge({**recipe, "shard_size": None if "." in out else 100}, tmp_path / out)
+    edit(recipe["experts"]["a"], logit_scale=torch.tensor(3.0))
+    manifest = merge(recipe, tmp_path / out)
+    assert open_checkpoint(tmp_path / out).digest() == manifest["output"]["digest"]
+    assert left_over(tmp_path) == ([out] if out == "out" else [out, f"{out}.manifest.json"])
+    if out == "out":
+        assert sorted(p.name for p in (tmp_path / out).iterdir()) == ["README.md", "manifest.json", "model.safetensors"]
+
+
+def test_a_folder_that_is_no_merge_is_not_replaced(recipe, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with refused("thesis", "choose"):
+        merge(recipe, tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+    (tmp_path / "x.safetensors").mkdir()
+    (tmp_path / "x.safetensors" / "file").touch()
+    with refused("x.safetensors"):
+        merge(recipe, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors" / "file").exists()
+
+
+@pytest.mark.parametrize("out", ["in/a.safetensors", "in/folder"])
+def test_an_input_is_not_replaced(out, recipe, tmp_path):
+    shard(load_file(recipe["experts"]["b"]), tmp_path / "in" / "folder", 2)
+    recipe["experts"]["b"] = tmp_path / "in" / "folder"
+    digest = open_checkpoint(tmp_path / out).digest()
+    with refused(out):
+        merge(recipe, tmp_path / out)
+    assert open_checkpoint(tmp_path / out).digest() == digest
+
+
+@pytest.mark.parametrize("out", ["file/out", "file/out.safetensors", "file"])
+def test_a_place_that_cannot_be(out, recipe, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with refused(out):
+        merge(recipe, tmp_path / out)
+    assert left_over(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "a file"
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors"])
+def test_a_full_disk(out, tmpfs, tmp_path):
+    disk = tmpfs("size=1m")
+    (tmp_path / "in").mkdir()
+    paths = {}
+    for i, name in enumerate("ab"):
+        paths[name] = tmp_path / "in" / f"{name}.safetensors"
+        save_file({"w": torch.full((400_000,), float(i))}, paths[name])
+    with refused(str(disk / out), "no space left"):
+        merge({"method": "average", "experts": paths}, disk / out)
+    assert list(disk.iterdir()) == []
+
+
+def test_a_read_only_place(recipe, tmpfs):
+    disk = tmpfs("ro,size=1m")
+    with refused(str(disk / "out"), "cannot be written"):
+        merge(recipe, disk / "out")
+
+
+def test_a_second_writer_is_refused(recipe, tmp_path):
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / "theirs").write_text("half a merge")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); input()", partial],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    holder.stdout.readline()
+    with refused("another process is writing"):
+        merge(recipe, tmp_path / "out")
+    assert (partial / "theirs").exists()
+    holder.communicate(b"\n")
+    merge(recipe, tmp_path / "out")
+    assert left_over(tmp_path) == ["out"]
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Callable[[int], subprocess.CompletedProcess]:
+    """Sends a signal to a merge of some seconds as soon as it writes; `again()` then makes the same merge here."""
+    shapes = {f"blocks.{i}.weight": (320, 320) for i in range(40)}
+    (tmp_path / "in").mkdir()
+    experts = {}
+    for t, name in enumerate("abc"):
+        experts[name] = tmp_path / "in" / f"{name}.safetensors"
+        save_file(random_state(t, shapes=shapes), experts[name])
+
+    def send(number: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "flows.cli", "merge", "--method", "cart", "--out", tmp_path / "out", "--workers", "2"]
+        for name, path in experts.items():
+            command += ["--expert", f"{name}={path}"]
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parent.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        while not (tmp_path / ".out.partial" / "model.safetensors").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    send.recipe = {"method": "cart", "experts": experts}
+    return send
+
+
+def test_control_c_leaves_nothing(interrupted, tmp_path):
+    done = interrupted(signal.SIGINT)
+    assert done.returncode == 130
+    assert done.stderr.startswith("mergeline: stopped") and done.stderr.count("\n") == 1
+    assert left_over(tmp_path) == []
+
+
+def test_a_killed_merge_is_in_nobodys_way(interrupted, tmp_path):
+    done = interrupted(signal.SIGKILL)
+    assert done.returncode == -signal.SIGKILL
+    assert left_over(tmp_path) == [".out.partial"]
+    merge(interrupted.recipe, tmp_path / "out", workers=2)
+    assert left_over(tmp_path) == ["out"]
+    assert verify(tmp_path / "out").startswith(f"{tmp_path / 'out'}: bit-identical")
+
+
+# ---------------------------------------------------------------------------------------------- verify
+
+
+@pytest.mark.parametrize("out", ["out", "out.safetensors", "sub/out"])
+def test_verify_says_that_a_merge_is_what_its_manifest_says(out, recipe, tmp_path):
+    merge({**recipe, "method": "cart", "dtype": "bfloat16", "shard_size": None if "." in out else 100}, tmp_path / out)
+    assert "bit-identical" in verify(tmp_path / out)
+    assert not list(tmp_path.rglob(".verify-*"))
+
+
+def test_verify_moves_with_its_folders(recipe, tmp_path):
+    merge(recipe, tmp_path / "out")
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("in", "out"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    assert "bit-identical" in verify(tmp_path / "elsewhere" / "out")
+
+
+def test_verify_finds_a_changed_output(recipe, tmp_path):
+    merge(recipe, tmp_path / "out.safetensors")
+    edit(tmp_path / "out.safetensors", logit_scale=torch.tensor(0.0))
+    with refused("changed after the merge"):
+        verify(tmp_path / "out.safetensors")
+
+
+def test_verify_finds_a_changed_input(recipe, tmp_path):
+    merge(recipe, tmp_path / "out")
+    edit(recipe["experts"]["b"], logit_scale=torch.tensor(0.0))
+    with refused("b.safetensors", "no longer the 'b'"):
+        verify(tmp_path / "out")
+
+
+def test_verify_finds_an_output_that_its_recipe_does_not_give(recipe, tmp_path):
+    """The weights and the manifest's digests are those of another merge."""
+    merge(recipe, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["recipe"] |= {"method": "task_arithmetic", "params": {"scale": 0.5}}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with refused("4 tensor(s) differ"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"recipe": {}}', '{"recipe": 1, "output": {"digest": 1}}'])
+def test_verify_refuses_a_damaged_manifest(text, recipe, tmp_path):
+    merge(recipe, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text(text)
+    with refused("manifest.json"):
+        verify(tmp_path / "out")
+
+
+def test_verify_refuses_what_mergeline_did_not_merge(recipe):
+    with refused("no manifest"):
+        verify(recipe["base"])
