@@ -214,6 +214,16 @@ def _leaderboard(leaderboard: Json) -> Figure:
     return figure
 
 
+def _apart(values: list[float], share: float = 0.06) -> list[float]:
+    """The ascending values that lie at least `share` of a logarithmic axis apart, so that their labels do."""
+    gap = share * math.log(values[-1] / values[0])
+    kept = values[:1]
+    for value in values[1:]:
+        if math.log(value / kept[-1]) >= gap:
+            kept.append(value)
+    return kept
+
+
 def _curves(searches: dict[str, Json], parameter: str) -> Figure | None:
     """One line for each merge that varied `parameter`, best over its other parameters."""
     curves = {name: found for name, search in searches.items() if (found := curve(search, parameter))}
@@ -229,7 +239,8 @@ def _curves(searches: dict[str, Json], parameter: str) -> Figure | None:
     values = sorted({x for found in curves.values() for x, _ in found.best})
     if is_logarithmic(parameter, values):
         ax.set_xscale("log")
-        ax.set_xticks(values, [as_text(value) for value in values], rotation=90 if len(values) > 12 else 0)
+        ticks = _apart(values)
+        ax.set_xticks(ticks, [as_text(value) for value in ticks])
         ax.set_xticks([], minor=True)
     ax.grid(color="#dddddd", linewidth=0.8)
     ax.set_xlabel(parameter)

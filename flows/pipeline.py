@@ -14,7 +14,9 @@ from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.futures import PrefectFuture
+from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH
+from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
@@ -22,12 +24,14 @@ from merging.errors import UserError
 from merging.recipe import canonical_json, text_digest
 from tasks import versioning
 from tasks.graph import Stage
+from tasks.params import raw_params
 from tasks.workspace import Workspace
 
 _DOWNLOADS = ("fetch", "data")
 # A task that waits for another holds a thread of the runner, so threads are many and cores are counted here.
 _THREADS = 64
 _CORES = threading.BoundedSemaphore(os.cpu_count() or 1)
+_DID_NOT_RUN = ("Cached", "Restored")  # names of task states: known to Prefect's cache, or to DVC's
 _ON_DEVICE = ("search", "merge-all", "evaluate", "baselines")
 
 
@@ -82,15 +86,16 @@ def _may_retry(_task: Task, _run: TaskRun, state: State) -> bool:
     retry_jitter_factor=0.5,
     retry_condition_fn=_may_retry,
 )
-def run_stage(params: str, name: str) -> dict[str, Any]:
-    """Run one stage unless dvc.lock vouches for its outputs; returns its record with the digests of its outputs."""
+def run_stage(params: str, name: str) -> State[dict[str, Any]]:
+    """Run one stage unless dvc.lock vouches for its outputs; its result is its record with the digests of its outputs."""
     workspace = open_workspace(params)
     stage = _stage(workspace, name)
     record = workspace.record(stage)
-    if not versioning.restore(workspace, stage, record):
+    restored = versioning.restore(workspace, stage, record)
+    if not restored:
         with _CORES:
             workspace.run(stage)
-    return {**record, "outs": workspace.outputs(stage)}
+    return Completed(name="Restored" if restored else None, data={**record, "outs": workspace.outputs(stage)})
 
 
 @task(task_run_name="publish", retries=2, retry_delay_seconds=5, retry_condition_fn=_may_retry)
@@ -105,7 +110,16 @@ def publish_run(params: str) -> dict[str, Any]:
     return {"run_id": published.run_id}
 
 
-@flow(name="mergeline", flow_run_name="{params}", task_runner=ThreadPoolTaskRunner(max_workers=_THREADS))
+def _run_name() -> str:
+    """The name in params.yaml, or that of its folder where params.yaml is at fault."""
+    file = Path(flow_run.parameters["params"]).absolute()
+    try:
+        return str(raw_params(file)["name"])
+    except (UserError, KeyError, TypeError):
+        return file.parent.name
+
+
+@flow(name="mergeline", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=_THREADS))
 def pipeline(params: str = "params.yaml", publish: bool = True) -> list[str]:
     """Run every stage of `params` that is stale, record the run in dvc.lock, publish it; returns the stages that ran.
 
@@ -144,7 +158,7 @@ def _run_stages(workspace: Workspace, params: str) -> tuple[dict[str, Any], list
         if future.state.is_failed() or future.state.is_crashed():
             future.result()
     records = {name: future.result() for name, future in futures.items()}
-    return records, [name for name, future in futures.items() if future.state.name != "Cached"]
+    return records, [name for name, future in futures.items() if future.state.name not in _DID_NOT_RUN]
 
 
 def _task_for(workspace: Workspace, stage: Stage) -> Task:

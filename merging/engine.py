@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Se
 from merging.card import model_card
 from merging.checkpoint import CONFIG_FILES, DTYPES, content_digest
 from merging.errors import UserError
-from merging.files import publish, staged, write_json
+from merging.files import publish, staged, user_errors, write_json
 from merging.lazy import torch
 from merging.methods import Method, Slot, get_method
 from merging.plan import Entry, Plan, make_plan
@@ -49,11 +49,15 @@ def merge(
 
     Raises:
         UserError: anything `plan` reports, NaN or Inf in an input, an overflow of the output dtype, a full disk,
-            another process writing `out`, `memory` (bytes) below what one tensor needs.
+            another process writing `out`, `memory` (bytes) below what one tensor needs, an `out` that holds
+            anything but an earlier merge.
     """
     plan = make_plan(recipe)
     plan.check()
+    _check_device(device)
     out = Path(out)
+    with user_errors(out):
+        _refuse_to_replace(plan, out)
     workers = _workers(plan, workers, memory)
     with staged(out) as partial, one_thread():
         source = FileInputs(plan, device)
@@ -281,8 +285,21 @@ def _output(plan: Plan, source: FileInputs, entry: Entry, facts: Any) -> Tensor:
     return result
 
 
+def _check_device(device: str) -> None:
+    """Raises UserError unless it is `cpu`, or a `cuda` or `cuda:N` of this machine."""
+    kind, _, index = device.partition(":")
+    if device == "cpu":
+        return
+    if kind != "cuda" or not (index or "0").isdecimal():
+        raise UserError(f"device '{device}' is not known; choose cpu, cuda or cuda:N")
+    if int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{device}' is not in this machine; choose cpu")
+
+
 def _workers(plan: Plan, workers: int | None, memory: int | None) -> int:
-    workers = workers or os.cpu_count() or 1
+    workers = workers if workers is not None else os.cpu_count() or 1
+    if workers < 1:
+        raise UserError(f"{workers} workers: give one or more")
     if memory is None:
         return workers
     if plan.peak_bytes > memory:
@@ -338,6 +355,21 @@ def _manifest(plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Pat
 def manifest_path(out: Path) -> Path:
     """Where the manifest of a merged file or folder lies."""
     return out.with_name(out.name + ".manifest.json") if out.suffix == ".safetensors" else out / "manifest.json"
+
+
+def _refuse_to_replace(plan: Plan, out: Path) -> None:
+    """Only a merge gives way to a merge: no input, and no folder of something else."""
+    for path in filter(None, (*plan.recipe.experts.values(), plan.recipe.base)):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"{out}: holds the input {path}; choose another place")
+    if out.suffix == ".safetensors":
+        fits = not out.is_dir()
+    elif out.is_dir():
+        fits = bool(out.name) and (manifest_path(out).exists() or not any(out.iterdir()))
+    else:
+        fits = not out.exists()
+    if not fits:
+        raise UserError(f"{out}: is there already and is no earlier merge; choose another place")
 
 
 def _publish_file(partial: Path, files: list[str], out: Path, manifest: Manifest) -> None:

@@ -14,6 +14,10 @@ from typing import Any, Iterator
 
 from merging.errors import UserError
 
+_UNWRITABLE = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG
+)  # fmt: skip
+
 
 @contextmanager
 def user_errors(target: Path) -> Iterator[None]:
@@ -23,7 +27,7 @@ def user_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{target}: no space left on the disk; free some and run again") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        if error.errno in _UNWRITABLE:
             raise UserError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
         raise
 

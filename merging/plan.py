@@ -122,6 +122,9 @@ def _resolve_method(plan: Plan) -> None:
 
 
 def _open(plan: Plan) -> None:
+    if "base" in plan.recipe.experts:
+        plan.problems.append("an expert has the name 'base', which is the base checkpoint's; give it another")
+        return
     seen: dict[Any, str] = {}
     for name, path in {**plan.recipe.experts, **({"base": plan.recipe.base} if plan.recipe.base else {})}.items():
         try:
@@ -167,14 +170,15 @@ def _match_tensors(plan: Plan) -> None:
 
 def _missing(plan: Plan, names: list[str], base: dict[str, TensorInfo]) -> list[str]:
     problems = []
+    expected = [name for name in names if not base or name in base]
     for expert, checkpoint in plan.experts.items():
-        lacking = [name for name in names if name not in checkpoint.tensors]
+        lacking = [name for name in expected if name not in checkpoint.tensors]
         if lacking:
             near = did_you_mean(lacking[0], sorted(set(checkpoint.tensors) - set(base))) if base else ""
             problems.append(f"expert '{expert}' lacks {len(lacking)} tensor(s) that others have, first '{lacking[0]}'{near}")
-    extra = [name for name in names if base and name not in base]
-    if extra:
-        problems.append(f"the base lacks {len(extra)} tensor(s) of the experts, first '{extra[0]}': is it their base?")
+        extra = [name for name in checkpoint.tensors if base and name not in base]
+        if extra:
+            problems.append(f"the base lacks {len(extra)} tensor(s) of '{expert}', first '{extra[0]}': is it its base?")
     return problems
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Mapping
+from typing import Annotated, Any, Literal, Mapping
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from merging.errors import UserError
 
@@ -23,7 +23,7 @@ class Recipe(BaseModel):
     base: Path | None = None
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None  # None: each tensor keeps its own
     seed: int = 0
-    shard_size: int | None = None  # bytes a file; None writes one file
+    shard_size: Annotated[int, Field(gt=0)] | None = None  # bytes a file; None writes one file
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from merging.checkpoint import open_checkpoint
 from merging.engine import manifest_path, merge
 from merging.errors import UserError
+from merging.files import user_errors
+
+
+class _Origin(BaseModel):
+    path: str
+    digest: str
+
+
+class _Lineage(BaseModel):
+    method: str
+    params: dict[str, Any]
+    base: _Origin | None
+    experts: dict[str, _Origin]
+    dtype: str | None
+    seed: int
+    shard_size: int | None
+
+
+class _Output(BaseModel):
+    digest: str
+    tensors: dict[str, str]
+
+
+class _Manifest(BaseModel):
+    """What `verify` needs of a manifest."""
+
+    recipe: _Lineage
+    output: _Output
+    device: str
+    versions: dict[str, str]
 
 
 def verify(out: Path) -> str:
@@ -21,42 +52,40 @@ def verify(out: Path) -> str:
         UserError: no manifest, files or inputs that changed, or a merge that comes out differently.
     """
     manifest = _read(manifest_path(out))
-    recipe, digest = manifest["recipe"], manifest["output"]["digest"]
+    recipe, digest = manifest.recipe, manifest.output.digest
     found = open_checkpoint(out).digest()
     if found != digest:
         raise UserError(f"{out}: its content is {found}, its manifest says {digest}: it was changed after the merge")
     folder = out if out.is_dir() else out.parent
-    sources = {name: folder / entry["path"] for name, entry in recipe["experts"].items()}
-    base = folder / recipe["base"]["path"] if recipe["base"] else None
-    for name, path in {**sources, **({"base": base} if base else {})}.items():
-        wanted = (recipe["base"] if path is base else recipe["experts"][name])["digest"]
-        if open_checkpoint(path).digest() != wanted:
-            raise UserError(f"{path}: is no longer the '{name}' that was merged ({wanted})")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".verify-", suffix=".partial") as scratch:
-        again = merge(
-            {
-                "method": recipe["method"],
-                "params": recipe["params"],
-                "base": base,
-                "experts": sources,
-                "dtype": recipe["dtype"],
-                "seed": recipe["seed"],
-                "shard_size": recipe["shard_size"],
-            },
-            Path(scratch) / "again",
-            device=manifest["device"],
+    for name, origin in {**recipe.experts, **({"base": recipe.base} if recipe.base else {})}.items():
+        if open_checkpoint(folder / origin.path).digest() != origin.digest:
+            raise UserError(f"{folder / origin.path}: is no longer the '{name}' that was merged ({origin.digest})")
+    again = {
+        **recipe.model_dump(),
+        "base": recipe.base and folder / recipe.base.path,
+        "experts": {name: folder / origin.path for name, origin in recipe.experts.items()},
+    }
+    with (
+        user_errors(out.parent),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".verify-", suffix=".partial") as scratch,
+    ):
+        made = merge(again, Path(scratch) / "again", device=manifest.device)
+    if made["output"]["digest"] != digest:
+        differ = [n for n, h in made["output"]["tensors"].items() if manifest.output.tensors.get(n) != h]
+        versions = {k: v for k, v in manifest.versions.items() if made["versions"].get(k) != v}
+        raise UserError(
+            f"{out}: merged again, {len(differ)} tensor(s) differ, first '{differ[0]}'; "
+            f"made with {versions or 'the same versions'}"
         )
-    if again["output"]["digest"] != digest:
-        differ = [n for n, h in again["output"]["tensors"].items() if manifest["output"]["tensors"].get(n) != h]
-        made = {k: v for k, v in manifest["versions"].items() if again["versions"].get(k) != v}
-        raise UserError(f"{out}: merged again, {len(differ)} tensor(s) differ, first '{differ[0]}'; made with {made or 'the same versions'}")
     return f"{out}: bit-identical to a new merge of its inputs ({digest})"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> _Manifest:
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        return _Manifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no manifest; only what Mergeline merged can be verified") from None
-    except ValueError:
-        raise UserError(f"{path}: is not valid JSON; the manifest was damaged") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: the manifest was damaged: {where}: {first['msg']}") from None

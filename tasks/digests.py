@@ -1,4 +1,7 @@
-"""MD5 digests of files and folders, equal to DVC's, remembered while a file's inode, size and time stay the same."""
+"""MD5 digests of files and folders, equal to DVC's, remembered while a file's inode, size and times stay the same.
+
+The change time is among them: archives restore modification times, and inodes are used again.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import json
 import os
 import sqlite3
 from contextlib import closing
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Iterator
 
 # What .dvcignore leaves out of every folder.
 _IGNORED_FOLDERS = {"__pycache__", ".git", ".dvc"}
+_IGNORED_FILES = ("*.pyc", ".*.partial", ".gitignore")
 _CHUNK = 1 << 22
+_SELECT = "select md5 from md5 where inode = ? and size = ? and modified = ? and changed = ?"
 
 
 class Digests:
@@ -22,7 +28,7 @@ class Digests:
         memo.parent.mkdir(parents=True, exist_ok=True)
         self._memo = memo
         with self._connect() as db:
-            db.execute("create table if not exists md5 (inode int, size int, time int, md5 text, primary key (inode))")
+            db.execute("create table if not exists md5 (inode int primary key, size int, modified int, changed int, md5 text)")
 
     def of(self, path: Path) -> str | None:
         """DVC's md5 of a file, `...dir` of a folder, or None where there is nothing."""
@@ -34,9 +40,9 @@ class Digests:
 
     def _file(self, path: Path) -> str:
         stat = path.stat()
-        key = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        key = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         with self._connect() as db:
-            row = db.execute("select md5 from md5 where inode = ? and size = ? and time = ?", key).fetchone()
+            row = db.execute(_SELECT, key).fetchone()
         if row:
             return row[0]
         md5 = hashlib.md5()
@@ -44,7 +50,7 @@ class Digests:
             while chunk := file.read(_CHUNK):
                 md5.update(chunk)
         with self._connect() as db:
-            db.execute("insert or replace into md5 values (?, ?, ?, ?)", (*key, md5.hexdigest()))
+            db.execute("insert or replace into md5 values (?, ?, ?, ?, ?)", (*key, md5.hexdigest()))
         return md5.hexdigest()
 
     def _connect(self) -> closing[sqlite3.Connection]:
@@ -53,7 +59,7 @@ class Digests:
 
 def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if f not in _IGNORED_FOLDERS and not f.endswith(".partial")]
+        folders[:] = [f for f in folders if f not in _IGNORED_FOLDERS and not fnmatchcase(f, ".*.partial")]
         for name in names:
-            if not name.endswith((".pyc", ".partial")) and name != ".gitignore":
+            if not any(fnmatchcase(name, pattern) for pattern in _IGNORED_FILES):
                 yield Path(parent, name)

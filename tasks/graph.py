@@ -24,7 +24,8 @@ class Stage:
         return self.outs[0]
 
 
-_VISION = ("evaluation/vision.py", "evaluation/datasets.py")
+_VISION = ("evaluation/vision.py", "evaluation/datasets.py", "tasks/evaluate.py")
+_HEADS = ("evaluation/vision.py", "evaluation/suite.py", "tasks/evaluate.py")
 
 
 def stages(params: Params, code: str = ".") -> list[Stage]:
@@ -40,8 +41,8 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                     f"checkpoint-{kind}@{name}",
                     "fetch",
                     name,
-                    (where,) if kind == "file" else (),
-                    (f"checkpoints.{kind}s.{name}",),
+                    (*((where,) if kind == "file" else ()), *source("tasks/fetch.py")),
+                    (f"checkpoints.{kind}s.{name}", "checkpoints.layout"),
                     (f"build/checkpoints/{name}",),
                 )
 
@@ -63,7 +64,7 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
         "heads",
         "heads",
         None,
-        (f"build/checkpoints/{params.base}", "build/data", params.suite, *source("evaluation/vision.py")),
+        (f"build/checkpoints/{params.base}", "build/data", params.suite, *source(*_HEADS)),
         ("base", "suite"),
         ("build/heads.safetensors",),
     )
@@ -79,7 +80,7 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
         "baselines",
         "baselines",
         None,
-        ("build/checkpoints", "build/data", "build/heads.safetensors", *source(*_VISION, "tasks/evaluate.py")),
+        ("build/checkpoints", "build/data", "build/heads.safetensors", *source(*_VISION)),
         family,
         ("build/evaluations/baselines",),
     )
@@ -95,7 +96,7 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                     "build/extract",
                     "build/data",
                     "build/heads.safetensors",
-                    *source("merging", *_VISION, "tasks/search.py"),
+                    *source("merging", *_VISION, "tasks/extract.py", "tasks/search.py"),
                 ),
                 (*family, "seed", f"merges.{name}"),
                 (f"build/search/{name}.json",),
@@ -116,7 +117,7 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                     f"build/merges/{name}",
                     "build/data",
                     "build/heads.safetensors",
-                    *source(*_VISION, "tasks/evaluate.py"),
+                    *source(*_VISION),
                 ),
                 (),
                 (f"build/evaluations/{name}",),

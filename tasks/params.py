@@ -35,9 +35,9 @@ class Checkpoints(_Strict):
     `layout: open_clip` gives CLIP checkpoints of Hugging Face transformers the names and packing of open_clip.
     """
 
-    files: dict[Name, str] = {}
-    uris: dict[Name, str] = {}
-    layout: Literal["open_clip"] | None = None
+    layout: Literal["as_is", "open_clip"]
+    files: dict[Name, str]
+    uris: dict[Name, str]
     allow_pickle: bool = False
 
 
@@ -45,14 +45,14 @@ class Datasets(_Strict):
     """Where the images of each task come from; they are stored at image_size x image_size pixels."""
 
     image_size: Annotated[int, Field(ge=8)]
-    files: dict[Name, str] = {}
-    uris: dict[Name, str] = {}
+    files: dict[Name, str]
+    uris: dict[Name, str]
 
 
 class Extract(_Strict):
     """`rank` is the share of full rank up to which spectra of centred task vectors are stored for searches."""
 
-    rank: Annotated[float, Field(ge=0, le=1)] = 1.0
+    rank: Annotated[float, Field(ge=0, le=1)]
 
 
 class Merge(_Strict):
@@ -71,17 +71,17 @@ class Merge(_Strict):
 
 
 class Params(_Strict):
-    """The whole of params.yaml."""
+    """The whole of params.yaml. What dvc.yaml names has no default, for DVC knows none."""
 
     name: Name
-    seed: int = 0
+    seed: int
     device: str = "cpu"
     checkpoints: Checkpoints
     base: str
     experts: Annotated[list[str], Field(min_length=1)]
     datasets: Datasets
     suite: str
-    extract: Extract = Extract()
+    extract: Extract
     merges: Annotated[dict[Name, Merge], Field(min_length=1)]
     gates: Gates = Gates()
 
@@ -151,8 +151,9 @@ def _inconsistencies(params: Params) -> Iterator[tuple[list[Any], str]]:
                 yield ["merges", name, "search", key], f"{method.id}: unknown parameter '{key}'{did_you_mean(key, method.parameters)}"
             if key in merge.params:
                 yield ["merges", name, "search", key], f"'{key}' is fixed in params and listed in search; keep one"
-        for point in merge.points:
+        alone = [(["search", key], {key: value}) for key, values in merge.search.items() for value in values]
+        for where, values in [(["params"], {}), *alone]:
             try:
-                method.resolve(point)
+                method.resolve({**merge.params, **values})
             except UserError as error:
-                yield ["merges", name, "params"], str(error)
+                yield ["merges", name, *where], str(error)

@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterator
 
 from merging.errors import UserError, did_you_mean
 from merging.files import write_json
+from merging.strict_yaml import YamlFile
 from tasks.digests import Digests
 from tasks.graph import Stage, needs, stages
 from tasks.params import Params, load_params, lookup, raw_params
@@ -57,9 +58,7 @@ class Workspace:
         """Where Mergeline's sources lie, as dvc.yaml says it; "." in the repository itself."""
         if not self.has_dvc:
             return Path(__file__).parent.parent.as_posix()
-        from ruamel.yaml import YAML
-
-        for entry in YAML(typ="safe").load(self.root / "dvc.yaml").get("vars", []):
+        for entry in (YamlFile(self.root / "dvc.yaml").data or {}).get("vars", []):
             if isinstance(entry, dict) and "code" in entry:
                 return entry["code"]
         return "."

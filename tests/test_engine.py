@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Callable
 
@@ -62,7 +63,7 @@ def test_the_manifest_says_what_was_merged_from_what(recipe, tmp_path):
     merged = open_checkpoint(tmp_path / "out")
     assert output["digest"] == merged.digest() and output["tensors"] == merged.tensor_hashes
     assert output["files"] == ["model.safetensors"] and output["bytes"] == merged.nbytes
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["mergeline.recipe"])["params"] == lineage["params"]
 
@@ -215,7 +216,7 @@ def test_cart_of_two_experts_warns(recipe):
     ("expert", "change", "parts"),
     [
         ("b", {"blocks__1__bias": None}, ["'b' lacks 1 tensor", "'blocks.1.bias'"]),
-        ("b", {"more": torch.ones(2)}, ["the base lacks 1 tensor", "'more'"]),
+        ("b", {"more": torch.ones(2)}, ["the base lacks 1 tensor(s) of 'b'", "'more'"]),
         ("b", {"blocks__1__bias": None, "blocks__1__bais": torch.ones(7)}, ["did you mean 'blocks.1.bais'?"]),
         ("b", {"blocks__1__bias": torch.ones(8)}, ["'blocks.1.bias'", "[8] in expert 'b'", "[7] in 'base'"]),
         ("b", {"blocks__1__bias": torch.ones(7, 1)}, ["'blocks.1.bias'", "[7, 1] in expert 'b'"]),
@@ -320,7 +321,7 @@ def test_an_earlier_output_is_replaced(out, recipe, tmp_path):
 def test_a_folder_that_is_no_merge_is_not_replaced(recipe, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    with refused("thesis", "choose"):
+    with refused("thesis", "no earlier merge"):
         merge(recipe, tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
     (tmp_path / "x.safetensors").mkdir()
@@ -340,7 +341,7 @@ def test_an_input_is_not_replaced(out, recipe, tmp_path):
     assert open_checkpoint(tmp_path / out).digest() == digest
 
 
-@pytest.mark.parametrize("out", ["file/out", "file/out.safetensors", "file"])
+@pytest.mark.parametrize("out", ["file/out", "file/out.safetensors", "file", "x" * 300])
 def test_a_place_that_cannot_be(out, recipe, tmp_path):
     (tmp_path / "file").write_text("a file")
     with refused(out):
@@ -480,6 +481,14 @@ def test_verify_refuses_a_damaged_manifest(text, recipe, tmp_path):
     (tmp_path / "out" / "manifest.json").write_text(text)
     with refused("manifest.json"):
         verify(tmp_path / "out")
+
+
+def test_verify_on_a_read_only_disk(recipe, tmpfs):
+    disk = tmpfs("size=1m")
+    merge(recipe, disk / "out")
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with refused(str(disk), "cannot be written"):
+        verify(disk / "out")
 
 
 def test_verify_refuses_what_mergeline_did_not_merge(recipe):

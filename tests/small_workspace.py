@@ -1,0 +1,135 @@
+"""A clone of the repository with a family small enough to run the whole pipeline in seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).parent.parent
+TASKS = ("digits", "shapes", "textures")
+MERGES = {
+    "average": {"method": "average"},
+    "task_arithmetic": {"method": "task_arithmetic", "search": {"scale": [0.3, 0.5]}},
+    "ties": {"method": "ties", "params": {"density": 0.2, "scale": 1.0}},
+    "cart": {"method": "cart", "search": {"rank": [0.1, 0.5], "scale": [1.0, 2.0]}},
+}
+GATES = {"minimum_mean": 0.2, "largest_drop": 1.0, "largest_norm_ratio": 100.0}
+IMAGES = {"val": 40, "test": 60}
+TIME_LIMIT = 300
+
+_BIN = Path(sys.executable).parent
+
+
+class SmallWorkspace:
+    """A clone's root folder, and the commands a user would run in it, on the clone's own code."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """What commands see: nothing of the caller's Prefect and MLflow, one thread a process, `more`."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DVC_"))}
+        return inherited | {
+            "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.root),
+            "OMP_NUM_THREADS": "1",
+            **more,
+        }
+
+    def start(self, command: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
+        """A command in the background, `more` in its environment; its output is piped."""
+        return subprocess.Popen(
+            [_BIN / command, *arguments],
+            cwd=self.root,
+            env=self.environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, command: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command to its end, whatever its exit code."""
+        return subprocess.run(
+            [_BIN / command, *arguments],
+            cwd=self.root,
+            env=self.environment(**more),
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+        )
+
+    def check(self, command: str, *arguments: str, **more: str) -> str:
+        """A command that must succeed; its stdout."""
+        done = self.run(command, *arguments, **more)
+        assert done.returncode == 0, f"{command} {arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def outputs(self) -> dict[str, str]:
+        """Digests of the files under build/ by path; not the report, which tells times and memory."""
+        files = (f for f in sorted(self.root.glob("build/**/*")) if f.is_file() and f.name != ".gitignore")
+        digests = {str(f.relative_to(self.root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+        digests.pop("build/report.html", None)
+        return digests
+
+    def lock(self) -> str:
+        return (self.root / "dvc.lock").read_text()
+
+    def edit(self, change: Any) -> None:
+        """Let `change` modify params.yaml, given as a dict."""
+        file = self.root / "params.yaml"
+        params = YAML(typ="safe").load(file)
+        change(params)
+        YAML().dump(params, file)
+
+    def forget(self) -> None:
+        """Back to a fresh clone: no outputs, no cache, no state."""
+        for folder in ("build", ".mergeline", ".dvc/cache", ".dvc/tmp"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+        (self.root / "dvc.lock").unlink(missing_ok=True)
+
+
+def make_workspace(root: Path) -> SmallWorkspace:
+    """A clone in `root`: the files git knows and those it would add, three experts, a few images a task."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, capture_output=True, check=True, text=True
+    )
+    family = ["samples/suite.yaml", *(f"samples/experts/{task}.safetensors" for task in TASKS)]
+    for name in filter(None, listed.stdout.split("\0")):
+        if name in family or not name.startswith(("tests/", "samples/")) or name.startswith("samples/base/"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, root / name)
+    (root / "dvc.lock").unlink(missing_ok=True)
+    for task in TASKS:
+        _reduce(REPOSITORY / f"samples/data/{task}.npz", root / f"samples/data/{task}.npz")
+    workspace = SmallWorkspace(root)
+    workspace.edit(_shrink)
+    for command in (["init", "-q"], ["add", "-A"], [*_AUTHOR, "commit", "-qm", "small family"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    return workspace
+
+
+_AUTHOR = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+
+
+def _reduce(source: Path, target: Path) -> None:
+    """The first images of each split, as many as IMAGES says."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with np.load(source) as arrays:
+        np.savez(target, **{name: arrays[name][: IMAGES[name.split("_")[0]]] for name in arrays.files})
+
+
+def _shrink(params: dict[str, Any]) -> None:
+    params["experts"] = list(TASKS)
+    for part, kept in (("checkpoints", {"base", *TASKS}), ("datasets", set(TASKS))):
+        files = params[part]["files"]
+        params[part]["files"] = {name: where for name, where in files.items() if name in kept}
+    params["merges"] = MERGES
+    params["gates"] |= GATES

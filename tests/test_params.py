@@ -1,0 +1,145 @@
+"""params.yaml: every mistake is blamed by line, with the nearest known name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from checkpoints import refused
+from tasks.params import load_params, lookup, raw_params
+
+REPOSITORY = Path(__file__).parent.parent
+LINES = """\
+name: small
+checkpoints:
+  layout: as_is
+  files: {base: in/base, a: in/a.safetensors}
+  uris:
+    b: hf://org/b@main
+base: base
+experts: [a, b]
+datasets:
+  image_size: 32
+  files:
+    digits: in/digits.npz
+  uris: {}
+suite: suite.yaml
+merges:
+  soup:
+    method: average
+  grid:
+    method: cart
+    params: {scale: 1.0}
+    search:
+      rank: [0.1, 0.5]
+      keys: [matrices, block_linear]
+gates:
+  minimum_mean: 0.5
+seed: 7
+extract: {rank: 0.5}
+"""
+
+
+def write(folder: Path, old: str = "", new: str = "") -> Path:
+    assert old in LINES
+    path = folder / "params.yaml"
+    path.write_text(LINES.replace(old, new, 1))
+    return path
+
+
+def test_what_is_right_is_read(tmp_path):
+    params = load_params(write(tmp_path))
+    assert list(params.sources) == ["base", "a", "b"] and params.tasks == ["digits"]
+    assert params.seed == 7 and params.extract.rank == 0.5
+    assert list(params.merges["soup"].points) == [{}]
+    assert list(params.merges["grid"].points) == [
+        {"scale": 1.0, "rank": rank, "keys": keys} for rank in (0.1, 0.5) for keys in ("matrices", "block_linear")
+    ]
+
+
+@pytest.mark.parametrize("file", ["params.yaml", *(f"examples/{p.name}" for p in (REPOSITORY / "examples").glob("*.yaml"))])
+def test_the_files_of_the_repository_are_right(file):
+    if not file.endswith(".suite.yaml"):
+        load_params(REPOSITORY / file)
+
+
+def test_raw_params_are_plain(tmp_path):
+    raw = raw_params(write(tmp_path))
+    assert lookup(raw, "merges.grid.search") == {"rank": [0.1, 0.5], "keys": ["matrices", "block_linear"]}
+    plain = (dict, list, str, int, float, bool)
+
+    def check(value: object) -> None:
+        assert type(value) in plain
+        for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            check(inner)
+
+    check(raw)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "parts"),
+    [
+        # keys
+        ("suite: ", "siute: ", 14, ["siute", "unknown key", "did you mean 'suite'?"]),
+        ("  image_size", "  image_siz", 10, ["datasets.image_siz", "did you mean 'image_size'?"]),
+        ("    search:", "    serch:", 21, ["merges.grid.serch", "did you mean 'search'?"]),
+        ("  minimum_mean", "  minimal_mean", 25, ["gates.minimal_mean", "did you mean 'minimum_mean'?"]),
+        ("suite: suite.yaml\n", "", 1, ["suite", "required"]),
+        ("      rank:", "      rnak:", 22, ["cart", "unknown parameter 'rnak'", "did you mean 'rank'?"]),
+        ("{scale: 1.0}", "{scael: 1.0}", 20, ["unknown parameter 'scael'", "did you mean 'scale'?"]),
+        # values
+        ("method: cart", "method: crat", 19, ["unknown method 'crat'", "did you mean 'cart'?"]),
+        ("{scale: 1.0}", "{scale: much}", 20, ["scale = 'much'"]),
+        ("[0.1, 0.5]", "[0.1, 1.5]", 22, ["rank = 1.5"]),
+        ("[0.1, 0.5]", "[]", 22, ["merges.grid.search.rank"]),
+        ("[0.1, 0.5]", "0.1", 22, ["merges.grid.search.rank"]),
+        ("image_size: 32", "image_size: big", 10, ["datasets.image_size"]),
+        ("image_size: 32", "image_size: 4", 10, ["datasets.image_size", "8"]),
+        ("minimum_mean: 0.5", "minimum_mean: 50", 25, ["gates.minimum_mean"]),
+        ("layout: as_is", "layout: clip", 3, ["checkpoints.layout"]),
+        ("experts: [a, b]", "experts: []", 8, ["experts"]),
+        # names
+        ("  soup:", "  so/up:", 16, ["'so/up'", "letters, digits"]),
+        ("  soup:", "  ..:", 16, ["'..'", "letters, digits"]),
+        ("    digits:", "    .hidden:", 12, ["'.hidden'", "letters, digits"]),
+        ("    b: hf", "    ../b: hf", 6, ["'../b'", "letters, digits"]),
+        ("name: small", "name: a b", 1, ["'a b'", "letters, digits"]),
+        ("  soup:", "  baselines:", 16, ["'baselines'", "choose another name"]),
+        # what belongs together
+        ("experts: [a, b]", "experts: [a, bb]", 8, ["'bb' is not among the checkpoints", "did you mean 'b'?"]),
+        ("experts: [a, b]", "experts: [a, a]", 8, ["listed twice"]),
+        ("experts: [a, b]", "experts: [a, base]", 8, ["is the base"]),
+        ("base: base\n", "base: bose\n", 7, ["'bose'", "did you mean 'base'?"]),
+        ("    b: hf", "    a: hf", 6, ["'a' is among the files and the uris"]),
+        ("in/a.safetensors", "hf://org/a", 4, ["'hf://org/a' is a URI", "checkpoints.uris"]),
+        ("in/digits.npz", "hf-dataset://org/d", 12, ["is a URI", "datasets.uris"]),
+        ("    digits: in/digits.npz", "    {}", 9, ["datasets are empty"]),
+        ("      rank:", "      scale: [1.0]\n      rank:", 22, ["'scale' is fixed in params and listed in search"]),
+        # YAML
+        ("base: base\n", "base: base\nbase: a\n", 8, ["not valid YAML", "duplicate"]),
+        ("  soup:", "  grid:", 18, ["not valid YAML", "duplicate"]),
+        ("experts: [a, b]", "experts: [a, b", 9, ["not valid YAML"]),
+        ("name: small", "name: 'small", 28, ["not valid YAML"]),
+        ("name: small", "name: *nowhere", 1, ["not valid YAML"]),
+        ("name: small", "\tname: small", 1, ["not valid YAML"]),
+        (LINES, "- a list\n", 1, ["the file"]),
+        (LINES, "", 1, ["the file"]),
+        (LINES, "just text", 1, ["the file"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_blamed_by_line(old, new, line, parts, tmp_path):
+    path = write(tmp_path, old, new)
+    with refused(f"{path}:{line}: ", *parts):
+        load_params(path)
+
+
+def test_no_file(tmp_path):
+    with refused("params.yaml", "No such file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_no_text(tmp_path):
+    (tmp_path / "params.yaml").write_bytes(b"name: \xff")
+    with refused("params.yaml:1: not valid YAML"):
+        load_params(tmp_path / "params.yaml")
