@@ -202,8 +202,9 @@ def _recipe(args: argparse.Namespace) -> dict[str, Any]:
 
     experts = {}
     for text in args.expert:
-        name, _, where = text.rpartition("=")
-        name = name or Path(where).stem
+        name, named, where = text.partition("=")
+        if not named:
+            name, where = Path(text).stem, text
         if name in experts:
             raise UserError(f"two experts are named '{name}'; name them apart: --expert NAME=PATH")
         experts[name] = local(where)
@@ -234,7 +235,7 @@ def _bytes(text: str) -> int:
     unit = text[len(number) :].strip().upper()
     try:
         return int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"'{text}' is no size; write 500MB or 2GiB") from None
 
 

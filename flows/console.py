@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
+from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +68,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def print_next_steps(workspace: Workspace, ran: list[str]) -> None:
     """Where to look and what to try, in a few lines."""
     print(f"{len(ran)} of {len(workspace.stages)} stages ran; report: {REPORT}")
-    print("Prefect's pages:  PREFECT_HOME=$PWD/.mergeline/prefect prefect server start   (http://127.0.0.1:4200)")
-    print("MLflow's pages:   mlflow ui --backend-store-uri sqlite:///.mergeline/mlflow.db   (http://127.0.0.1:5000)")
-    print("Try next:         edit merges: in params.yaml, then `mergeline run` again: only that branch runs")
+    bin = os.path.relpath(Path(sys.executable).parent)
+    bin = "" if bin.startswith("..") else f"{bin}/"
+    print(f"Prefect's pages:  PREFECT_HOME=$PWD/.mergeline/prefect {bin}prefect server start   (http://127.0.0.1:4200)")
+    print(f"MLflow's pages:   {bin}mlflow ui --backend-store-uri sqlite:///.mergeline/mlflow.db   (http://127.0.0.1:5000)")
+    print(f"Try next:         edit merges: in params.yaml, then {bin}mergeline run: only that branch runs again")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from flows.server import prefect_server
+from flows.server import announced_server, prefect_server
 from merging.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def serve(workspace: Workspace, cron: str) -> None:
     Raises:
         UserError: a malformed cron expression.
     """
-    with prefect_server(workspace.state) as url:
+    with prefect_server(workspace.state, announce=True) as url:
         import prefect
 
         print(f"serving '{workspace.params.name}' by cron '{cron}' and on {EVENT}; pages: {url.removesuffix('/api')}")
@@ -60,10 +61,12 @@ def notify(workspace: Workspace, name: str) -> None:
     """Tell the served deployment that the checkpoint `name` has new content.
 
     Raises:
-        UserError: params.yaml has no such checkpoint.
+        UserError: params.yaml has no such checkpoint, or nobody listens.
     """
     if name not in workspace.params.sources:
         raise UserError(f"params.yaml has no checkpoint '{name}'{did_you_mean(name, workspace.params.sources)}")
+    if not (os.environ.get("PREFECT_API_URL") or announced_server(workspace.state)):
+        raise UserError("no server to tell: start `mergeline serve` in this workspace, or set PREFECT_API_URL")
     with prefect_server(workspace.state) as url:
         from prefect.events import emit_event
 

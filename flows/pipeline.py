@@ -87,7 +87,7 @@ def _may_retry(_task: Task, _run: TaskRun, state: State) -> bool:
     retry_condition_fn=_may_retry,
 )
 def run_stage(params: str, name: str) -> State[dict[str, Any]]:
-    """Run one stage unless dvc.lock vouches for its outputs; its result is its record with the digests of its outputs."""
+    """Run one stage unless dvc.lock vouches for its outputs; the result is its record with its outputs' digests."""
     workspace = open_workspace(params)
     stage = _stage(workspace, name)
     record = workspace.record(stage)

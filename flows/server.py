@@ -31,9 +31,9 @@ _QUIET = {
 
 
 @contextmanager
-def prefect_server(state: Path) -> Iterator[str]:
-    """The API URL to use while the block runs: the team's PREFECT_API_URL, a server that `mergeline serve` left
-    running for this workspace, or one of our own that ends with the block.
+def prefect_server(state: Path, announce: bool = False) -> Iterator[str]:
+    """The API URL to use while the block runs: the team's PREFECT_API_URL, a server announced in this workspace,
+    or one of our own that ends with the block (and that others here use meanwhile, if we `announce` it).
 
     Must be entered before Prefect is imported.
 
@@ -42,13 +42,12 @@ def prefect_server(state: Path) -> Iterator[str]:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    team = os.environ.get("PREFECT_API_URL")
-    if team:
+    os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(state / "prefect" / "storage"))
+    if team := os.environ.get("PREFECT_API_URL"):
         yield team
         return
     os.environ.setdefault("PREFECT_HOME", str(state / "prefect"))
-    url = _running(state)
-    if url:
+    if url := announced_server(state):
         os.environ["PREFECT_API_URL"] = url
         yield url
         return
@@ -58,11 +57,13 @@ def prefect_server(state: Path) -> Iterator[str]:
     try:
         _wait(process, url, state)
         os.environ["PREFECT_API_URL"] = url
-        write_json(_address_file(state), {"url": url})
+        if announce:
+            write_json(_address_file(state), {"url": url})
         yield url
     finally:
         _send_what_waits()
-        _address_file(state).unlink(missing_ok=True)
+        if announce:
+            _address_file(state).unlink(missing_ok=True)
         process.stdin.close()
         process.terminate()
         process.wait(timeout=30)
@@ -82,7 +83,8 @@ def _address_file(state: Path) -> Path:
     return state / "prefect" / "server.json"
 
 
-def _running(state: Path) -> str | None:
+def announced_server(state: Path) -> str | None:
+    """The API URL of the server that another process runs for this workspace, if there is one."""
     try:
         url = json.loads(_address_file(state).read_text())["url"]
     except (FileNotFoundError, ValueError, KeyError):

@@ -1,8 +1,10 @@
-"""Small checkpoints for tests: state dicts from a seed, files with any header, and what a refusal must look like."""
+"""Small checkpoints for tests, files with any header, what a refusal must look like, another process."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping
@@ -17,7 +19,12 @@ from merging.errors import UserError
 State = dict[str, Tensor]
 
 # Names as open_clip gives them: the last is no linear layer of a block.
-SHAPES = {"blocks.0.attn.weight": (6, 4), "blocks.0.mlp.weight": (3, 5), "blocks.1.bias": (7,), "logit_scale": ()}
+SHAPES = {
+    "blocks.0.attn.weight": (6, 4),
+    "blocks.0.mlp.weight": (3, 5),
+    "blocks.1.bias": (7,),
+    "logit_scale": (),
+}
 
 
 @contextmanager
@@ -31,6 +38,32 @@ def refused(*parts: str) -> Iterator[None]:
         assert part in message
 
 
+@contextmanager
+def another_process(code: str, path: Path) -> Iterator[None]:
+    """During the block, another process is inside `with CODE:`, where `path` is known."""
+    lines = [
+        "import sys",
+        "from pathlib import Path",
+        "from filelock import FileLock",
+        "from merging.files import staged",
+        "path = Path(sys.argv[1])",
+        f"with {code}:",
+        "    print(flush=True)",
+        "    input()",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "\n".join(lines), path],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout.readline() == b"\n"
+        yield
+    finally:
+        process.communicate(b"\n")
+
+
 def random_state(
     seed: int, dtype: torch.dtype = torch.float32, shapes: Mapping[str, tuple[int, ...]] = SHAPES
 ) -> State:
@@ -38,8 +71,10 @@ def random_state(
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
-def save_family(folder: Path, experts: int = 3, dtype: torch.dtype = torch.float32, **recipe: Any) -> dict[str, Any]:
-    """A base and its experts as files in `folder`; returns the recipe that averages them, updated by `recipe`."""
+def save_family(
+    folder: Path, experts: int = 3, dtype: torch.dtype = torch.float32, **recipe: Any
+) -> dict[str, Any]:
+    """A base and its experts as files in `folder`; returns the recipe that averages them, and `recipe`."""
     base = random_state(0, dtype)
     paths = {"base": folder / "base.safetensors"}
     save_file(base, paths["base"])
@@ -66,7 +101,7 @@ def edit(path: Path, **changes: Tensor | None) -> None:
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
-    """A file with `header` (bytes, or what JSON can say) and `data`; `length` lies about the header's length."""
+    """A file of `header` (bytes, or what JSON can say) and `data`; `length` lies about the header's."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path

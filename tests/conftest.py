@@ -89,7 +89,9 @@ def tmpfs(tmp_path: Path) -> Callable[..., Path]:
     def mount(options: str) -> Path:
         folder = tmp_path / f"mount{len(mounted)}"
         folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
         mounted.append(folder)

@@ -7,18 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import numpy as np
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).parent.parent
-TASKS = ("digits", "shapes", "textures")
+TASKS = ("digits", "shapes")
 MERGES = {
     "average": {"method": "average"},
-    "task_arithmetic": {"method": "task_arithmetic", "search": {"scale": [0.3, 0.5]}},
-    "ties": {"method": "ties", "params": {"density": 0.2, "scale": 1.0}},
+    "ties": {"method": "ties", "params": {"density": 0.2}, "search": {"scale": [0.5, 1.0]}},
     "cart": {"method": "cart", "search": {"rank": [0.1, 0.5], "scale": [1.0, 2.0]}},
 }
 GATES = {"minimum_mean": 0.2, "largest_drop": 1.0, "largest_norm_ratio": 100.0}
@@ -35,11 +35,12 @@ class SmallWorkspace:
         self.root = root
 
     def environment(self, **more: str) -> dict[str, str]:
-        """What commands see: nothing of the caller's Prefect and MLflow, one thread a process, `more`."""
+        """What commands see: no Prefect or MLflow settings of the caller, one thread a process, and `more`."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "DVC_"))}
         return inherited | {
             "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(self.root),
+            "HOME": str(self.root.parent),
             "OMP_NUM_THREADS": "1",
             **more,
         }
@@ -82,22 +83,31 @@ class SmallWorkspace:
     def lock(self) -> str:
         return (self.root / "dvc.lock").read_text()
 
-    def edit(self, change: Any) -> None:
+    def edit(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Let `change` modify params.yaml, given as a dict."""
         file = self.root / "params.yaml"
         params = YAML(typ="safe").load(file)
         change(params)
         YAML().dump(params, file)
 
-    def forget(self) -> None:
-        """Back to a fresh clone: no outputs, no cache, no state."""
-        for folder in ("build", ".mergeline", ".dvc/cache", ".dvc/tmp"):
-            shutil.rmtree(self.root / folder, ignore_errors=True)
-        (self.root / "dvc.lock").unlink(missing_ok=True)
+    def copy(self, root: Path) -> SmallWorkspace:
+        """The same workspace in another place."""
+        shutil.copytree(self.root, root)
+        return SmallWorkspace(root)
+
+    @contextmanager
+    def stages_run(self) -> Iterator[set[str]]:
+        """The names of the stages that ran in the block, known at its end."""
+        before, ran = self._cost_times(), set()
+        yield ran
+        ran.update(name for name, time in self._cost_times().items() if before.get(name) != time)
+
+    def _cost_times(self) -> dict[str, int]:
+        return {file.stem: file.stat().st_mtime_ns for file in self.root.glob(".mergeline/costs/*.json")}
 
 
 def make_workspace(root: Path) -> SmallWorkspace:
-    """A clone in `root`: the files git knows and those it would add, three experts, a few images a task."""
+    """A clone in `root`: the files git knows and those it would add, two experts, a few images a task."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, capture_output=True, check=True, text=True
     )

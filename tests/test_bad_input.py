@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import edit, save_family, write_raw
+from checkpoints import another_process, edit, save_family, write_raw
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -118,9 +118,22 @@ def test_merge_of_a_bad_expert(kind, part, files, refused, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("kind", "part"), {k: v for k, v in {**CHECKPOINTS, **FAMILIES}.items() if k not in ("nan", "inf")}.items())
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    {k: v for k, v in {**CHECKPOINTS, **FAMILIES}.items() if k not in ("nan", "inf")}.items(),
+)
 def test_plan_of_a_bad_expert(kind, part, files, mergeline):
-    arguments = ["plan", "--method", "ties", "--base", files["base"], "--expert", f"a={files['a']}", "--expert", f"bad={files[kind]}"]
+    arguments = [
+        "plan",
+        "--method",
+        "ties",
+        "--base",
+        files["base"],
+        "--expert",
+        f"a={files['a']}",
+        "--expert",
+        f"bad={files[kind]}",
+    ]
     outcome = mergeline(*arguments)
     assert outcome.code == 2 and outcome.err.count("\n") == 1 and "see above" in outcome.err
     assert any(line.startswith("problem") and part in line for line in outcome.out.splitlines())
@@ -147,7 +160,10 @@ def test_inspect_diff_and_verify_of_a_bad_checkpoint(command, kind, part, files,
         (["--method", "cart", "--set", "rank"], "KEY=VALUE"),
         (["--method", "cart", "--set", "scale=NaN"], "scale"),
         (["--method", "cart", "--set", "scale=1e999"], "scale"),
-        (["--method", "task_arithmetic", "--base", "{base}", "--set", "weights=[1,2,3]"], "3 weights for 2 experts"),
+        (
+            ["--method", "task_arithmetic", "--base", "{base}", "--set", "weights=[1,2,3]"],
+            "3 weights for 2 experts",
+        ),
         (["--method", "average", "--dtype", "int8"], "int8"),
         (["--method", "average", "--memory", "1"], "allow more"),
         (["--method", "average", "--memory", "much"], "no size"),
@@ -168,7 +184,16 @@ def test_inspect_diff_and_verify_of_a_bad_checkpoint(command, kind, part, files,
 )
 def test_merge_with_bad_arguments(arguments, part, files, refused, tmp_path):
     given = [argument.format(**files) for argument in arguments]
-    line = refused("merge", "--expert", f"a={files['a']}", "--expert", f"b={files['b']}", "--out", tmp_path / "out", *given)
+    line = refused(
+        "merge",
+        "--expert",
+        f"a={files['a']}",
+        "--expert",
+        f"b={files['b']}",
+        "--out",
+        tmp_path / "out",
+        *given,
+    )
     assert part in line
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -181,12 +206,21 @@ def test_commands_that_are_none(refused):
 
 def test_cart_of_two_says_so_before_it_fails(files, refused, tmp_path):
     line = refused(
-        "merge", "--method", "cart", "--expert", files["a"], "--expert", files["nan"], "--out", tmp_path / "out", of=2
+        "merge",
+        "--method",
+        "cart",
+        "--expert",
+        files["a"],
+        "--expert",
+        files["nan"],
+        "--out",
+        tmp_path / "out",
+        of=2,
     )
     assert "NaN" in line
 
 
-# ---------------------------------------------------------------------------------------------- steps
+# --------------------------------------------------------------------------------------- steps
 
 
 @pytest.fixture
@@ -216,7 +250,19 @@ def test_no_params_file(refused, tmp_path):
 
 def test_a_mistake_in_params_stops_every_step(change, refused):
     params = change(merges__cart__method="crat")
-    for step in ("run", "fetch", "data", "heads", "extract", "search", "merge-all", "evaluate", "baselines", "compare", "register"):
+    for step in (
+        "run",
+        "fetch",
+        "data",
+        "heads",
+        "extract",
+        "search",
+        "merge-all",
+        "evaluate",
+        "baselines",
+        "compare",
+        "register",
+    ):
         line = refused(step, "--params", params)
         assert f"{params}:" in line and "did you mean 'cart'?" in line
     assert not (params.parent / "build").exists()
@@ -227,7 +273,9 @@ def test_an_item_that_params_do_not_name(workspace, refused):
     assert "has no 'crat' to merge-all" in line and "did you mean 'cart'?" in line
 
 
-@pytest.mark.parametrize("step", ["heads", "extract", "search", "merge-all", "evaluate", "baselines", "compare"])
+@pytest.mark.parametrize(
+    "step", ["heads", "extract", "search", "merge-all", "evaluate", "baselines", "compare"]
+)
 def test_a_step_before_its_turn(step, workspace, refused):
     line = refused(step, "--params", workspace / "params.yaml")
     assert "is missing" in line and "mergeline run" in line
@@ -245,7 +293,8 @@ def test_fetch_of_a_bad_checkpoint(kind, part, files, change, refused):
 @pytest.mark.parametrize(("kind", "part"), [(k, v) for k, v in FAMILIES.items() if k not in ("base", "a")])
 def test_extract_of_a_bad_family(kind, part, files, change, mergeline, refused):
     params = change(
-        checkpoints__files={"base": str(files["base"]), "a": str(files["a"]), "bad": str(files[kind])}, experts=["a", "bad"]
+        checkpoints__files={"base": str(files["base"]), "a": str(files["a"]), "bad": str(files[kind])},
+        experts=["a", "bad"],
     )
     assert mergeline("fetch", "--params", params).code == 0
     line = refused("extract", "--params", params)
@@ -255,13 +304,8 @@ def test_extract_of_a_bad_family(kind, part, files, change, mergeline, refused):
 
 def test_a_workspace_in_use(workspace, refused):
     (workspace / ".mergeline").mkdir()
-    code = "import sys; from filelock import FileLock\nwith FileLock(sys.argv[1]): print(flush=True); input()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, workspace / ".mergeline" / "run.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    holder.stdout.readline()
-    assert "another run" in refused("fetch", "--params", workspace / "params.yaml")
-    holder.communicate(b"\n")
+    with another_process("FileLock(path)", workspace / ".mergeline" / "run.lock"):
+        assert "another run" in refused("fetch", "--params", workspace / "params.yaml")
 
 
 def test_a_damaged_dvc_file(workspace, refused):
@@ -270,12 +314,9 @@ def test_a_damaged_dvc_file(workspace, refused):
 
 
 def test_a_process_of_its_own(files, tmp_path):
-    """The installed entry point, not only `main`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "merge", "--method", "average", "--expert", files["truncated"], "--out", tmp_path / "out"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
+    """Exit code and streams of a real process, not only of `main`."""
+    command = [sys.executable, "-m", "flows.cli", "merge", "--method", "average", "--out", tmp_path / "out"]
+    command += ["--expert", files["truncated"]]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("mergeline: ") and done.stderr.count("\n") == 1

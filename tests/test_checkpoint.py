@@ -32,10 +32,14 @@ ODD = {
 
 
 def entry(start: int = 0, stop: int = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, stop]}
+    return {
+        "dtype": dtype,
+        "shape": list(shape) if isinstance(shape, tuple) else shape,
+        "data_offsets": [start, stop],
+    }
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------- reading
 
 
 @pytest.mark.parametrize("state", [STATE, ODD, {}], ids=["plain", "odd", "nothing"])
@@ -78,7 +82,7 @@ def test_a_file_that_shrinks_after_it_was_opened(read, tmp_path):
         read(checkpoint)
 
 
-# ---------------------------------------------------------------------------------------------- digests
+# --------------------------------------------------------------------------------------- digests
 
 
 def test_the_digest_depends_on_the_tensors_alone(tmp_path):
@@ -113,10 +117,13 @@ def test_the_digest_depends_on_the_tensors_alone(tmp_path):
 def test_the_digest_changes_with_anything_of_a_tensor(changed, tmp_path):
     save_file(STATE, tmp_path / "a.safetensors")
     save_file(changed, tmp_path / "b.safetensors")
-    assert open_checkpoint(tmp_path / "a.safetensors").digest() != open_checkpoint(tmp_path / "b.safetensors").digest()
+    assert (
+        open_checkpoint(tmp_path / "a.safetensors").digest()
+        != open_checkpoint(tmp_path / "b.safetensors").digest()
+    )
 
 
-# ---------------------------------------------------------------------------------------------- malformed files
+# --------------------------------------------------------------------------------------- malformed files
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 60, -1, -30])
@@ -189,12 +196,18 @@ JSON = st.recursive(
 )
 NUMBERS = st.lists(st.integers(-2, 24) | st.just(1 << 61) | JSON, max_size=3) | JSON
 ENTRIES = st.fixed_dictionaries(
-    {"dtype": st.sampled_from(["F32", "I64", "BOOL", "F8_E5M2", "X"]), "shape": NUMBERS, "data_offsets": NUMBERS}
+    {
+        "dtype": st.sampled_from(["F32", "I64", "BOOL", "F8_E5M2", "X"]),
+        "shape": NUMBERS,
+        "data_offsets": NUMBERS,
+    }
 )
 HEADERS = st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRIES | JSON, max_size=3)
 
 
-@given(header=HEADERS.map(lambda h: json.dumps(h).encode()) | st.binary(max_size=60), data=st.binary(max_size=24))
+@given(
+    header=HEADERS.map(lambda h: json.dumps(h).encode()) | st.binary(max_size=60), data=st.binary(max_size=24)
+)
 @example(header=json.dumps({"w": entry(0, 0, (0, 1 << 61, 1 << 61))}).encode(), data=b"")
 def test_any_header_is_read_or_refused(header, data, tmp_path_factory):
     path = write_raw(tmp_path_factory.getbasetemp() / "fuzz.safetensors", header, data)
@@ -219,7 +232,7 @@ def test_any_damaged_byte_is_read_or_refused(position, byte, tmp_path_factory):
         assert "\n" not in str(error)
 
 
-# ---------------------------------------------------------------------------------------------- pickles
+# --------------------------------------------------------------------------------------- pickles
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pth", "model.ckpt"])
@@ -243,7 +256,7 @@ def test_a_header_length_that_begins_like_a_pickle(length, tmp_path):
     assert open_checkpoint(write_raw(tmp_path / "x.safetensors", header, b"\0" * 8)).tensors.keys() == {"w"}
 
 
-# ---------------------------------------------------------------------------------------------- folders
+# --------------------------------------------------------------------------------------- folders
 
 
 def test_nothing_there(tmp_path):
@@ -261,7 +274,20 @@ def test_a_folder_without_or_with_too_many_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "a\\b.safetensors", 7, None, ["a"], {}]
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        ".",
+        "",
+        "a\\b.safetensors",
+        7,
+        None,
+        ["a"],
+        {},
+    ],
 )
 def test_an_index_that_names_no_plain_file(name, tmp_path):
     save_file(STATE, tmp_path.parent / "x.safetensors")
@@ -303,7 +329,17 @@ def test_a_tensor_that_is_not_in_its_shard(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "index", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "[" * 100_000, b"\xff", '{"weight_map": 1}']
+    "index",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": null}',
+        "[" * 100_000,
+        b"\xff",
+        '{"weight_map": 1}',
+    ],
 )
 def test_an_index_that_is_none(index, tmp_path):
     (tmp_path / INDEX).write_bytes(index if isinstance(index, bytes) else index.encode())

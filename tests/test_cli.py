@@ -39,24 +39,38 @@ def in_memory(family: list[Any], method: str, **params: Any) -> dict[str, torch.
     return merge_state_dicts(method, dict(zip("abc", experts)), base, params=params)
 
 
-# ---------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------- help
 
 
 def test_help_names_every_command(mergeline):
     outcome = mergeline("--help")
     assert outcome.code == 0
-    for command in ("run", *STEPS, "register", "report", "serve", "merge", "plan", "methods", "inspect", "diff", "verify"):
+    for command in (
+        "run",
+        *STEPS,
+        "register",
+        "report",
+        "serve",
+        "merge",
+        "plan",
+        "methods",
+        "inspect",
+        "diff",
+        "verify",
+    ):
         assert re.search(rf"^    {command}\b", outcome.out, re.MULTILINE), command
         assert mergeline(command, "--help").code == 0
 
 
-# ---------------------------------------------------------------------------------------------- merge and plan
+# --------------------------------------------------------------------------------------- merge and plan
 
 
 def test_merge_prints_where_and_what(mergeline, family, tmp_path):
     outcome = mergeline("merge", "--method", "cart", *family, "--set", "rank=0.5", "--out", tmp_path / "out")
     assert outcome == (0, f"{tmp_path / 'out'}  {open_checkpoint(tmp_path / 'out').digest()}\n", "")
-    assert same_tensors(load_file(tmp_path / "out" / "model.safetensors"), in_memory(family, "cart", rank=0.5))
+    assert same_tensors(
+        load_file(tmp_path / "out" / "model.safetensors"), in_memory(family, "cart", rank=0.5)
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,20 +84,41 @@ def test_merge_prints_where_and_what(mergeline, family, tmp_path):
     ],
 )
 def test_set_takes_json_values(setting, params, mergeline, family, tmp_path):
-    outcome = mergeline("merge", "--method", "task_arithmetic", *family, "--set", setting, "--out", tmp_path / "x.safetensors")
+    outcome = mergeline(
+        "merge", "--method", "task_arithmetic", *family, "--set", setting, "--out", tmp_path / "x.safetensors"
+    )
     assert outcome.code == 0
     assert same_tensors(load_file(tmp_path / "x.safetensors"), in_memory(family, "task_arithmetic", **params))
 
 
 def test_set_takes_plain_words(mergeline, family, tmp_path):
-    arguments = [*family, "--set", "variant=mergekit", "--set", "scope=tensor", "--out", tmp_path / "x.safetensors"]
+    arguments = [
+        *family,
+        "--set",
+        "variant=mergekit",
+        "--set",
+        "scope=tensor",
+        "--out",
+        tmp_path / "x.safetensors",
+    ]
     assert mergeline("merge", "--method", "ties", *arguments).code == 0
     expected = in_memory(family, "ties", variant="mergekit", scope="tensor")
     assert same_tensors(load_file(tmp_path / "x.safetensors"), expected)
 
 
 def test_options_reach_the_merge(mergeline, family, tmp_path):
-    options = ["--dtype", "float16", "--seed", "7", "--shard-size", "60B", "--memory", "1GiB", "--workers", "1"]
+    options = [
+        "--dtype",
+        "float16",
+        "--seed",
+        "7",
+        "--shard-size",
+        "60B",
+        "--memory",
+        "1GiB",
+        "--workers",
+        "1",
+    ]
     assert mergeline("merge", "--method", "average", *family, *options, "--out", tmp_path / "out").code == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["recipe"]["seed"] == 7 and manifest["recipe"]["dtype"] == "float16"
@@ -95,7 +130,11 @@ def test_an_expert_without_a_name_takes_its_file_name(mergeline, family, tmp_pat
     paths = [part.split("=")[1] for part in family[3::2]]
     experts = [part for path in paths for part in ("--expert", path)]
     assert mergeline("merge", "--method", "average", *experts, "--out", tmp_path / "out").code == 0
-    assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]["experts"]) == ["a", "b", "c"]
+    assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]["experts"]) == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 def test_a_path_may_hold_an_equals_sign(mergeline, family, tmp_path):
@@ -103,7 +142,11 @@ def test_a_path_may_hold_an_equals_sign(mergeline, family, tmp_path):
     moved = [str(part).replace("/in/", "/lr=0.1/") for part in family]
     outcome = mergeline("merge", "--method", "average", *moved, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
-    assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]["experts"]) == ["a", "b", "c"]
+    assert list(json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]["experts"]) == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 def test_a_warning_is_a_note(mergeline, family, tmp_path):
@@ -122,7 +165,7 @@ def test_plan_writes_nothing(mergeline, family, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-# ---------------------------------------------------------------------------------------------- looking
+# --------------------------------------------------------------------------------------- looking
 
 
 def test_methods_lists_the_catalogue(mergeline):
@@ -137,7 +180,9 @@ def test_methods_lists_the_catalogue(mergeline):
 def test_inspect(mergeline, family):
     base, a = family[1], Path(family[3].split("=")[1])
     outcome = mergeline("inspect", base, a)
-    assert outcome.code == 0 and DIGEST.findall(outcome.out) == [open_checkpoint(p).digest() for p in (base, a)]
+    assert outcome.code == 0 and DIGEST.findall(outcome.out) == [
+        open_checkpoint(p).digest() for p in (base, a)
+    ]
     found = json.loads(mergeline("inspect", base, "--json").out)
     assert found["tensors"] == 4 and found["bytes"] == 188 and found["dtypes"] == {"F32": 4}
 
@@ -158,7 +203,7 @@ def test_verify(mergeline, family, tmp_path):
     assert outcome.code == 0 and "bit-identical" in outcome.out
 
 
-# ---------------------------------------------------------------------------------------------- steps
+# --------------------------------------------------------------------------------------- steps
 
 
 def test_steps_run_from_anywhere_and_fetch_only_what_is_named(workspace, mergeline):
@@ -179,11 +224,21 @@ def test_a_step_removes_what_params_no_longer_name(workspace, mergeline):
     assert [p.name for p in (workspace / "build" / "merges").iterdir()] == ["cart"]
 
 
-# ---------------------------------------------------------------------------------------------- as a process
+# --------------------------------------------------------------------------------------- as a process
 
 
 def test_the_module_runs_and_reports_its_exit_code(family, tmp_path):
-    command = [sys.executable, "-m", "flows.cli", "merge", "--method", "average", *map(str, family), "--out", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "merge",
+        "--method",
+        "average",
+        *map(str, family),
+        "--out",
+        "out",
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and DIGEST.search(done.stdout)

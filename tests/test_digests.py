@@ -52,7 +52,13 @@ def test_what_dvc_ignores_is_left_out(project):
     fill(project / "folder")
     digests = Digests(project / "memo.sqlite")
     before = digests.of(project / "folder")
-    for name in ("__pycache__/m.pyc", "sub/m.pyc", ".out.partial/half", "sub/.x.123.partial", "sub/.gitignore"):
+    for name in (
+        "__pycache__/any",
+        "sub/m.pyc",
+        ".out.partial/half",
+        "sub/.x.123.partial",
+        "sub/.gitignore",
+    ):
         path = project / "folder" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(name)

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import edit, random_state, refused, same_tensors, save_family, shard
+from checkpoints import another_process, edit, random_state, refused, same_tensors, save_family, shard
 from merging import merge, merge_state_dicts
 from merging.checkpoint import INDEX, open_checkpoint
 from merging.plan import make_plan
@@ -34,7 +34,7 @@ def left_over(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name != "in")
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# --------------------------------------------------------------------------------------- what is written
 
 
 def test_a_folder_holds_weights_manifest_card_and_configs(recipe, tmp_path):
@@ -95,9 +95,16 @@ def test_the_recipe_digest_ignores_paths_but_not_content(recipe, tmp_path):
 def test_shard_size(recipe, tmp_path):
     whole = merge(recipe, tmp_path / "whole")
     sharded = merge({**recipe, "shard_size": 100}, tmp_path / "sharded")
-    assert sharded["output"]["files"] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert sharded["output"]["files"] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
     assert (tmp_path / "sharded" / INDEX).exists()
-    assert sharded["output"]["digest"] == whole["output"]["digest"] == open_checkpoint(tmp_path / "sharded").digest()
+    assert (
+        sharded["output"]["digest"]
+        == whole["output"]["digest"]
+        == open_checkpoint(tmp_path / "sharded").digest()
+    )
 
 
 def test_shards_in_one_file_are_refused(recipe, tmp_path):
@@ -115,7 +122,18 @@ def test_the_output_dtype(dtype, recipe, tmp_path):
     assert merged.pop("ids").dtype == torch.int64
     assert all(t.dtype == getattr(torch, dtype) for t in merged.values())
     tolerance = {"float16": 1e-3, "bfloat16": 1e-2}.get(dtype, 1e-6)
-    assert all(torch.allclose(t.double(), exact[n].double(), rtol=tolerance, atol=1e-6) for n, t in merged.items())
+    assert all(
+        torch.allclose(t.double(), exact[n].double(), rtol=tolerance, atol=1e-6) for n, t in merged.items()
+    )
+
+
+def test_float64_inputs_lose_nothing(recipe, tmp_path):
+    exact = {name: t + 1e-12 for name, t in random_state(0, torch.float64).items()}
+    recipe["experts"].pop("c")  # the mean of two is exact
+    for path in (recipe["base"], *recipe["experts"].values()):
+        save_file(exact, path)
+    merge(recipe, tmp_path / "out.safetensors")
+    assert same_tensors(load_file(tmp_path / "out.safetensors"), exact)
 
 
 def test_tensors_of_integers_are_copied(recipe, tmp_path):
@@ -132,6 +150,9 @@ def test_tensors_of_integers_are_copied(recipe, tmp_path):
     edit(recipe["experts"]["b"], ids=torch.tensor([[1, 3]]))
     with refused("'b'", "'ids'", "differs"):
         merge(recipe, tmp_path / "other.safetensors")
+    edit(recipe["experts"]["b"], ids=torch.tensor([[1, 2]], dtype=torch.int32))
+    with refused("'ids'", "I32 in expert 'b'", "I64 in 'base'"):
+        merge(recipe, tmp_path / "other.safetensors")
 
 
 def test_tensors_that_only_the_base_has_are_copied_with_a_warning(recipe, tmp_path):
@@ -145,7 +166,9 @@ def test_tensors_that_only_the_base_has_are_copied_with_a_warning(recipe, tmp_pa
 def test_progress_counts_every_tensor(recipe, tmp_path):
     for workers in (1, 2):
         seen: list[tuple[int, int]] = []
-        merge(recipe, tmp_path / "out", workers=workers, progress=lambda done, total: seen.append((done, total)))
+        merge(
+            recipe, tmp_path / "out", workers=workers, progress=lambda *counts, seen=seen: seen.append(counts)
+        )
         assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -159,7 +182,7 @@ def test_threads_are_put_back(recipe, tmp_path):
         torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------------------------------------- plans
+# --------------------------------------------------------------------------------------- plans
 
 
 def test_a_plan_counts_what_will_be_read_and_written(recipe):
@@ -199,7 +222,12 @@ def test_recipes_that_cannot_work(change, parts, recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "part"),
-    [({"metod": "cart"}, "metod"), ({"dtype": "float8"}, "dtype"), ({"seed": "x"}, "seed"), ({"experts": ["a"]}, "experts")],
+    [
+        ({"metod": "cart"}, "metod"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"seed": "x"}, "seed"),
+        ({"experts": ["a"]}, "experts"),
+    ],
 )
 def test_recipes_with_wrong_keys_or_types(change, part, recipe):
     with refused("recipe", part):
@@ -220,8 +248,16 @@ def test_cart_of_two_experts_warns(recipe):
         ("b", {"blocks__1__bias": None, "blocks__1__bais": torch.ones(7)}, ["did you mean 'blocks.1.bais'?"]),
         ("b", {"blocks__1__bias": torch.ones(8)}, ["'blocks.1.bias'", "[8] in expert 'b'", "[7] in 'base'"]),
         ("b", {"blocks__1__bias": torch.ones(7, 1)}, ["'blocks.1.bias'", "[7, 1] in expert 'b'"]),
-        ("b", {"blocks__1__bias": torch.ones(7, dtype=torch.int64)}, ["'blocks.1.bias'", "I64 in expert 'b'"]),
-        ("b", {"blocks__1__bias": torch.ones(7).to(torch.float8_e4m3fn)}, ["b: ", "F8_E4M3", "'blocks.1.bias'"]),
+        (
+            "b",
+            {"blocks__1__bias": torch.ones(7, dtype=torch.int64)},
+            ["'blocks.1.bias'", "I64 in expert 'b'"],
+        ),
+        (
+            "b",
+            {"blocks__1__bias": torch.ones(7).to(torch.float8_e4m3fn)},
+            ["b: ", "F8_E4M3", "'blocks.1.bias'"],
+        ),
     ],
 )
 def test_tensors_that_do_not_match(expert, change, parts, recipe, tmp_path):
@@ -256,7 +292,7 @@ def test_an_expert_named_base(with_base, recipe, tmp_path):
         merge({**recipe, "base": recipe["base"] if with_base else None}, tmp_path / "out")
 
 
-# ---------------------------------------------------------------------------------------------- numbers
+# --------------------------------------------------------------------------------------- numbers
 
 
 @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
@@ -286,7 +322,7 @@ def test_memory_bounds_the_workers_or_refuses(recipe, tmp_path):
     merge(recipe, tmp_path / "out", memory=need, workers=8)
 
 
-# ---------------------------------------------------------------------------------------------- whole or not at all
+# --------------------------------------------------------------------------------------- whole or not at all
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
@@ -315,7 +351,11 @@ def test_an_earlier_output_is_replaced(out, recipe, tmp_path):
     assert open_checkpoint(tmp_path / out).digest() == manifest["output"]["digest"]
     assert left_over(tmp_path) == ([out] if out == "out" else [out, f"{out}.manifest.json"])
     if out == "out":
-        assert sorted(p.name for p in (tmp_path / out).iterdir()) == ["README.md", "manifest.json", "model.safetensors"]
+        assert sorted(p.name for p in (tmp_path / out).iterdir()) == [
+            "README.md",
+            "manifest.json",
+            "model.safetensors",
+        ]
 
 
 def test_a_folder_that_is_no_merge_is_not_replaced(recipe, tmp_path):
@@ -369,29 +409,20 @@ def test_a_read_only_place(recipe, tmpfs):
 
 
 def test_a_second_writer_is_refused(recipe, tmp_path):
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    (partial / "theirs").write_text("half a merge")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), 2); print(flush=True); input()", partial],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    holder.stdout.readline()
-    with refused("another process is writing"):
-        merge(recipe, tmp_path / "out")
-    assert (partial / "theirs").exists()
-    holder.communicate(b"\n")
+    with another_process("staged(path)", tmp_path / "out"):
+        with refused("another process is writing"):
+            merge(recipe, tmp_path / "out")
+        assert left_over(tmp_path) == [".out.partial"]
     merge(recipe, tmp_path / "out")
     assert left_over(tmp_path) == ["out"]
 
 
-# ---------------------------------------------------------------------------------------------- signals
+# --------------------------------------------------------------------------------------- signals
 
 
 @pytest.fixture
 def interrupted(tmp_path: Path) -> Callable[[int], subprocess.CompletedProcess]:
-    """Sends a signal to a merge of some seconds as soon as it writes; `again()` then makes the same merge here."""
+    """Sends a signal to a merge of some seconds as soon as it writes; `interrupted.recipe` is that merge."""
     shapes = {f"blocks.{i}.weight": (320, 320) for i in range(40)}
     (tmp_path / "in").mkdir()
     experts = {}
@@ -400,11 +431,26 @@ def interrupted(tmp_path: Path) -> Callable[[int], subprocess.CompletedProcess]:
         save_file(random_state(t, shapes=shapes), experts[name])
 
     def send(number: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "flows.cli", "merge", "--method", "cart", "--out", tmp_path / "out", "--workers", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "flows.cli",
+            "merge",
+            "--method",
+            "cart",
+            "--out",
+            tmp_path / "out",
+            "--workers",
+            "2",
+        ]
         for name, path in experts.items():
             command += ["--expert", f"{name}={path}"]
         process = subprocess.Popen(
-            command, cwd=Path(__file__).parent.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=Path(__file__).parent.parent,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         while not (tmp_path / ".out.partial" / "model.safetensors").exists():
             assert process.poll() is None, process.stderr.read()
@@ -433,12 +479,15 @@ def test_a_killed_merge_is_in_nobodys_way(interrupted, tmp_path):
     assert verify(tmp_path / "out").startswith(f"{tmp_path / 'out'}: bit-identical")
 
 
-# ---------------------------------------------------------------------------------------------- verify
+# --------------------------------------------------------------------------------------- verify
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors", "sub/out"])
 def test_verify_says_that_a_merge_is_what_its_manifest_says(out, recipe, tmp_path):
-    merge({**recipe, "method": "cart", "dtype": "bfloat16", "shard_size": None if "." in out else 100}, tmp_path / out)
+    merge(
+        {**recipe, "method": "cart", "dtype": "bfloat16", "shard_size": None if "." in out else 100},
+        tmp_path / out,
+    )
     assert "bit-identical" in verify(tmp_path / out)
     assert not list(tmp_path.rglob(".verify-*"))
 
@@ -475,7 +524,9 @@ def test_verify_finds_an_output_that_its_recipe_does_not_give(recipe, tmp_path):
         verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"recipe": {}}', '{"recipe": 1, "output": {"digest": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"recipe": {}}', '{"recipe": 1, "output": {"digest": 1}}']
+)
 def test_verify_refuses_a_damaged_manifest(text, recipe, tmp_path):
     merge(recipe, tmp_path / "out")
     (tmp_path / "out" / "manifest.json").write_text(text)

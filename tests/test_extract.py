@@ -28,7 +28,7 @@ def run(family: dict[str, Any], out: Path, rank: float = 1.0) -> dict[str, Any]:
     return json.loads((out / "description.json").read_text())
 
 
-# ---------------------------------------------------------------------------------------------- description
+# --------------------------------------------------------------------------------------- description
 
 
 def test_the_description_agrees_with_definitions(family, tmp_path):
@@ -51,7 +51,9 @@ def test_the_description_agrees_with_definitions(family, tmp_path):
         for j, b in enumerate(experts):
             cosine = float(flat[a] @ flat[b] / flat[a].norm() / flat[b].norm())
             assert found["cosine"][i][j] == pytest.approx(cosine, abs=1e-5)
-            conflict = float(((flat[a] * flat[b]) < 0).double().sum() / ((flat[a] * flat[b]) != 0).double().sum())
+            conflict = float(
+                ((flat[a] * flat[b]) < 0).double().sum() / ((flat[a] * flat[b]) != 0).double().sum()
+            )
             assert found["sign_conflict"][i][j] == pytest.approx(conflict, abs=1e-5)
 
 
@@ -78,7 +80,7 @@ def test_the_same_inputs_give_the_same_bytes(family, tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------- factors
+# --------------------------------------------------------------------------------------- factors
 
 
 @pytest.mark.parametrize("stored", [0.0, 0.3, 1.0])
@@ -106,7 +108,9 @@ def test_stored_factors_change_no_byte(stored, tmp_path):
         {"rank": 0.25, "origin": "task_arithmetic"},
     ):
         fresh = merge_state_dicts("cart", experts, base, params=params)
-        assert same_tensors(merge_state_dicts("cart", experts, base, params=params, factors=factors), fresh), params
+        assert same_tensors(
+            merge_state_dicts("cart", experts, base, params=params, factors=factors), fresh
+        ), params
 
 
 def test_stored_factors_are_used(family, tmp_path):
@@ -119,7 +123,7 @@ def test_stored_factors_are_used(family, tmp_path):
     assert not same_tensors(wrong, merge_state_dicts("cart", stranger, params=params))
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------- refusals
 
 
 def test_experts_that_cannot_be(family, tmp_path):
@@ -134,5 +138,7 @@ def test_experts_that_cannot_be(family, tmp_path):
         "stranger": ["'stranger' was not fine-tuned from this base", "cosine"],
     }.items():
         with refused(*parts):
-            extract(family["base"], {"a": one, name: tmp_path / f"{name}.safetensors"}, tmp_path / "out", rank=1.0)
+            extract(
+                family["base"], {"a": one, name: tmp_path / f"{name}.safetensors"}, tmp_path / "out", rank=1.0
+            )
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

@@ -1,4 +1,4 @@
-"""Published reference implementations: their outputs on small inputs (goldens/cases.json, one case a line)."""
+"""Outputs of published reference implementations on small inputs: goldens/cases.json, one case a line."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(params=["files", "uris"])
 def project(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A DVC project of this repository's params.yaml and dvc.yaml; or one with some checkpoints and data by URI."""
+    """A DVC project of this repository's params.yaml and dvc.yaml, as they are or with some items by URI."""
     from dvc.repo import Repo
     from ruamel.yaml import YAML
 
@@ -75,7 +75,9 @@ def test_stages_come_after_what_they_need(project):
     found = graph(project)
     assert len({stage.name for stage in found}) == len(found)
     for i, stage in enumerate(found):
-        assert {other.name for other in needs(stage, found)} <= {other.name for other in found[:i]}, stage.name
+        assert {other.name for other in needs(stage, found)} <= {other.name for other in found[:i]}, (
+            stage.name
+        )
 
 
 def test_needs_names_every_maker_of_a_dependency(project):
@@ -96,7 +98,11 @@ def test_needs_does_not_confuse_names_that_begin_alike():
     def stage(name: str, deps: tuple[str, ...], out: str) -> Stage:
         return Stage(name, "step", None, deps, (), (out,))
 
-    found = [stage("a", (), "build/cart"), stage("b", (), "build/cart_wide"), stage("c", ("build/cart",), "build/c")]
+    found = [
+        stage("a", (), "build/cart"),
+        stage("b", (), "build/cart_wide"),
+        stage("c", ("build/cart",), "build/c"),
+    ]
     assert [s.name for s in needs(found[2], found)] == ["a"]
 
 

@@ -28,14 +28,18 @@ SYMMETRIC = [
 def family(seed: int, experts: int = 3, dtype: torch.dtype = torch.float32) -> tuple[State, dict[str, State]]:
     base = random_state(seed, dtype)
     taus = [random_state(seed + 10_000 * (t + 1)) for t in range(experts)]
-    return base, {f"e{t}": {k: (v + 0.1 * tau[k]).to(dtype) for k, v in base.items()} for t, tau in enumerate(taus)}
+    return base, {
+        f"e{t}": {k: (v + 0.1 * tau[k]).to(dtype) for k, v in base.items()} for t, tau in enumerate(taus)
+    }
 
 
 def close(a: State, b: State, atol: float = 1e-6) -> bool:
-    return a.keys() == b.keys() and all(torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=atol) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=atol) for k in a
+    )
 
 
-# ---------------------------------------------------------------------------------------------- identities
+# --------------------------------------------------------------------------------------- identities
 
 
 @given(SEEDS, DTYPES, st.integers(1, 5))
@@ -72,12 +76,15 @@ def test_the_order_of_experts_does_not_matter(method, params, seed, order):
     base, experts = family(seed)
     shuffled = {f"e{i}": experts[f"e{i}"] for i in order}
     assert close(
-        merge_state_dicts(method, experts, base, params=params), merge_state_dicts(method, shuffled, base, params=params)
+        merge_state_dicts(method, experts, base, params=params),
+        merge_state_dicts(method, shuffled, base, params=params),
     )
 
 
 @given(SEEDS, st.integers(1, 5))
-@pytest.mark.parametrize("params", [{"rank": 1.0}, {"rank_rule": "energy", "energy": 1.0}, {"rank": 1.0, "keys": "matrices"}])
+@pytest.mark.parametrize(
+    "params", [{"rank": 1.0}, {"rank_rule": "energy", "energy": 1.0}, {"rank": 1.0, "keys": "matrices"}]
+)
 def test_cart_of_full_rank_is_the_average(params, seed, count):
     _, experts = family(seed, count)
     assert close(merge_state_dicts("cart", experts, params=params), merge_state_dicts("average", experts))
@@ -86,7 +93,9 @@ def test_cart_of_full_rank_is_the_average(params, seed, count):
 @given(SEEDS)
 def test_cart_of_two_experts_is_their_average(seed):
     _, experts = family(seed, 2)
-    assert close(merge_state_dicts("cart", experts, params={"rank": 0.3}), merge_state_dicts("average", experts))
+    assert close(
+        merge_state_dicts("cart", experts, params={"rank": 0.3}), merge_state_dicts("average", experts)
+    )
 
 
 @given(SEEDS)
@@ -106,15 +115,19 @@ def test_cart_keeps_the_leading_directions_of_centred_task_vectors(seed):
     u, s, vh = torch.linalg.svd(stack_TMN - mean_MN, full_matrices=False)
     expected = mean_MN + 2 * ((u[..., :2] * s[:, None, :2]) @ vh[:, :2]).sum(0)
     assert torch.allclose(merged[name].double(), expected, atol=1e-5)
-    assert torch.allclose(merged["blocks.1.bias"], torch.stack([e["blocks.1.bias"] for e in experts.values()]).mean(0))
+    assert torch.allclose(
+        merged["blocks.1.bias"], torch.stack([e["blocks.1.bias"] for e in experts.values()]).mean(0)
+    )
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_ties_that_trims_nothing_is_the_mean_of_what_agrees_with_the_elected_sign(rows):
     base = {"w": torch.arange(6, dtype=torch.float32)}
-    experts = {f"e{i}": {"w": base["w"] + torch.tensor(row, dtype=torch.float32)} for i, row in enumerate(rows)}
+    experts = {
+        f"e{i}": {"w": base["w"] + torch.tensor(row, dtype=torch.float32)} for i, row in enumerate(rows)
+    }
     sums = [sum(column) for column in zip(*rows)]
-    # Where a sum is zero, the official code takes the majority of all signs, and negative if that is undecided too.
+    # Where a sum is zero, the official code takes the majority of all signs, or else negative.
     undecided = sum((s > 0) - (s < 0) for s in sums)
     expected = []
     for start, total, column in zip(base["w"].tolist(), sums, zip(*rows)):
@@ -135,7 +148,7 @@ def test_ties_trims_over_the_whole_model():
     assert each["a"].tolist() == [0, 2, 3, 4] and each["b"].tolist() == [0, 20, 30, 40]
 
 
-# ---------------------------------------------------------------------------------------------- tensors
+# --------------------------------------------------------------------------------------- tensors
 
 
 @pytest.mark.parametrize(
@@ -166,7 +179,9 @@ def test_every_tensor_keeps_its_dtype_and_shape(method, params, dtype):
     shapes = {"blocks.0.w": (4, 6), "empty": (0, 3), "scalar": (), "conv": (2, 3, 1, 1)}
     base, expert = random_state(0, dtype, shapes), random_state(1, dtype, shapes)
     merged = merge_state_dicts(method, {"a": expert, "b": base, "c": expert}, base, params=params)
-    assert {k: (v.dtype, v.shape) for k, v in merged.items()} == {k: (v.dtype, v.shape) for k, v in base.items()}
+    assert {k: (v.dtype, v.shape) for k, v in merged.items()} == {
+        k: (v.dtype, v.shape) for k, v in base.items()
+    }
     assert all(torch.isfinite(v).all() for v in merged.values())
 
 
@@ -185,7 +200,7 @@ def test_tensors_that_only_the_base_has_are_returned():
     assert torch.equal(merged["extra"], base["extra"])
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------- refusals
 
 
 def test_state_dicts_that_do_not_match_are_refused():
@@ -198,7 +213,9 @@ def test_state_dicts_that_do_not_match_are_refused():
         merge_state_dicts("average", {"a": one, "b": {"w": torch.ones(3)}})
 
 
-@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (-float("inf"), "Inf")])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "Inf"), (-float("inf"), "Inf")]
+)
 def test_nan_and_inf_are_named(value, kind):
     bad = {"w": torch.tensor([1.0, value])}
     with refused("'b'", "'w'", kind):
@@ -241,7 +258,7 @@ def test_values_out_of_range_are_refused(method, params, name):
         get_method(method).resolve(params)
 
 
-# ---------------------------------------------------------------------------------------------- the catalogue
+# --------------------------------------------------------------------------------------- the catalogue
 
 
 @pytest.mark.parametrize("entry", catalogue().values(), ids=list(catalogue()))

@@ -18,13 +18,13 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------- thresholds
+# --------------------------------------------------------------------------------------- thresholds
 
 
-@given(
-    hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 60)), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)),
-    st.data(),
-)  # fmt: skip
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 60)), elements=FINITE), st.data())
 def test_kth_magnitudes_is_kthvalue_in_any_chunking(values, data):
     x_TN = torch.from_numpy(values)
     kth = data.draw(st.integers(1, x_TN.shape[1]))
@@ -35,7 +35,10 @@ def test_kth_magnitudes_is_kthvalue_in_any_chunking(values, data):
 
 
 def test_kth_magnitudes_over_tensors_of_all_shapes():
-    tensors = [torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)) for shape in ((50, 4), (9,), (2, 3, 4))]
+    tensors = [
+        torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+        for shape in ((50, 4), (9,), (2, 3, 4))
+    ]
     flat_TN = torch.cat([t.reshape(2, -1) for t in tensors], dim=1).abs()
     for kth in (1, 100, flat_TN.shape[1]):
         assert torch.equal(ops.kth_magnitudes(lambda: tensors, kth), flat_TN.kthvalue(kth, dim=1).values)
@@ -58,16 +61,20 @@ def test_keep_at_least_keeps_equals():
     assert kept.tolist() == [[0, -2, 2, 3], [0, 0, 0, 3]]
 
 
-# ---------------------------------------------------------------------------------------------- combining
+# --------------------------------------------------------------------------------------- combining
 
 
-@given(hnp.arrays(np.float32, (3, 8), elements=st.integers(-3, 3).map(float)), st.sampled_from([-1.0, 0.0, 1.0]))
+@given(
+    hnp.arrays(np.float32, (3, 8), elements=st.integers(-3, 3).map(float)), st.sampled_from([-1.0, 0.0, 1.0])
+)
 def test_elect_signs(values, zero):
     expected = [np.sign(column.sum()) or zero for column in values.T]
     assert ops.elect_signs(torch.from_numpy(values), zero).tolist() == expected
 
 
-@pytest.mark.parametrize(("reduce", "expected"), [("mean", [2.0, 0.0, -1.0]), ("sum", [4.0, 0.0, -1.0]), ("max", [3.0, 0.0, -1.0])])
+@pytest.mark.parametrize(
+    ("reduce", "expected"), [("mean", [2.0, 0.0, -1.0]), ("sum", [4.0, 0.0, -1.0]), ("max", [3.0, 0.0, -1.0])]
+)
 def test_disjoint_merge(reduce, expected):
     x_TN = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, -1.0]])
     assert ops.disjoint_merge(x_TN, reduce).tolist() == expected
@@ -79,7 +86,7 @@ def test_weighted_sum_adds_in_float64():
     assert ops.weighted_sum(x_TN, None).item() == pytest.approx(1e-9, rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- spectral
+# --------------------------------------------------------------------------------------- spectral
 
 
 @given(SIDES, SIDES, st.integers(0, 99), st.data())
@@ -128,7 +135,8 @@ def test_orthogonal_sum_of_orthogonal_factors_is_their_sum():
 
 
 @pytest.mark.parametrize(
-    ("fraction", "side", "rank"), [(0.29, 100, 28), (0.57, 100, 56), (0.12, 4, 1), (0.001, 9, 1), (0.5, 7, 3), (1.0, 7, 7)]
+    ("fraction", "side", "rank"),
+    [(0.29, 100, 28), (0.57, 100, 56), (0.12, 4, 1), (0.001, 9, 1), (0.5, 7, 3), (1.0, 7, 7)],
 )
 def test_rank_of_truncates_as_the_official_code(fraction, side, rank):
     assert ops.rank_of(fraction, (side, side + 3)) == ops.rank_of(fraction, (side + 3, side)) == rank

@@ -14,7 +14,16 @@ from checkpoints import save_family
 
 REPOSITORY = Path(__file__).parent.parent
 PIPELINE = {"prefect", "dvc", "mlflow"}
-HEAVY = PIPELINE | {"torch", "torchvision", "open_clip", "transformers", "lm_eval", "huggingface_hub", "matplotlib", "pandas"}
+HEAVY = PIPELINE | {
+    "torch",
+    "torchvision",
+    "open_clip",
+    "transformers",
+    "lm_eval",
+    "huggingface_hub",
+    "matplotlib",
+    "pandas",
+}
 FORBIDDEN = {
     "merging": PIPELINE | {"tasks", "flows", "evaluation", "open_clip", "transformers", "lm_eval"},
     "evaluation": PIPELINE | {"tasks", "flows"},
@@ -102,6 +111,9 @@ def test_small_commands_import_nothing_heavy(command, tmp_path):
     ]
     argv = [[str(part).format(**names) for part in arguments] for arguments in COMMANDS[command]]
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), repr(argv), repr(HEAVY)], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", "\n".join(lines), repr(argv), repr(HEAVY)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.splitlines()[-1] == "heavy: []", done.stdout + done.stderr

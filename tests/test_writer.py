@@ -43,12 +43,19 @@ def test_the_layout_is_that_of_the_library(tmp_path):
     [file] = write(state, tmp_path)
     theirs = save(state, metadata={"format": "pt"})
     ours = file.read_bytes()
-    assert ours[int.from_bytes(ours[:8], "little") + 8 :] == theirs[int.from_bytes(theirs[:8], "little") + 8 :]
+    assert (
+        ours[int.from_bytes(ours[:8], "little") + 8 :] == theirs[int.from_bytes(theirs[:8], "little") + 8 :]
+    )
     assert int.from_bytes(ours[:8], "little") % 8 == 0
 
 
 # Tensor names are JSON strings without lone surrogates; `__metadata__` is the format's own.
-@given(names=st.sets(st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda n: n != "__metadata__"), max_size=4))
+@given(
+    names=st.sets(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda n: n != "__metadata__"),
+        max_size=4,
+    )
+)
 def test_names_may_hold_any_characters(names, tmp_path_factory):
     state = {name: torch.tensor([float(i)]) for i, name in enumerate(sorted(names))}
     [file] = write(state, tmp_path_factory.mktemp("names"))
