@@ -116,6 +116,8 @@ class Method:
         weights = params.get("weights")
         if weights is not None and len(weights) != experts:
             yield f"{self.id}: {len(weights)} weights for {experts} experts; give one an expert, in order"
+        if weights and params.get("normalize") and sum(weights) == 0:
+            yield f"{self.id}: the weights sum to 0, so they cannot be normalised; set normalize to false"
 
 
 def method(
@@ -134,8 +136,8 @@ def method(
 
     paper, code: where it comes from (arXiv id; repository@commit). reference: what task vectors are measured from.
     prepass(inputs, **params): facts over the whole model, handed to every slot. warn(experts, params): a sentence
-    for a legal but pointless use. base_if(params): whether parameters make a base necessary. spectral: it decomposes matrices
-    (for the time estimate).
+    for a legal but pointless use. base_if(params): whether parameters make a base necessary. spectral: it
+    decomposes matrices (for the time estimate).
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
