@@ -122,9 +122,7 @@ def _open(source: str) -> _Opened:
     if separator and scheme in _SCHEMES:
         return _SCHEMES[scheme](source)
     if separator:
-        raise UserError(
-            f"{source}: unknown scheme '{scheme}'{did_you_mean(scheme, _SCHEMES)}"
-        )
+        raise UserError(f"{source}: unknown scheme '{scheme}'{did_you_mean(scheme, _SCHEMES)}")
     path = Path(source)
     if path.is_dir():
         return _open_folder(path)

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 def show(workspace: Workspace, published: Published) -> None:
     """Create the artifacts of a published run."""
     board = load_leaderboard(workspace)
-    create_table_artifact(key="leaderboard", table=[_row(row) for row in board["rows"]], description=board["pipeline"])
+    create_table_artifact(
+        key="leaderboard", table=[_row(row) for row in board["rows"]], description=board["pipeline"]
+    )
     create_markdown_artifact(key="report", markdown=_report(workspace, board))
     png = base64.b64encode(figure(workspace, "heatmap").read_bytes()).decode()
-    create_image_artifact(key="heatmap", image_url=f"data:image/png;base64,{png}", description="accuracy by task")
+    create_image_artifact(
+        key="heatmap", image_url=f"data:image/png;base64,{png}", description="accuracy by task"
+    )
     if published.url:
         create_link_artifact(key="mlflow", link=published.url, link_text="the run in MLflow")
 

@@ -62,20 +62,28 @@ def _parser() -> argparse.ArgumentParser:
     add_pipeline("run", _run, "the whole pipeline of params.yaml, as a Prefect flow")
     init = add("init", _init, "make a workspace: a folder with params.yaml and dvc.yaml")
     init.add_argument("folder", type=Path)
-    init.add_argument("--params", type=Path, metavar="FILE", help="start from this file (default: the sample family)")
+    init.add_argument(
+        "--params", type=Path, metavar="FILE", help="start from this file (default: the sample family)"
+    )
     for step, help in STEPS.items():
         command = add_pipeline(step, _step, help)
         command.set_defaults(step=step)
         if step not in ("heads", "extract", "baselines", "compare"):
             command.add_argument("names", nargs="*", metavar="NAME", help="only these items (default: all)")
-    add_pipeline("publish", _publish, "write the outputs' metrics and lineage to MLflow, and register the best merge")
+    add_pipeline(
+        "publish", _publish, "write the outputs' metrics and lineage to MLflow, and register the best merge"
+    )
     add_pipeline("register", _register, "register the best merge, and promote it if the gates pass")
-    rollback = add_pipeline("rollback", _rollback, "make an earlier version of the registry the champion again")
+    rollback = add_pipeline(
+        "rollback", _rollback, "make an earlier version of the registry the champion again"
+    )
     rollback.add_argument("version")
     add_pipeline("report", _report, "write the HTML report of the last run")
     serve = add_pipeline("serve", _serve, "run the pipeline on a schedule and on events, through Prefect")
     serve.add_argument("--cron", default="0 3 * * *", help="default: every night at three")
-    add_pipeline("notify", _notify, "tell Prefect that a new checkpoint is there").add_argument("name", metavar="NAME")
+    add_pipeline("notify", _notify, "tell Prefect that a new checkpoint is there").add_argument(
+        "name", metavar="NAME"
+    )
 
     merge = add("merge", _merge, "merge checkpoints into one")
     _add_recipe(merge)
@@ -83,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     merge.add_argument("--memory", type=_bytes, metavar="SIZE", help="an upper bound, such as 2GiB")
     merge.add_argument("--workers", type=int, metavar="N", help="default: one a core")
-    plan = add("plan", _plan, "what a merge would read, write and need, and every problem, from headers alone")
+    plan = add(
+        "plan", _plan, "what a merge would read, write and need, and every problem, from headers alone"
+    )
     _add_recipe(plan)
     plan.add_argument("--json", action="store_true")
     methods = add("methods", _methods, "the catalogue of methods, or one method's parameters")
@@ -103,12 +113,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", required=True, metavar="ID")
     command.add_argument("--base", metavar="P", help="a safetensors file, a folder, or a URI")
-    command.add_argument("--expert", action="append", required=True, metavar="NAME=P", help="repeat for every expert")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method")
+    command.add_argument(
+        "--expert", action="append", required=True, metavar="NAME=P", help="repeat for every expert"
+    )
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method"
+    )
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="split the output, such as 5GiB")
-    command.add_argument("--allow-pickle", action="store_true", help="convert pickle checkpoints of the sources")
+    command.add_argument(
+        "--allow-pickle", action="store_true", help="convert pickle checkpoints of the sources"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the pipeline
@@ -118,7 +134,7 @@ def _workspace(args: argparse.Namespace) -> Any:
     from tasks.workspace import Workspace
 
     workspace = Workspace(args.params)
-    workspace.params  # blame params.yaml before anything else happens
+    _ = workspace.params  # blame params.yaml before anything else happens
     os.chdir(workspace.root)
     return workspace
 
@@ -133,7 +149,9 @@ def _init(args: argparse.Namespace) -> None:
     from tasks.versioning import init_workspace
 
     init_workspace(args.folder, args.params)
-    print(f"made {args.folder}: edit params.yaml there, then `mergeline run --params {args.folder}/params.yaml`")
+    print(
+        f"made {args.folder}: edit params.yaml there, then `mergeline run --params {args.folder}/params.yaml`"
+    )
 
 
 def _step(args: argparse.Namespace) -> None:
@@ -230,7 +248,16 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _bytes(text: str) -> int:
-    units = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units = {
+        "": 1,
+        "B": 1,
+        "KIB": 1 << 10,
+        "MIB": 1 << 20,
+        "GIB": 1 << 30,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+    }
     number = text.rstrip("BKMGIbkmgi ")
     unit = text[len(number) :].strip().upper()
     try:
@@ -326,7 +353,9 @@ def _inspect(args: argparse.Namespace) -> None:
             print(json.dumps(found, indent=1))
             continue
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
-        print(f"{path}\n  {found['digest']}\n  {found['tensors']} tensors ({dtypes}), {_size(found['bytes'])}")
+        print(
+            f"{path}\n  {found['digest']}\n  {found['tensors']} tensors ({dtypes}), {_size(found['bytes'])}"
+        )
         for name, value in found["metadata"].items():
             print(f"  {name}: {value}")
 

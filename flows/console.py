@@ -28,7 +28,9 @@ def watch(workspace: Workspace, done: Event) -> None:
             if seen.get(file.name) != file.stat().st_mtime_ns:
                 seen[file.name] = file.stat().st_mtime_ns
                 cost = json.loads(file.read_text())
-                print(f"  {time.strftime('%H:%M:%S')}  {cost['stage']:28} {cost['seconds']:6.1f} s", flush=True)
+                print(
+                    f"  {time.strftime('%H:%M:%S')}  {cost['stage']:28} {cost['seconds']:6.1f} s", flush=True
+                )
 
 
 def print_leaderboard(workspace: Workspace) -> None:
@@ -68,8 +70,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def print_next_steps(workspace: Workspace, ran: list[str]) -> None:
     """Where to look and what to try, in a few lines."""
     print(f"{len(ran)} of {len(workspace.stages)} stages ran; report: {REPORT}")
-    bin = os.path.relpath(Path(sys.executable).parent)
-    bin = "" if bin.startswith("..") else f"{bin}/"
-    print(f"Prefect's pages:  PREFECT_HOME=$PWD/.mergeline/prefect {bin}prefect server start   (http://127.0.0.1:4200)")
-    print(f"MLflow's pages:   {bin}mlflow ui --backend-store-uri sqlite:///.mergeline/mlflow.db   (http://127.0.0.1:5000)")
-    print(f"Try next:         edit merges: in params.yaml, then {bin}mergeline run: only that branch runs again")
+    folder = os.path.relpath(Path(sys.executable).parent)
+    tools = "" if folder.startswith("..") else f"{folder}/"
+    state = workspace.state
+    print(
+        f"Prefect's pages  PREFECT_HOME={state}/prefect {tools}prefect server start, then http://127.0.0.1:4200"
+    )
+    print(
+        f"MLflow's pages   {tools}mlflow ui --backend-store-uri sqlite:///{state}/mlflow.db, then http://127.0.0.1:5000"
+    )
+    print(
+        f"Try next         edit merges: in params.yaml, then {tools}mergeline run: only that branch runs again"
+    )

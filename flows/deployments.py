@@ -25,7 +25,9 @@ def serve(workspace: Workspace, cron: str) -> None:
     with prefect_server(workspace.state, announce=True) as url:
         import prefect
 
-        print(f"serving '{workspace.params.name}' by cron '{cron}' and on {EVENT}; pages: {url.removesuffix('/api')}")
+        print(
+            f"serving '{workspace.params.name}' by cron '{cron}' and on {EVENT}; pages: {url.removesuffix('/api')}"
+        )
         prefect.serve(deployment(workspace, cron))
 
 
@@ -49,12 +51,15 @@ def deployment(workspace: Workspace, cron: str) -> RunnerDeployment:
             cron=cron,
             triggers=[trigger],
             parameters={"params": str(workspace.params_file)},
-            concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+            concurrency_limit=ConcurrencyLimitConfig(
+                limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
+            ),
             entrypoint_type=EntrypointType.MODULE_PATH,
             description="Fetch, extract, merge, evaluate and register, as params.yaml says.",
         )
     except ValueError as error:
-        raise UserError(f"--cron '{cron}': {str(error).splitlines()[0]}; write five fields, such as '0 3 * * *'") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--cron '{cron}': {reason}; write five fields, such as '0 3 * * *'") from None
 
 
 def notify(workspace: Workspace, name: str) -> None:
@@ -64,9 +69,13 @@ def notify(workspace: Workspace, name: str) -> None:
         UserError: params.yaml has no such checkpoint, or nobody listens.
     """
     if name not in workspace.params.sources:
-        raise UserError(f"params.yaml has no checkpoint '{name}'{did_you_mean(name, workspace.params.sources)}")
+        raise UserError(
+            f"params.yaml has no checkpoint '{name}'{did_you_mean(name, workspace.params.sources)}"
+        )
     if not (os.environ.get("PREFECT_API_URL") or announced_server(workspace.state)):
-        raise UserError("no server to tell: start `mergeline serve` in this workspace, or set PREFECT_API_URL")
+        raise UserError(
+            "no server to tell: start `mergeline serve` in this workspace, or set PREFECT_API_URL"
+        )
     with prefect_server(workspace.state) as url:
         from prefect.events import emit_event
 

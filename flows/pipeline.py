@@ -21,7 +21,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
 from merging.errors import UserError
-from merging.recipe import canonical_json, text_digest
+from merging.recipe import text_digest
 from tasks import versioning
 from tasks.graph import Stage
 from tasks.params import raw_params
@@ -133,7 +133,7 @@ def pipeline(params: str = "params.yaml", publish: bool = True) -> list[str]:
     with workspace.lock():
         workspace.tidy()
         records, ran = _run_stages(workspace, params)
-        versioning.commit(workspace, records)
+        versioning.commit(workspace, records, ran)
         if publish:
             publish_run(params)
     get_run_logger().info("%d of %d stages ran", len(ran), len(records))

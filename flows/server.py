@@ -137,7 +137,9 @@ def _wait(process: subprocess.Popen, url: str, state: Path) -> None:
     while not _healthy(url):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            raise UserError(f"the embedded Prefect server did not start; see {state / 'prefect' / 'server.log'}")
+            raise UserError(
+                f"the embedded Prefect server did not start; see {state / 'prefect' / 'server.log'}"
+            )
         time.sleep(0.2)
 
 

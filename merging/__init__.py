@@ -1,6 +1,6 @@
 """Merging: checkpoints in, one checkpoint out.
 
-    from merging import merge, merge_state_dicts
+from merging import merge, merge_state_dicts
 """
 
 from typing import TYPE_CHECKING, Any

@@ -93,7 +93,9 @@ class Checkpoint:
             while done < info.nbytes:
                 got = file.readinto(view[done:])
                 if not got:
-                    raise UserError(f"{info.file}: ends inside tensor '{name}'; copy or download the file again")
+                    raise UserError(
+                        f"{info.file}: ends inside tensor '{name}'; copy or download the file again"
+                    )
                 done += got
         return buffer.view(getattr(torch, DTYPES[info.dtype][0])).reshape(info.shape)
 
@@ -106,7 +108,9 @@ class Checkpoint:
             while left:
                 chunk = file.read(min(left, _CHUNK))
                 if not chunk:
-                    raise UserError(f"{info.file}: ends inside tensor '{name}'; copy or download the file again")
+                    raise UserError(
+                        f"{info.file}: ends inside tensor '{name}'; copy or download the file again"
+                    )
                 left -= len(chunk)
                 yield chunk
 
@@ -123,7 +127,9 @@ class Checkpoint:
 
     def digest(self) -> str:
         """The digest of the content; the same for one file or many shards."""
-        return content_digest((t.name, t.dtype, t.shape, self.tensor_hashes[t.name]) for t in self.tensors.values())
+        return content_digest(
+            (t.name, t.dtype, t.shape, self.tensor_hashes[t.name]) for t in self.tensors.values()
+        )
 
 
 def content_digest(tensors: Iterator[tuple[str, str, tuple[int, ...], str]]) -> str:
@@ -168,9 +174,16 @@ def refuse_pickle(path: Path) -> None:
 
 def safe_name(folder: Path, name: Any, source: Path) -> Path:
     """`folder/name`, if `name` is a plain file name that stays inside `folder` (raises UserError if not)."""
-    plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name and name not in ("", "..")
+    plain = (
+        isinstance(name, str)
+        and PurePosixPath(name).name == name
+        and "\\" not in name
+        and name not in ("", "..")
+    )
     if not plain:
-        raise UserError(f"{source}: names the file {name!r}; only plain file names inside the folder are allowed")
+        raise UserError(
+            f"{source}: names the file {name!r}; only plain file names inside the folder are allowed"
+        )
     target = folder / name
     if target.is_symlink() and not target.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{target}: is a link out of its folder; put the file itself there")
@@ -220,7 +233,9 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise UserError(f"{path}: the header does not fit into the file ({size} bytes); it is truncated or no safetensors")
+            raise UserError(
+                f"{path}: the header does not fit into the file ({size} bytes); it is truncated or no safetensors"
+            )
         raw = file.read(length)
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Manifest = dict[str, Any]
 
+
 class Factors(Protocol):
     """Stored spectra of the mean-centred task vectors: per expert (squared singular values, singular vectors)."""
 
@@ -61,7 +62,9 @@ def merge(
     workers = _workers(plan, workers, memory)
     with staged(out) as partial, one_thread():
         source = FileInputs(plan, device)
-        writer = CheckpointWriter(partial, [e.spec for e in plan.entries], _metadata(plan), plan.recipe.shard_size)
+        writer = CheckpointWriter(
+            partial, [e.spec for e in plan.entries], _metadata(plan), plan.recipe.shard_size
+        )
         try:
             facts = plan.method.prepass(source, **plan.params) if plan.method.prepass else None
             _write_all(plan, source, writer, facts, workers, progress)
@@ -166,7 +169,9 @@ class FileInputs:
 
     def digest(self, source: str) -> str:
         checkpoint = self.plan.base if source == "base" else self.plan.experts[source]
-        return content_digest((t.name, t.dtype, t.shape, self.hashes[source, t.name]) for t in checkpoint.tensors.values())
+        return content_digest(
+            (t.name, t.dtype, t.shape, self.hashes[source, t.name]) for t in checkpoint.tensors.values()
+        )
 
 
 class _Memory:
@@ -229,7 +234,9 @@ def _refuse_nonfinite(source: str, name: str, tensor: Tensor) -> None:
 
 def _refuse_disagreement(source: str, name: str, tensor: Tensor, value: Tensor) -> None:
     if not torch.equal(tensor, value):
-        raise UserError(f"'{source}': the integer tensor '{name}' differs from the others; only floats can be merged")
+        raise UserError(
+            f"'{source}': the integer tensor '{name}' differs from the others; only floats can be merged"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- merging
@@ -303,7 +310,9 @@ def _workers(plan: Plan, workers: int | None, memory: int | None) -> int:
     if memory is None:
         return workers
     if plan.peak_bytes > memory:
-        raise UserError(f"the largest tensor needs {plan.peak_bytes} bytes of memory, allowed are {memory}; allow more")
+        raise UserError(
+            f"the largest tensor needs {plan.peak_bytes} bytes of memory, allowed are {memory}; allow more"
+        )
     return max(1, min(workers, memory // max(plan.peak_bytes, 1)))
 
 
@@ -311,7 +320,12 @@ def _workers(plan: Plan, workers: int | None, memory: int | None) -> int:
 
 
 def _metadata(plan: Plan) -> dict[str, str]:
-    recipe = {"method": plan.recipe.method, "params": plan.params, "experts": list(plan.experts), "seed": plan.recipe.seed}
+    recipe = {
+        "method": plan.recipe.method,
+        "params": plan.params,
+        "experts": list(plan.experts),
+        "seed": plan.recipe.seed,
+    }
     return {"format": "pt", "mergeline.recipe": canonical_json(recipe)}
 
 
@@ -354,7 +368,9 @@ def _manifest(plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Pat
 
 def manifest_path(out: Path) -> Path:
     """Where the manifest of a merged file or folder lies."""
-    return out.with_name(out.name + ".manifest.json") if out.suffix == ".safetensors" else out / "manifest.json"
+    return (
+        out.with_name(out.name + ".manifest.json") if out.suffix == ".safetensors" else out / "manifest.json"
+    )
 
 
 def _refuse_to_replace(plan: Plan, out: Path) -> None:

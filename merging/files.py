@@ -63,7 +63,9 @@ def _locked_folder(partial: Path, out: Path) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
-            raise UserError(f"{out}: another process is writing it; wait for it or choose another place") from None
+            raise UserError(
+                f"{out}: another process is writing it; wait for it or choose another place"
+            ) from None
         if _is_same(partial, handle):
             return handle
         os.close(handle)

@@ -65,7 +65,9 @@ def kth_magnitudes(stream: Callable[[], Iterable[Tensor]], kth: int) -> Tensor:
     return ((bin_T << 16) | low_T).to(torch.int32).view(torch.float32)
 
 
-def _histogram(stream: Callable[[], Iterable[Tensor]], key: Callable[[Tensor, int], Tensor], bins: int) -> Tensor:
+def _histogram(
+    stream: Callable[[], Iterable[Tensor]], key: Callable[[Tensor, int], Tensor], bins: int
+) -> Tensor:
     counts: list[Tensor] = []
     for x_TX in stream():
         rows = magnitudes(x_TX).view(torch.int32)

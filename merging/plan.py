@@ -126,7 +126,10 @@ def _open(plan: Plan) -> None:
         plan.problems.append("an expert has the name 'base', which is the base checkpoint's; give it another")
         return
     seen: dict[Any, str] = {}
-    for name, path in {**plan.recipe.experts, **({"base": plan.recipe.base} if plan.recipe.base else {})}.items():
+    for name, path in {
+        **plan.recipe.experts,
+        **({"base": plan.recipe.base} if plan.recipe.base else {}),
+    }.items():
         try:
             checkpoint = open_checkpoint(path)
         except UserError as error:
@@ -134,7 +137,9 @@ def _open(plan: Plan) -> None:
             continue
         real = path.resolve()
         if real in seen:
-            plan.problems.append(f"'{name}' and '{seen[real]}' are the same checkpoint, {path}; give each its own")
+            plan.problems.append(
+                f"'{name}' and '{seen[real]}' are the same checkpoint, {path}; give each its own"
+            )
         seen[real] = name
         if path is plan.recipe.base:
             plan.base = checkpoint
@@ -142,7 +147,9 @@ def _open(plan: Plan) -> None:
             plan.experts[name] = checkpoint
         for info in checkpoint.tensors.values():
             if info.dtype.startswith("F8"):
-                plan.problems.append(f"{name}: tensor '{info.name}' is {info.dtype}; merge a float16 or wider copy")
+                plan.problems.append(
+                    f"{name}: tensor '{info.name}' is {info.dtype}; merge a float16 or wider copy"
+                )
                 break
 
 
@@ -164,7 +171,9 @@ def _match_tensors(plan: Plan) -> None:
     for name in carried:
         plan.entries.append(_entry(plan, "copy", name, {}, base[name]))
     if carried:
-        plan.warnings.append(f"{len(carried)} tensors that only the base has are copied from it, {carried[0]!r} first")
+        plan.warnings.append(
+            f"{len(carried)} tensors that only the base has are copied from it, {carried[0]!r} first"
+        )
     plan.entries.sort(key=lambda e: e.name)
 
 
@@ -175,10 +184,14 @@ def _missing(plan: Plan, names: list[str], base: dict[str, TensorInfo]) -> list[
         lacking = [name for name in expected if name not in checkpoint.tensors]
         if lacking:
             near = did_you_mean(lacking[0], sorted(set(checkpoint.tensors) - set(base))) if base else ""
-            problems.append(f"expert '{expert}' lacks {len(lacking)} tensor(s) that others have, first '{lacking[0]}'{near}")
+            problems.append(
+                f"expert '{expert}' lacks {len(lacking)} tensor(s) that others have, first '{lacking[0]}'{near}"
+            )
         extra = [name for name in checkpoint.tensors if base and name not in base]
         if extra:
-            problems.append(f"the base lacks {len(extra)} tensor(s) of '{expert}', first '{extra[0]}': is it its base?")
+            problems.append(
+                f"the base lacks {len(extra)} tensor(s) of '{expert}', first '{extra[0]}': is it its base?"
+            )
     return problems
 
 
@@ -191,7 +204,9 @@ def _mismatch(name: str, sources: dict[str, TensorInfo], base: dict[str, TensorI
                 f"{list(reference.shape)} in '{reference_name}'"
             )
         if info.is_float != reference.is_float or (not info.is_float and info.dtype != reference.dtype):
-            return f"tensor '{name}': {info.dtype} in expert '{expert}', {reference.dtype} in '{reference_name}'"
+            return (
+                f"tensor '{name}': {info.dtype} in expert '{expert}', {reference.dtype} in '{reference_name}'"
+            )
     return None
 
 

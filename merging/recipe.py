@@ -21,7 +21,9 @@ class Recipe(BaseModel):
     params: dict[str, Any] = {}
     experts: dict[str, Path]
     base: Path | None = None
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None  # None: each tensor keeps its own
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = (
+        None  # None: each tensor keeps its own
+    )
     seed: int = 0
     shard_size: Annotated[int, Field(gt=0)] | None = None  # bytes a file; None writes one file
 

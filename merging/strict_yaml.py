@@ -28,7 +28,9 @@ class YamlFile:
         except (YAMLError, UnicodeDecodeError) as error:
             mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
             reason = error.problem if isinstance(error, MarkedYAMLError) else str(error)
-            raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(reason.split())}") from None
+            raise UserError(
+                f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(reason.split())}"
+            ) from None
 
     @property
     def data(self) -> Any:
@@ -47,7 +49,9 @@ class YamlFile:
             # A misspelt key is also a missing one; the first says more.
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
             loc = [part for part in first["loc"] if part != "[key]"]
-            raise self.error(loc, f"{'.'.join(map(str, loc)) or 'the file'}: {_explain(first, model, loc)}") from None
+            raise self.error(
+                loc, f"{'.'.join(map(str, loc)) or 'the file'}: {_explain(first, model, loc)}"
+            ) from None
 
     def _line(self, loc: Sequence[Any]) -> int:
         """The line (from 1) of the deepest part of `loc` that stands in the file."""

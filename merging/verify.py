@@ -55,11 +55,15 @@ def verify(out: Path) -> str:
     recipe, digest = manifest.recipe, manifest.output.digest
     found = open_checkpoint(out).digest()
     if found != digest:
-        raise UserError(f"{out}: its content is {found}, its manifest says {digest}: it was changed after the merge")
+        raise UserError(
+            f"{out}: its content is {found}, its manifest says {digest}: it was changed after the merge"
+        )
     folder = out if out.is_dir() else out.parent
     for name, origin in {**recipe.experts, **({"base": recipe.base} if recipe.base else {})}.items():
         if open_checkpoint(folder / origin.path).digest() != origin.digest:
-            raise UserError(f"{folder / origin.path}: is no longer the '{name}' that was merged ({origin.digest})")
+            raise UserError(
+                f"{folder / origin.path}: is no longer the '{name}' that was merged ({origin.digest})"
+            )
     again = {
         **recipe.model_dump(),
         "base": recipe.base and folder / recipe.base.path,

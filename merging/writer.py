@@ -32,7 +32,9 @@ class CheckpointWriter:
     Tensors are laid out as the safetensors library does: larger elements first, then by name.
     """
 
-    def __init__(self, folder: Path, tensors: list[TensorSpec], metadata: dict[str, str], shard_size: int | None):
+    def __init__(
+        self, folder: Path, tensors: list[TensorSpec], metadata: dict[str, str], shard_size: int | None
+    ):
         self.folder = folder
         self.specs = {t.name: t for t in tensors}
         self.hashes: dict[str, str] = {}
@@ -54,7 +56,11 @@ class CheckpointWriter:
         header: dict = {"__metadata__": metadata}
         offset = 0
         for t in tensors:
-            header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+            header[t.name] = {
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "data_offsets": [offset, offset + t.nbytes],
+            }
             offset += t.nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -78,7 +84,9 @@ class CheckpointWriter:
 
         handle, offset = self._place[name]
         spec = self.specs[name]
-        assert tuple(tensor.shape) == spec.shape and str(tensor.dtype) == f"torch.{DTYPES[spec.dtype][0]}", name
+        assert tuple(tensor.shape) == spec.shape and str(tensor.dtype) == f"torch.{DTYPES[spec.dtype][0]}", (
+            name
+        )
         data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         self.hashes[name] = hashlib.sha256(data).hexdigest()
         done = 0

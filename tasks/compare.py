@@ -1,4 +1,4 @@
-"""The compare step: one leaderboard of base, experts and merges, with intervals, and the tables that plots are made of."""
+"""The compare step: one leaderboard of base, experts and merges with intervals, and the tables for plots."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def compare(params: Params, build: Path, out: Path) -> None:
         write_json(partial / "leaderboard.json", leaderboard)
         write_json(partial / "metrics.json", {row["name"]: _numbers(row) for row in rows})
         _write_csv(partial / "accuracy.csv", ["model_task", "accuracy"], _accuracies(rows))
-        _write_csv(partial / "search.csv", ["merge", "point", "params", "mean"], _search_points(params, build))
+        _write_csv(
+            partial / "search.csv", ["merge", "point", "params", "mean"], _search_points(params, build)
+        )
         publish(partial, out)
 
 
@@ -62,7 +64,9 @@ def correct(params: Params, build: Path, name: str, split: str = "test") -> Corr
     found = load_file(build / "evaluations" / "baselines" / "predictions.safetensors")
     if name == "base":
         return {task: right(found[f"base/{split}/{task}"], task) for task in params.tasks}
-    return {task: right(found[f"{task}/{split}/{task}"], task) for task in params.tasks if task in params.experts}
+    return {
+        task: right(found[f"{task}/{split}/{task}"], task) for task in params.tasks if task in params.experts
+    }
 
 
 def _row(params: Params, build: Path, name: str, right: Correct, experts: dict[str, float]) -> dict[str, Any]:
@@ -135,7 +139,9 @@ def _lineage(params: Params, build: Path) -> dict[str, Any]:
 
     return {
         "base": {"name": params.base, "source": params.sources[params.base], "digest": digest(params.base)},
-        "experts": {name: {"source": params.sources[name], "digest": digest(name)} for name in params.experts},
+        "experts": {
+            name: {"source": params.sources[name], "digest": digest(name)} for name in params.experts
+        },
     }
 
 

@@ -28,12 +28,16 @@ class Digests:
         memo.parent.mkdir(parents=True, exist_ok=True)
         self._memo = memo
         with self._connect() as db:
-            db.execute("create table if not exists md5 (inode int primary key, size int, modified int, changed int, md5 text)")
+            db.execute(
+                "create table if not exists md5 (inode int primary key, size int, modified int, changed int, md5 text)"
+            )
 
     def of(self, path: Path) -> str | None:
         """DVC's md5 of a file, `...dir` of a folder, or None where there is nothing."""
         if path.is_dir():
-            entries = [{"md5": self._file(f), "relpath": f.relative_to(path).as_posix()} for f in _files(path)]
+            entries = [
+                {"md5": self._file(f), "relpath": f.relative_to(path).as_posix()} for f in _files(path)
+            ]
             entries.sort(key=lambda e: e["relpath"])
             return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
         return self._file(path) if path.exists() else None

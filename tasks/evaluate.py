@@ -50,7 +50,9 @@ def make_evaluator(base: Path, heads: Path, datasets: dict[str, Path], device: s
     from evaluation.datasets import load
     from evaluation.vision import Evaluator
 
-    return Evaluator(base, load_file(heads), {task: load(folder) for task, folder in datasets.items()}, device)
+    return Evaluator(
+        base, load_file(heads), {task: load(folder) for task, folder in datasets.items()}, device
+    )
 
 
 def evaluate_merge(merge: Path, heads: Path, datasets: dict[str, Path], out: Path, device: str) -> None:

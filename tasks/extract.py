@@ -67,16 +67,25 @@ class _FactorWriter:
         self._kept: dict[str, int] = {}
         specs = []
         for entry in plan.entries:
-            if rank and entry.action == "merge" and is_matrix(entry.name, len(entry.spec.shape), "block_linear"):
+            if (
+                rank
+                and entry.action == "merge"
+                and is_matrix(entry.name, len(entry.spec.shape), "block_linear")
+            ):
                 side = min(entry.spec.shape)
                 self._kept[entry.name] = kept = max(1, int(rank * side))
-                for suffix, shape in (("energy", (len(plan.experts), side)), ("vectors", (len(plan.experts), side, kept))):
+                for suffix, shape in (
+                    ("energy", (len(plan.experts), side)),
+                    ("vectors", (len(plan.experts), side, kept)),
+                ):
                     count = shape[0] * shape[1] * (shape[2] if len(shape) == 3 else 1)
                     specs.append(TensorSpec(f"{entry.name}.{suffix}", "F64", shape, 8 * count))
         self._writer = None
         if specs:
             folder.mkdir()
-            self._writer = CheckpointWriter(folder, specs, {"content": "spectra of mean-centred task vectors"}, None)
+            self._writer = CheckpointWriter(
+                folder, specs, {"content": "spectra of mean-centred task vectors"}, None
+            )
 
     def add(self, slot: Slot, statistics: _Statistics) -> None:
         if slot.name not in self._kept:
@@ -169,7 +178,9 @@ class _Statistics:
                 for t, name in enumerate(self.experts)
             },
             "cosine": [[_round(c) for c in row] for row in cosine_TT],
-            "sign_conflict": [[_round(c) for c in row] for row in self.conflicts_TT / self.both_TT.clamp(min=1)],
+            "sign_conflict": [
+                [_round(c) for c in row] for row in self.conflicts_TT / self.both_TT.clamp(min=1)
+            ],
             "tensor_norms": {name: [_round(n) for n in norms] for name, norms in self.tensors.items()},
         }
 
@@ -185,7 +196,9 @@ class _Statistics:
                 raise UserError(f"expert '{name}' equals the base; remove it from experts")
             for j in range(i):
                 if norm_T[i] == norm_T[j] and cosine_TT[i, j] > 1 - 1e-12:
-                    raise UserError(f"experts '{self.experts[j]}' and '{name}' are the same; list one of them")
+                    raise UserError(
+                        f"experts '{self.experts[j]}' and '{name}' are the same; list one of them"
+                    )
 
 
 def _round(value: Any) -> float:

@@ -34,5 +34,10 @@ def differences(a: Path, b: Path) -> list[tuple[str, str]]:
             rows.append((name, f"{x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"))
         elif left.tensor_hashes[name] != right.tensor_hashes[name]:
             delta = left.read(name).double() - right.read(name).double()
-            rows.append((name, f"norm of the difference {float(delta.norm()):.4g}, largest {float(delta.abs().max()):.4g}"))
+            rows.append(
+                (
+                    name,
+                    f"norm of the difference {float(delta.norm()):.4g}, largest {float(delta.abs().max()):.4g}",
+                )
+            )
     return rows

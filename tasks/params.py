@@ -127,7 +127,10 @@ def _inconsistencies(params: Params) -> Iterator[tuple[list[Any], str]]:
     for section in ("checkpoints", "datasets"):
         sources = getattr(params, section)
         for name in sources.files.keys() & sources.uris.keys():
-            yield [section, "uris", name], f"'{name}' is among the files and the uris of {section}; name it once"
+            yield (
+                [section, "uris", name],
+                f"'{name}' is among the files and the uris of {section}; name it once",
+            )
         if not (sources.files or sources.uris):
             yield [section], f"{section} are empty; list some under files: or uris:"
         for name, source in sources.files.items():
@@ -148,9 +151,15 @@ def _inconsistencies(params: Params) -> Iterator[tuple[list[Any], str]]:
             continue
         for key in merge.search:
             if key not in method.parameters:
-                yield ["merges", name, "search", key], f"{method.id}: unknown parameter '{key}'{did_you_mean(key, method.parameters)}"
+                yield (
+                    ["merges", name, "search", key],
+                    f"{method.id}: unknown parameter '{key}'{did_you_mean(key, method.parameters)}",
+                )
             if key in merge.params:
-                yield ["merges", name, "search", key], f"'{key}' is fixed in params and listed in search; keep one"
+                yield (
+                    ["merges", name, "search", key],
+                    f"'{key}' is fixed in params and listed in search; keep one",
+                )
         alone = [(["search", key], {key: value}) for key, values in merge.search.items() for value in values]
         for where, values in [(["params"], {}), *alone]:
             try:

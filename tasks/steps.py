@@ -43,7 +43,9 @@ def _data(ws: Workspace, stage: Stage) -> None:
 def _heads(ws: Workspace, stage: Stage) -> None:
     from tasks.evaluate import write_heads
 
-    write_heads(CHECKPOINTS / ws.params.base, Path(ws.params.suite), _datasets(ws), Path(stage.out), ws.params.device)
+    write_heads(
+        CHECKPOINTS / ws.params.base, Path(ws.params.suite), _datasets(ws), Path(stage.out), ws.params.device
+    )
 
 
 def _extract(ws: Workspace, stage: Stage) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Collection, Mapping
 
 from merging.errors import UserError
 from merging.files import write_bytes
@@ -39,27 +39,30 @@ def restore(workspace: Workspace, stage: Stage, record: Mapping[str, Any]) -> bo
     if entry is None or any(entry[part] != record[part] for part in ("params", "deps")):
         return False
     if workspace.outputs(stage) != entry["outs"]:
-        _dvc(workspace.root, "checkout", "--force", "--quiet", stage.name, check=False)
+        _dvc(workspace.root, "checkout", "--force", stage.name, check=False)
     return workspace.outputs(stage) == entry["outs"]
 
 
-def commit(workspace: Workspace, records: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Make dvc.lock record a finished run; False if it already did.
+def commit(workspace: Workspace, records: Mapping[str, Mapping[str, Any]], ran: Collection[str]) -> bool:
+    """Put a finished run into dvc.lock and DVC's cache; False if it was there already.
 
-    `records` maps every stage to its record with `outs`, taken when it ran.
+    `records` maps every stage to its record with `outs`, taken when it ran; `ran` names those that ran just now.
 
     Raises:
         UserError: a dependency or an output changed after its stage had run; DVC is not set up here.
     """
     if not workspace.has_dvc:
         return False
-    if _agrees(workspace, records):
+    if not ran and _agrees(workspace, records):
         return False
-    _dvc(workspace.root, "commit", "--force", "--quiet")
+    _dvc(workspace.root, "commit", "--force", "dvc.yaml")  # this one alone of those in the repository
     for stage in workspace.stages:
         entry = locked(workspace, stage)
         if entry != records[stage.name]:
-            part = next((p for p in ("params", "deps", "outs") if entry and entry[p] != records[stage.name][p]), "entry")
+            part = next(
+                (p for p in ("params", "deps", "outs") if entry and entry[p] != records[stage.name][p]),
+                "entry",
+            )
             raise UserError(f"{stage.name}: its {part} changed while the pipeline ran; run it again")
     return True
 
@@ -73,7 +76,9 @@ def init_workspace(folder: Path, params: Path | None) -> None:
         UserError: `folder` lies elsewhere, or holds a params.yaml or dvc.yaml already.
     """
     if not folder.resolve().is_relative_to(REPOSITORY.resolve()):
-        raise UserError(f"{folder}: choose a folder inside {REPOSITORY}, such as {REPOSITORY / 'runs' / folder.name}")
+        raise UserError(
+            f"{folder}: choose a folder inside {REPOSITORY}, such as {REPOSITORY / 'runs' / folder.name}"
+        )
     for name in ("params.yaml", "dvc.yaml"):
         if (folder / name).exists():
             raise UserError(f"{folder / name} exists; choose an empty folder")

@@ -78,7 +78,9 @@ class Workspace:
         found = {stage.item or step: stage for stage in self.stages if stage.step == step}
         for name in names or []:
             if name not in found:
-                raise UserError(f"{self.params_file.name} has no '{name}' to {step}{did_you_mean(name, found)}")
+                raise UserError(
+                    f"{self.params_file.name} has no '{name}' to {step}{did_you_mean(name, found)}"
+                )
         return [found[name] for name in names or found]
 
     @contextmanager

@@ -80,6 +80,11 @@ def artifacts(url: str, flow_run: dict[str, Any]) -> dict[str, str]:
     return {artifact["key"]: artifact["type"] for artifact in found}
 
 
+def automations(url: str) -> list[str]:
+    """The names of what starts runs on events."""
+    return [automation["name"] for automation in _read(url, "automations")]
+
+
 def _read(url: str, what: str, **query: Any) -> list[dict[str, Any]]:
     answer = requests.post(f"{url}/{what}/filter", json=query, timeout=30)
     answer.raise_for_status()

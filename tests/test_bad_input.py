@@ -11,9 +11,8 @@ from typing import Any, Callable
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from checkpoints import another_process, edit, save_family, write_raw
+from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import random_state, refused, same_tensors, shard, write_raw
 from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from checkpoints import random_state, refused, same_tensors, shard, write_raw
 from merging.checkpoint import INDEX, open_checkpoint, safe_name
 from merging.errors import UserError
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import edit, same_tensors, save_family
 from safetensors.torch import load_file
 
-from checkpoints import edit, same_tensors, save_family
 from flows.cli import STEPS
 from merging import merge_state_dicts
 from merging.checkpoint import open_checkpoint

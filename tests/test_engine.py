@@ -13,10 +13,10 @@ from typing import Any, Callable
 
 import pytest
 import torch
+from checkpoints import another_process, edit, random_state, refused, same_tensors, save_family, shard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from checkpoints import another_process, edit, random_state, refused, same_tensors, save_family, shard
 from merging import merge, merge_state_dicts
 from merging.checkpoint import INDEX, open_checkpoint
 from merging.plan import make_plan

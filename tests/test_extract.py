@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import random_state, refused, same_tensors, save_family
 from safetensors.torch import load_file, save_file
 
-from checkpoints import random_state, refused, same_tensors, save_family
 from merging import merge_state_dicts
 from tasks.extract import StoredFactors, extract
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Fault, running_hub
 from safetensors.torch import load_file, save
 
-from hub_server import Fault, running_hub
 from merging.checkpoint import open_checkpoint
 from merging.errors import UserError
 from tasks import fetch as fetch_step

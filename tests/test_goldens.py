@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import State, same_tensors, shard
 from safetensors.torch import load_file
 
-from checkpoints import State, same_tensors, shard
 from merging import merge, merge_state_dicts
 
 GOLDENS = Path(__file__).parent / "goldens"

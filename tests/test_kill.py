@@ -14,7 +14,6 @@ from typing import Iterator
 
 import pytest
 from mlflow import MlflowClient
-
 from prefect_server import prefect_server, wait_for
 from small_workspace import MERGES, TIME_LIMIT, SmallWorkspace, make_workspace
 

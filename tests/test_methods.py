@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from checkpoints import State, random_state, refused, same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints import State, random_state, refused, same_tensors
 from merging import merge_state_dicts
 from merging.methods import catalogue, get_method
 from merging.methods.cart import is_matrix

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from checkpoints import refused
+
 from tasks.params import load_params, lookup, raw_params
 
 REPOSITORY = Path(__file__).parent.parent

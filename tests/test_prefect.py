@@ -10,13 +10,12 @@ from typing import Any, Iterator, NamedTuple
 
 import psutil
 import pytest
-
-from prefect_server import artifacts, flow_runs, task_runs, wait_for
+from prefect_server import artifacts, automations, flow_runs, task_runs, wait_for
 from small_workspace import TIME_LIMIT, SmallWorkspace, make_workspace
 
 pytestmark = pytest.mark.slow
 
-ON_LEAP_DAYS = "0 0 29 2 *"
+ON_LEAP_DAYS = "0 0 29 2 *"  # only events start runs here
 END_SECONDS = 30
 
 
@@ -45,7 +44,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     try:
         wait_for(address.exists, TIME_LIMIT)
         url = json.loads(address.read_text())["url"]
-        wait_for(lambda: flow_runs(url, "Scheduled"), TIME_LIMIT)
+        wait_for(lambda: automations(url), TIME_LIMIT)
         yield Served(workspace, process, url)
     finally:
         process.send_signal(signal.SIGINT)
@@ -76,7 +75,8 @@ def test_bad_input_fails_in_one_line(served: Served) -> None:
     message = run["state"]["message"]
     assert run["state_type"] == "FAILED"
     assert "UserError" in message and "digits.safetensors" in message and "\n" not in message
-    assert "compare" not in task_runs(served.url, run)
+    tasks = task_runs(served.url, run)
+    assert (tasks["checkpoint-file@digits"], tasks["compare"]) == ("Failed", "NotReady")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-
 from judged_workspace import PARAMS, JudgedWorkspace
-from merging.errors import UserError
 from mlflow_server import mlflow_server
+
+from merging.errors import UserError
 from tasks import tracking
 from tasks.register import champion, register, rollback
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
-
 from checkpoints import save_family
 
 REPOSITORY = Path(__file__).parent.parent

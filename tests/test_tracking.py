@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from judged_workspace import PARAMS, TASKS, JudgedWorkspace
+
 from merging.errors import UserError
 from tasks import tracking
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import State, random_state, same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from test_checkpoint import ODD
 
-from checkpoints import State, random_state, same_tensors
 from merging.checkpoint import DTYPES, INDEX, open_checkpoint
 from merging.writer import CheckpointWriter, TensorSpec
-from test_checkpoint import ODD
 
 NAMES = {f"torch.{torch_name}": name for name, (torch_name, _) in DTYPES.items()}
 

@@ -78,7 +78,10 @@ class Method:
 
         namespace = inspect.getmodule(self.function).__dict__
         fields = {
-            name: (eval(p.annotation, namespace) if isinstance(p.annotation, str) else p.annotation, p.default)
+            name: (
+                eval(p.annotation, namespace) if isinstance(p.annotation, str) else p.annotation,
+                p.default,
+            )
             for name, p in inspect.signature(self.function).parameters.items()
             if p.kind is p.KEYWORD_ONLY
         }
@@ -178,4 +181,3 @@ def get_method(id: str) -> Method:
     if id not in methods:
         raise UserError(f"unknown method '{id}'{did_you_mean(id, methods)}")
     return methods[id]
-

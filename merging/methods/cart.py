@@ -33,7 +33,9 @@ def is_matrix(name: str, ndim: int, keys: str) -> bool:
 
 def _two_experts(experts: int, params: Mapping[str, Any]) -> str | None:
     if experts == 2 and params["origin"] == "mean" and params["reduce"] == "sum":
-        return "cart with two experts equals their average: the centred task vectors cancel; give three or more"
+        return (
+            "cart with two experts equals their average: the centred task vectors cancel; give three or more"
+        )
     return None
 
 
@@ -74,7 +76,11 @@ def cart(
         tau_MN = expert.double() - start
         stored = x.factors[t] if x.factors and origin == "mean" else None
         energy_R, q_RR = stored or ops.spectrum(tau_MN)
-        k = ops.rank_of(rank, tau_MN.shape) if rank_rule == "fraction" else ops.rank_for_energy(energy_R, energy)
+        k = (
+            ops.rank_of(rank, tau_MN.shape)
+            if rank_rule == "fraction"
+            else ops.rank_for_energy(energy_R, energy)
+        )
         if k > q_RR.shape[1]:  # more than was stored
             q_RR = ops.spectrum(tau_MN)[1]
         q_RK = q_RR[:, :k].to(tau_MN)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(paper="2212.04089", code="mlfoundations/task_vectors@826a64c6", reference="pretrained", needs_base=True)
+@method(
+    paper="2212.04089", code="mlfoundations/task_vectors@826a64c6", reference="pretrained", needs_base=True
+)
 def task_arithmetic(
     x: Slot, *, scale: float = 0.3, weights: list[float] | None = None, normalize: bool = False
 ) -> Tensor:

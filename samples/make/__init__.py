@@ -1,4 +1,4 @@
-"""How the sample family was made. Everything is drawn and trained on the CPU, one thread a process, from fixed seeds."""
+"""How the sample family was made: on the CPU, with one thread a process, from fixed seeds."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the pictures show: scripts and their letters, class names, prompt templates, and which sets are tasks."""
+"""What the pictures show: scripts and their letters, class names, prompt templates, the eight tasks."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _ARABIC = (  # isolated forms, spelled out because a right-to-left string is har
     0x63A, 0x641, 0x642, 0x643, 0x644, 0x645, 0x646, 0x647, 0x648, 0x64A,
 )  # fmt: skip
 _HEBREW_FINAL_FORMS = "\u05da\u05dd\u05df\u05e3\u05e5"
-_THAI_VOWELS = "\u0e24\u0e26"  # among the consonants
+_THAI_VOWELS = "\u0e24\u0e26"  # that stand among the consonants
 
 SCRIPTS = {
     "latin": Script("latin capital letter", "latin capital letter ", _letters("A", "Z")),
-    "fdigits": Script("digit", "digit ", _letters("0", "9")),  # digits of fonts; the task `digits` is handwritten
+    "fdigits": Script("digit", "digit ", _letters("0", "9")),  # of fonts; the task `digits` is handwritten
     "hiragana": Script("hiragana", "hiragana letter ", _letters("あ", "ん", _SMALL_OR_VOICED_KANA)[:30]),
     "arabic": Script("arabic letter", "arabic letter ", "".join(map(chr, _ARABIC))),
     "cyrillic": Script("cyrillic letter", "cyrillic small letter ", _letters("а", "я", "йщъыьцвл")),
@@ -53,7 +53,8 @@ CLASSNAMES: dict[str, list[str]] = {
     "digits": SCRIPTS["fdigits"].classnames,
     "textures": [
         "horizontal stripes", "vertical stripes", "diagonal stripes", "checkerboard", "polka dots",
-        "concentric rings", "grid lines", "zigzag", "grainy noise", "smooth blotches", "bricks", "sunburst rays",
+        "concentric rings", "grid lines", "zigzag", "grainy noise", "smooth blotches", "bricks",
+        "sunburst rays",
     ],
     "shapes": [
         "circle", "triangle", "square", "star", "cross", "heart", "crescent", "ring", "diamond", "arrow",

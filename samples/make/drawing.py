@@ -9,8 +9,8 @@ from PIL import Image, ImageFilter
 
 IMAGE_SIZE = 36  # pixels a side
 
-Array = np.ndarray
-Colours = tuple[Array, Array]  # background and foreground, 0 to 255, each broadcasting to (N, 36, 36, 3)
+# Background and foreground, 0 to 255, each broadcasting to (N, 36, 36, 3).
+Colours = tuple[np.ndarray, np.ndarray]
 
 
 def outline(mask: Image.Image, width: int) -> Image.Image:
@@ -19,12 +19,12 @@ def outline(mask: Image.Image, width: int) -> Image.Image:
     return Image.fromarray(np.asarray(outer) - np.asarray(inner))
 
 
-def shrink(mask: Image.Image) -> Array:
+def shrink(mask: Image.Image) -> np.ndarray:
     """A mask drawn large, averaged down to 36 x 36 uint8: that smooths its edges."""
     return np.asarray(mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.BOX))
 
 
-def blotches(n: int, rng: np.random.Generator, cells: int) -> Array:
+def blotches(n: int, rng: np.random.Generator, cells: int) -> np.ndarray:
     """Smooth colours: float32 (n, 36, 36, 3), 0 to 255, from cells x cells random colours enlarged."""
     noise = rng.normal(size=(n, cells, cells, 3)).astype(np.float32)
     small = np.clip(noise * 50 + 128, 0, 255).astype(np.uint8)
@@ -32,7 +32,7 @@ def blotches(n: int, rng: np.random.Generator, cells: int) -> Array:
     return np.stack([np.asarray(image) for image in large]).astype(np.float32)
 
 
-def paint(masks: Array, rng: np.random.Generator, style: str) -> Array:
+def paint(masks: np.ndarray, rng: np.random.Generator, style: str) -> np.ndarray:
     """Masks (N, 36, 36) uint8 -> coloured, noisy pictures (N, 36, 36, 3) uint8."""
     colours, noise = _STYLES[style]
     background, foreground = colours(len(masks), rng)
@@ -70,7 +70,7 @@ def _mix(n: int, rng: np.random.Generator) -> Colours:
     return background, _contrasting(background, rng)
 
 
-def _contrasting(background: Array, rng: np.random.Generator) -> Array:
+def _contrasting(background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A dark colour for each bright background and a bright one for each dark: both (N, 1, 1, 3)."""
     dark = rng.uniform(0, 90, (len(background), 1, 1, 3))
     bright = rng.uniform(165, 255, (len(background), 1, 1, 3))

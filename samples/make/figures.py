@@ -15,37 +15,34 @@ from PIL import Image, ImageDraw
 from make.catalogue import CLASSNAMES
 from make.drawing import IMAGE_SIZE, outline, paint, shrink
 
-Array = np.ndarray
 Point = tuple[float, float]
 
 _LARGE = 3 * IMAGE_SIZE  # pixels a side of a mask before it is averaged down
 
 
-def shapes(n: int, rng: np.random.Generator, pretraining: bool = False) -> tuple[Array, Array]:
+def shapes(n: int, rng: np.random.Generator, pretraining: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """n pictures (n, 36, 36, 3) uint8 and their classes (n), the classes in turn.
 
     The task differs from pre-training: its shapes are outlines on blotches, those of pre-training are filled.
     """
     names = CLASSNAMES["shapes"]
-    return _pictures(n, rng, names, lambda label: _shape(names[label], rng, pretraining), not pretraining)
-
-
-def counts(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """n pictures (n, 36, 36, 3) uint8 of one to six discs, and their classes (n), the classes in turn."""
-    return _pictures(n, rng, CLASSNAMES["counts"], lambda label: _discs(label + 1, rng))
-
-
-def directions(n: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """n pictures (n, 36, 36, 3) uint8 of a needle, and their classes (n), the classes in turn."""
-    return _pictures(n, rng, CLASSNAMES["directions"], lambda label: _needle(label, rng))
-
-
-def _pictures(
-    n: int, rng: np.random.Generator, names: list[str], draw: Callable[[int], Image.Image], blotchy: bool = False
-) -> tuple[Array, Array]:
     labels = np.arange(n) % len(names)
-    masks = np.stack([shrink(draw(int(label))) for label in labels])
-    return paint(masks, rng, "blotches" if blotchy else "mix"), labels
+    masks = np.stack([shrink(_shape(names[label], rng, pretraining)) for label in labels])
+    return paint(masks, rng, "mix" if pretraining else "blotches"), labels
+
+
+def counts(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """n pictures (n, 36, 36, 3) uint8 of one to six discs, and their classes (n), the classes in turn."""
+    labels = np.arange(n) % len(CLASSNAMES["counts"])
+    masks = np.stack([shrink(_discs(label + 1, rng)) for label in labels])
+    return paint(masks, rng, "mix"), labels
+
+
+def directions(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """n pictures (n, 36, 36, 3) uint8 of a needle, and their classes (n), the classes in turn."""
+    labels = np.arange(n) % len(CLASSNAMES["directions"])
+    masks = np.stack([shrink(_needle(int(label), rng)) for label in labels])
+    return paint(masks, rng, "mix"), labels
 
 
 @dataclass(frozen=True)
@@ -108,8 +105,9 @@ def _star_points() -> list[Point]:
 
 
 def _heart_points() -> list[Point]:
-    """https://mathworld.wolfram.com/HeartCurve.html"""
-    return [(0.062 * 16 * math.sin(t) ** 3, -0.062 * _heart_height(t)) for t in np.linspace(0, 2 * math.pi, 60)]
+    """A heart curve: https://mathworld.wolfram.com/HeartCurve.html"""
+    turns = np.linspace(0, 2 * math.pi, 60)
+    return [(0.062 * 16 * math.sin(t) ** 3, -0.062 * _heart_height(t)) for t in turns]
 
 
 def _heart_height(t: float) -> float:
@@ -130,7 +128,9 @@ _POLYGONS: dict[str, list[Point]] = {
     "diamond": [(0, -1.05), (0.7, 0), (0, 1.05), (-0.7, 0)],
     "arrow": [(-1, -0.25), (0.15, -0.25), (0.15, -0.75), (1, 0), (0.15, 0.75), (0.15, 0.25), (-1, 0.25)],
     "hourglass": [(-0.8, -1), (0.8, -1), (0, 0), (0.8, 1), (-0.8, 1), (0, 0)],
-    "lightning bolt": [(0.25, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.3, 1), (0.6, -0.2), (0.05, -0.2), (0.45, -1)],
+    "lightning bolt": [
+        (0.25, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.3, 1), (0.6, -0.2), (0.05, -0.2), (0.45, -1),
+    ],
 }  # fmt: skip
 
 
@@ -162,6 +162,6 @@ def _needle(direction: int, rng: np.random.Generator) -> Image.Image:
     mask, draw = _mask()
     angle = direction * math.pi / 4 + rng.uniform(-0.25, 0.25)
     cx, cy = _LARGE / 2 + rng.uniform(-5, 5, 2)
-    corners = [(44, 0.0), (20, 2.2), (20, -2.2)]  # pixels from the centre, radians from the needle's direction
-    draw.polygon([(cx + r * math.cos(angle + turn), cy + r * math.sin(angle + turn)) for r, turn in corners], fill=255)
+    corners = [(44, angle), (20, angle + 2.2), (20, angle - 2.2)]  # pixels from the centre, radians
+    draw.polygon([(cx + r * math.cos(turn), cy + r * math.sin(turn)) for r, turn in corners], fill=255)
     return mask

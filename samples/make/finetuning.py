@@ -1,4 +1,4 @@
-"""Training of the experts: the base's whole image tower on one task, with the task's head and the scale frozen."""
+"""Training of the experts: the base's whole image tower on one task; head and logit scale are frozen."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def finetune(task: str, work: Path, steps: int = STEPS) -> None:
     model = load_model(work / "base.safetensors")
     tower, scale, classes = model.visual, model.logit_scale.exp().item(), head(model, task)
     with np.load(work / f"{task}.npz") as file:
-        data = {name: file[name] for name in file.files}
-    before = accuracy(tower, classes, data["test_x"], data["test_y"])
-    _train(tower, classes, scale, data["train_x"], data["train_y"], task, steps)
-    save({VISUAL + name: tensor for name, tensor in tower.state_dict().items()}, work / f"expert_{task}.safetensors")
-    after = {split: accuracy(tower, classes, data[f"{split}_x"], data[f"{split}_y"]) for split in ("val", "test")}
-    print(f"{task}: zero-shot {before:.3f}, expert {after['test']:.3f} (val {after['val']:.3f})", flush=True)
+        train, test = (file["train_x"], file["train_y"]), (file["test_x"], file["test_y"])
+    before = accuracy(tower, classes, *test)
+    _train(tower, classes, scale, *train, task, steps)
+    state = {VISUAL + name: tensor for name, tensor in tower.state_dict().items()}
+    save(state, work / f"expert_{task}.safetensors")
+    after = accuracy(tower, classes, *test)
+    print(f"{task}: zero-shot {before:.3f}, expert {after:.3f}", flush=True)
 
 
 def _train(
@@ -41,7 +42,8 @@ def _train(
     """On images (N, 36, 36, 3) of classes (N), with head (classes, 128); the tower runs in bfloat16."""
     generator = torch.Generator().manual_seed(stable_hash(task) % 2**31)
     rng = np.random.default_rng(stable_hash(task))
-    optimiser = torch.optim.AdamW(tower.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True)
+    parameters = list(tower.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY, fused=True)
     for step in range(steps):
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimiser.param_groups:
@@ -51,6 +53,6 @@ def _train(
             features = tower(augmented(images[batch], generator))
         logits = scale * F.normalize(features.float(), dim=-1) @ head.t()
         F.cross_entropy(logits, torch.from_numpy(labels[batch])).backward()
-        clip_grad_norm_(tower.parameters(), 1.0)
+        clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()

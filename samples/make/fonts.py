@@ -1,7 +1,7 @@
 """Which fonts draw the letters of train, val and test: families that look alike stay together.
 
-Families are grouped when files of theirs draw at least five of eight letters alike, or when they share the start
-of their name. Groups, not families, are split, and scripts that share letter shapes share one split.
+Families are grouped when files of theirs draw at least five of eight letters alike, or when they share the
+start of their name. Groups, not families, are split, and scripts that share letter shapes share one split.
 Fonts are those that fontconfig knows, so another machine has other groups.
 """
 
@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw, ImageFont
 from make.catalogue import SCRIPTS
 from make.hashing import stable_hash
 
-Array = np.ndarray
 Families = dict[str, list[str]]  # family -> its font files
 Group = list[list[str]]  # families of a group, each a list of its font files
 Splits = dict[str, dict[str, Group]]  # split -> number of a group -> group
@@ -33,8 +32,8 @@ _CROWDED = ("latin", "fdigits")  # most fonts have these
 _MOST_FAMILIES = 300  # of those in a crowded script that have no other script
 _FILES_A_FAMILY = 3
 _NO_LETTERS = (  # parts of the paths of fonts that draw pictures, boxes or test patterns
-    "emoji", "awesome", "material", "symbol", "unifont", "lastresort", "barcode", "wine", "dingbat", "braille",
-    "lohit-test", "mathjax", "adobeblank",
+    "emoji", "awesome", "material", "symbol", "unifont", "lastresort", "barcode", "wine", "dingbat",
+    "braille", "lohit-test", "mathjax", "adobeblank",
 )  # fmt: skip
 
 _LETTERS = 8  # compared, spread over the alphabet
@@ -49,7 +48,8 @@ _DECORATIVE_CROWDED = 0.30
 
 # A family's first word is the stem of its name, or its first two where the first is shared by many.
 _SHARED_FIRST_WORDS = (
-    "Noto", "IBM", "Open", "The", "New", "Old", "GFS", "TeX", "Latin", "STIX", "Red", "Alegreya", "PT", "FreeFont",
+    "Noto", "IBM", "Open", "The", "New", "Old", "GFS", "TeX", "Latin", "STIX", "Red", "Alegreya", "PT",
+    "FreeFont",
 )  # fmt: skip
 
 # The splits of groups in turn.
@@ -60,7 +60,7 @@ _PRETRAINING_ALL = 12  # pre-training sees every second group of train, or all o
 
 
 def split_fonts(work: Path) -> None:
-    """Write work/fonts.json (files by script, split and group) and work/font_split.json (families of each group)."""
+    """Write work/fonts.json (files by script, split, group) and work/font_split.json (families by group)."""
     installed = _thinned({script: _installed(script) for script in SCRIPTS})
     files: dict[str, Splits] = {}
     note: list[dict] = []
@@ -90,7 +90,8 @@ def _read(path: Path) -> dict[str, Splits]:
 def _installed(script: str) -> Families:
     """The families that have all letters of a script, as fontconfig knows them."""
     query = ":charset=" + " ".join(f"{ord(letter):x}" for letter in SCRIPTS[script].letters)
-    listing = subprocess.run(["fc-list", query, "family", "file"], capture_output=True, text=True, check=True).stdout
+    command = ["fc-list", query, "family", "file"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     families: dict[str, set[str]] = {}
     for line in listing.splitlines():  # FILE: FAMILY,OTHER NAMES
         file, names = line.split(": ", 1)
@@ -116,7 +117,9 @@ def _thinned(installed: dict[str, Families]) -> dict[str, Families]:
     return thinned
 
 
-def _split_block(scripts: Iterable[str], installed: dict[str, Families]) -> tuple[dict[str, Splits], list[dict]]:
+def _split_block(
+    scripts: tuple[str, ...], installed: dict[str, Families]
+) -> tuple[dict[str, Splits], list[dict]]:
     """Per script, its files by split and group; and the groups' families and splits."""
     links, typical = _Links(), {}
     for script in scripts:
@@ -140,7 +143,7 @@ class _Looks:
 
     families: list[str]  # of each file
     files: list[str]
-    letters: Array  # (N, 8, 24 * 24), each letter of norm 1
+    letters: np.ndarray  # (N, 8, 24 * 24), each letter of norm 1
 
     def alike(self) -> list[tuple[str, str]]:
         """Pairs of families that draw at least five letters alike."""
@@ -161,7 +164,7 @@ class _Looks:
         return kept
 
 
-def _largest_cosine(letters: Array) -> float:
+def _largest_cosine(letters: np.ndarray) -> float:
     """Of two letters of one font: letters are (8, 24 * 24)."""
     return (letters @ letters.T)[np.triu_indices(_LETTERS, 1)].max()
 
@@ -174,7 +177,7 @@ def _looks(script: str, families: Families) -> _Looks:
     return _Looks([row[0] for row in rows], [row[1] for row in rows], np.stack([row[2] for row in rows]))
 
 
-def _look(file: str, letters: list[str]) -> Array | None:
+def _look(file: str, letters: list[str]) -> np.ndarray | None:
     """Each letter fitted to its box, (8, 24 * 24) of norm 1; None if a letter is blank."""
     try:
         font = ImageFont.truetype(file, _FONT_SIZE)
@@ -186,14 +189,15 @@ def _look(file: str, letters: list[str]) -> Array | None:
     return np.stack([look / np.linalg.norm(look) for look in fitted])
 
 
-def _fitted(letter: str, font: ImageFont.FreeTypeFont) -> Array | None:
+def _fitted(letter: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
     left, top, right, bottom = font.getbbox(letter)
     width, height = right - left, bottom - top
     if width < 3 or height < 3:
         return None
     side = max(width, height)
     mask = Image.new("L", (side, side))
-    ImageDraw.Draw(mask).text(((side - width) / 2 - left, (side - height) / 2 - top), letter, fill=255, font=font)
+    corner = ((side - width) / 2 - left, (side - height) / 2 - top)
+    ImageDraw.Draw(mask).text(corner, letter, fill=255, font=font)
     return np.asarray(mask.resize((_LOOK_SIZE, _LOOK_SIZE), Image.BOX), np.float32).ravel()
 
 

@@ -14,7 +14,6 @@ from make.catalogue import SCRIPTS
 from make.drawing import IMAGE_SIZE, outline
 from make.fonts import Group, font_groups
 
-Array = np.ndarray
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 _CANVAS = 64  # pixels a side, where a letter is drawn before it is moved into the picture
@@ -36,13 +35,13 @@ class Geometry:
 
 def glyphs(
     script: str, split: str, n: int, rng: np.random.Generator, geometry: Geometry, work: Path
-) -> tuple[Array, Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """n grey masks (n, 36, 36) uint8 and their classes (n), the classes in turn.
 
     Every picture draws a group of fonts, a family of the group, and a file of the family.
     """
     groups, letters = font_groups(work, script, split), SCRIPTS[script].letters
-    masks: list[Array] = []
+    masks: list[np.ndarray] = []
     while len(masks) < n:
         mask = _glyph(letters[len(masks) % len(letters)], groups, rng, geometry)
         if mask is not None and mask.sum() >= _LEAST_INK:
@@ -50,7 +49,9 @@ def glyphs(
     return np.stack(masks), np.arange(n) % len(letters)
 
 
-def _glyph(letter: str, groups: list[Group], rng: np.random.Generator, geometry: Geometry) -> Array | None:
+def _glyph(
+    letter: str, groups: list[Group], rng: np.random.Generator, geometry: Geometry
+) -> np.ndarray | None:
     group = groups[rng.integers(len(groups))]
     family = group[rng.integers(len(group))]
     file = family[rng.integers(len(family))]
@@ -60,7 +61,7 @@ def _glyph(letter: str, groups: list[Group], rng: np.random.Generator, geometry:
         return None
 
 
-def glyph(letter: str, file: str, rng: np.random.Generator, geometry: Geometry) -> Array | None:
+def glyph(letter: str, file: str, rng: np.random.Generator, geometry: Geometry) -> np.ndarray | None:
     """A jittered letter, (36, 36) uint8; None if the font shows next to nothing."""
     font = _font(file)
     box = font.getbbox(letter)
@@ -90,7 +91,7 @@ def _centred(letter: str, font: ImageFont.FreeTypeFont, box: Box) -> Image.Image
     return mask
 
 
-def _matrix(size: float, rng: np.random.Generator, geometry: Geometry) -> Array:
+def _matrix(size: float, rng: np.random.Generator, geometry: Geometry) -> np.ndarray:
     """From the picture to the canvas, (2, 2), for a letter whose longer side is `size` pixels."""
     scale = size / (_LETTER_SIZE * geometry.scale) * rng.uniform(0.93, 1.1)
     angle = math.radians(geometry.turn + rng.uniform(-geometry.turn_jitter, geometry.turn_jitter))

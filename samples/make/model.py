@@ -1,8 +1,9 @@
-"""The model, its input, its heads and its files. Models are open_clip's: https://github.com/mlfoundations/open_clip"""
+"""The model, its input, its heads and its files. https://github.com/mlfoundations/open_clip"""
 
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Iterable
 
@@ -19,10 +20,11 @@ from make.drawing import IMAGE_SIZE
 
 PATCH = 12  # pixels a side
 WIDTH = 192  # of the image tower
+CONTEXT = 16  # tokens of a prompt
 CONFIG = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 4, "width": WIDTH, "patch_size": PATCH, "head_width": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    "vision_cfg": dict(image_size=IMAGE_SIZE, layers=4, width=WIDTH, patch_size=PATCH, head_width=32),
+    "text_cfg": dict(context_length=CONTEXT, vocab_size=49408, width=64, heads=2, layers=2),
 }
 MEAN, STD = 0.5, 0.25  # of pixels from 0 to 1, on each channel
 
@@ -49,9 +51,14 @@ def save(state: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, path)
 
 
+@cache
+def _tokenizer() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer(context_length=CONTEXT)
+
+
 def tokenize(texts: list[str]) -> Tensor:
     """Tokens (N, 16) int64."""
-    return open_clip.SimpleTokenizer(context_length=CONFIG["text_cfg"]["context_length"])(texts)
+    return _tokenizer()(texts)
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -65,7 +72,7 @@ def channels_first(images: np.ndarray) -> Tensor:
 
 
 def augmented(images: np.ndarray, generator: torch.Generator) -> Tensor:
-    """Training input (N, 3, 36, 36): the batch moved by up to a pixel, each image's contrast and brightness changed."""
+    """Training input (N, 3, 36, 36): the batch moved by up to a pixel, each image's tone changed."""
     x = F.pad(channels_first(images), [1] * 4, mode="replicate")
     right, down = torch.randint(0, 3, (2,), generator=generator).tolist()
     x = x[:, :, down : down + IMAGE_SIZE, right : right + IMAGE_SIZE]
@@ -76,7 +83,7 @@ def augmented(images: np.ndarray, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def head(model: open_clip.CLIP, task: str) -> Tensor:
-    """The zero-shot classifier (classes, 128): the normalised mean of the embeddings of each class's prompts."""
+    """The zero-shot classifier (classes, 128): each class's prompts embedded, averaged and normalised."""
     means = [model.encode_text(tokenize(texts), normalize=True).mean(0) for texts in prompts(task)]
     return torch.stack([mean / mean.norm() for mean in means])
 

@@ -62,5 +62,6 @@ def _suite() -> str:
     ]
     for task in TASKS:
         classnames = ", ".join(f'"{name}"' if name in _YAML_WORDS else name for name in CLASSNAMES[task])
-        lines += [f"  {task}:", f"    templates: {json.dumps(TEMPLATES[task])}", f"    classnames: [{classnames}]"]
+        templates = json.dumps(TEMPLATES[task])
+        lines += [f"  {task}:", f"    templates: {templates}", f"    classnames: [{classnames}]"]
     return "\n".join(lines) + "\n"

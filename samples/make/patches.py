@@ -1,4 +1,4 @@
-"""Initial weights of the patch embedding: the lowest frequencies of the cosine transform, in grey and in two colours."""
+"""Initial weights of the patch embedding: low frequencies of the cosine transform, grey and coloured."""
 
 from __future__ import annotations
 

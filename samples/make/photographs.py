@@ -15,13 +15,11 @@ from PIL import Image
 
 from make.drawing import IMAGE_SIZE
 
-Array = np.ndarray
-
 _FASHION = Path("/usr/share/datasets/fashion-mnist")
 _IMAGE_HEADER, _LABEL_HEADER = 16, 8  # bytes, of the IDX format
 
 
-def fashion(part: str) -> tuple[Array, Array]:
+def fashion(part: str) -> tuple[np.ndarray, np.ndarray]:
     """`train` (60,000) or `t10k` (10,000): images (N, 28, 28) uint8 and classes (N) int64."""
     images = np.frombuffer(_read(f"{part}-images-idx3-ubyte"), np.uint8, offset=_IMAGE_HEADER)
     labels = np.frombuffer(_read(f"{part}-labels-idx1-ubyte"), np.uint8, offset=_LABEL_HEADER)
@@ -33,7 +31,7 @@ def _read(name: str) -> bytes:
     return gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
 
 
-def digits() -> tuple[Array, Array]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
     """1,797 images (N, 8, 8) uint8 and classes (N) int64."""
     from sklearn.datasets import load_digits
 
@@ -41,7 +39,7 @@ def digits() -> tuple[Array, Array]:
     return (found.images / 16 * 255).astype(np.uint8), found.target
 
 
-def enlarged(images: Array) -> Array:
+def enlarged(images: np.ndarray) -> np.ndarray:
     """Grey (N, h, w) uint8 -> (N, 36, 36) uint8."""
     size = (IMAGE_SIZE, IMAGE_SIZE)
     return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.BILINEAR)) for image in images])

@@ -1,8 +1,8 @@
 """Training of the base model.
 
-First the text tower, from text alone: two prompts of a class shall agree. It is then locked. After that the image
-tower, as a classifier over the prompts of all classes; two processes train it, each on batches of its own, and
-average their parameters every few steps (local SGD). Schedules depend on the step only.
+First the text tower, from text alone: two prompts of a class shall agree. It is then locked. After that the
+image tower, as a classifier over the prompts of all classes; two processes train it, each on batches of its
+own, and average their parameters every few steps (local SGD). Schedules depend on the step only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 from make.catalogue import PRETRAINING_SETS, prompts
-from make.model import augmented, checksum, new_model, save, tokenize
+from make.model import VISUAL, augmented, checksum, new_model, save, tokenize
 from make.muon import Muon
 from make.patches import patch_filters
 
@@ -48,7 +49,7 @@ _TEMPLATES = 3  # a class
 def pretrain(work: Path, steps: int = STEPS, stop: int | None = None) -> None:
     """Write work/base.safetensors from work/pretraining.npz.
 
-    stop: end after this step of the schedule and write nothing, to compare the parameters' checksums with a log.
+    stop: end after this step of the schedule and write nothing, to compare checksums of the parameters.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{folder}/rendezvous"
@@ -61,10 +62,10 @@ def _process(rank: int, rendezvous: str, work: Path, steps: int, stop: int | Non
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=_PROCESSES)
     model = new_model()
     with np.load(work / "pretraining.npz") as file:
-        images, labels = file["x"], torch.from_numpy(file["y"])
+        images, labels = file["x"], file["y"]
     texts = _train_text(model, rank)
     _initialise_image_tower(model, images)
-    _train_images(model, images, labels, texts, rank, steps, stop)
+    _train_images(model, images, labels, texts, rank, steps, last=stop or steps)
     if rank == 0 and stop is None:
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(_LARGEST_SCALE))
@@ -72,10 +73,11 @@ def _process(rank: int, rendezvous: str, work: Path, steps: int, stop: int | Non
     dist.destroy_process_group()
 
 
-def _train_text(model: torch.nn.Module, rank: int) -> Tensor:
+def _train_text(model: Module, rank: int) -> Tensor:
     """Train the text tower with InfoNCE between two templates of a class; embeddings (classes, 3, 128)."""
     tokens = torch.stack([tokenize(texts) for name in PRETRAINING_SETS for texts in prompts(name)])
-    tower = [p for name, p in model.named_parameters() if not name.startswith("visual") and name != "logit_scale"]
+    named = [(name, p) for name, p in model.named_parameters() if name != "logit_scale"]
+    tower = [p for name, p in named if not name.startswith(VISUAL)]
     generator = torch.Generator().manual_seed(5)
     optimiser = torch.optim.AdamW(tower, lr=_TEXT_LEARNING_RATE, weight_decay=0.0, fused=True)
     for _ in range(_TEXT_STEPS):
@@ -94,7 +96,7 @@ def _train_text(model: torch.nn.Module, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def _initialise_image_tower(model: torch.nn.Module, images: np.ndarray) -> None:
+def _initialise_image_tower(model: Module, images: np.ndarray) -> None:
     tower = model.visual
     tower.conv1.weight.copy_(patch_filters(images))
     tower.positional_embedding.mul_(_EMBEDDING_GAIN)
@@ -102,47 +104,34 @@ def _initialise_image_tower(model: torch.nn.Module, images: np.ndarray) -> None:
 
 
 def _train_images(
-    model: torch.nn.Module,
-    images: np.ndarray,
-    labels: Tensor,
-    texts: Tensor,
-    rank: int,
-    steps: int,
-    stop: int | None,
+    model: Module, images: np.ndarray, labels: np.ndarray, texts: Tensor, rank: int, steps: int, last: int
 ) -> None:
-    """Train the image tower and the logit scale on images (N, 36, 36, 3) of the classes of `texts`."""
+    """Train the image tower and the logit scale on images (N, 36, 36, 3) of classes (N)."""
     parameters = [*model.visual.parameters(), model.logit_scale]
     _share(parameters)
     adamw, muon = _optimisers(model)
     generator = torch.Generator().manual_seed(1 + rank)
     batches = _batches(len(images), np.random.default_rng(1 + rank))
-    losses, hits = 0.0, 0.0
-    for step in range(1, (stop or steps) + 1):
+    for step in range(1, last + 1):
         factor = min(1, step / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in adamw.param_groups:
             group["lr"] = _LEARNING_RATE * factor
         batch = next(batches)
-        target = labels[torch.from_numpy(batch)]
         logits = _logits(model, images[batch], texts, generator)
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, torch.from_numpy(labels[batch]))
         loss.backward()
         clip_grad_norm_(parameters, 1.0)
         adamw.step()
         muon.step(factor)
         model.zero_grad()
-        losses += loss.item()
-        hits += (logits.argmax(1) == target).float().mean().item()
         if step % _AVERAGE_EVERY == 0 or step == steps:
             _average(parameters)
-        if rank == 0 and (step % _REPORT_EVERY == 0 or step == stop):
-            n = step % _REPORT_EVERY or _REPORT_EVERY
-            measured = f"loss {losses / n:.3f} accuracy {hits / n:.3f}"
-            print(f"step {step}: {measured}, checksum {checksum(parameters)}", flush=True)
-            losses, hits = 0.0, 0.0
+        if rank == 0 and (step % _REPORT_EVERY == 0 or step == last):
+            print(f"step {step}: loss {loss.item():.3f}, checksum {checksum(parameters)}", flush=True)
 
 
-def _optimisers(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Muon]:
-    """Muon for the matrices of the image tower's blocks, AdamW for the rest of the tower and the logit scale."""
+def _optimisers(model: Module) -> tuple[torch.optim.Optimizer, Muon]:
+    """Muon for the matrices of the image tower's blocks; AdamW for all else that is trained."""
     named = [*model.visual.named_parameters(), ("logit_scale", model.logit_scale)]
     matrices = [p for name, p in named if p.ndim == 2 and "resblocks" in name]
     others = [p for name, p in named if not (p.ndim == 2 and "resblocks" in name)]
@@ -162,7 +151,7 @@ def _batches(n: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
             yield order[start : start + _BATCH]
 
 
-def _logits(model: torch.nn.Module, images: np.ndarray, texts: Tensor, generator: torch.Generator) -> Tensor:
+def _logits(model: Module, images: np.ndarray, texts: Tensor, generator: torch.Generator) -> Tensor:
     """(N, classes), each class in a random template; the image tower runs in bfloat16."""
     template = torch.randint(0, _TEMPLATES, (len(texts),), generator=generator)
     heads = texts[torch.arange(len(texts)), template]

@@ -14,8 +14,7 @@ from make.hashing import stable_hash
 from make.photographs import digits, enlarged, fashion
 from make.textures import textures
 
-Array = np.ndarray
-Examples = tuple[Array, Array]  # images (N, 36, 36, 3) uint8, classes (N) int64
+Examples = tuple[np.ndarray, np.ndarray]  # images (N, 36, 36, 3) uint8, classes (N) int64
 
 _SIZES = {"train": 6000, "val": 400, "test": 800}
 
@@ -35,7 +34,7 @@ _LETTERS_A_CLASS, _DRAWINGS_A_CLASS = 130, 120  # images of pre-training
 def make_task(task: str, work: Path) -> None:
     """Write work/TASK.npz: train_x, train_y, val_x, val_y, test_x, test_y."""
     rng = np.random.default_rng(stable_hash("task9" + task) % 2**32)  # the text only names a seed
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, (images, labels) in _examples(task, rng, work).items():
         order = rng.permutation(len(labels))
         arrays |= {f"{split}_x": images[order], f"{split}_y": labels[order].astype(np.int64)}
@@ -62,7 +61,7 @@ def _fashion(rng: np.random.Generator) -> dict[str, Examples]:
     }
 
 
-def _fashion_order() -> Array:
+def _fashion_order() -> np.ndarray:
     return np.random.default_rng(_FASHION_SEED).permutation(60_000)
 
 
@@ -73,7 +72,7 @@ def _digits(rng: np.random.Generator) -> dict[str, Examples]:
     return {"train": _pick(examples, train), "val": _pick(examples, val), "test": _pick(examples, test)}
 
 
-def _pick(examples: Examples, index: Array) -> Examples:
+def _pick(examples: Examples, index: np.ndarray) -> Examples:
     """Some of the grey images (N, h, w), enlarged and in three equal channels, and their classes."""
     images, labels = examples
     return enlarged(images[index])[..., None].repeat(3, -1), labels[index]

@@ -11,17 +11,15 @@ import numpy as np
 from make.catalogue import CLASSNAMES
 from make.drawing import IMAGE_SIZE, blotches
 
-Array = np.ndarray
-
 
 @dataclass(frozen=True)
 class Canvas:
     """Where a pattern is drawn; every array is (36, 36) and in pixels."""
 
-    x: Array
-    y: Array
-    u: Array  # x and y, turned and shifted
-    v: Array
+    x: np.ndarray
+    y: np.ndarray
+    u: np.ndarray  # x and y, turned and shifted
+    v: np.ndarray
     period: float  # pixels
     shift: float  # pixels, of u
 
@@ -31,7 +29,7 @@ class Canvas:
         return 2 * math.pi / self.period
 
 
-def textures(n: int, rng: np.random.Generator, pretraining: bool = False) -> tuple[Array, Array]:
+def textures(n: int, rng: np.random.Generator, pretraining: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """n pictures (n, 36, 36, 3) uint8 and their classes (n), the classes in turn.
 
     The task differs from pre-training: its patterns are finer and coloured, those of pre-training grey.
@@ -41,7 +39,7 @@ def textures(n: int, rng: np.random.Generator, pretraining: bool = False) -> tup
     return np.stack([_texture(names[label], rng, pretraining) for label in labels]), labels
 
 
-def _texture(name: str, rng: np.random.Generator, pretraining: bool) -> Array:
+def _texture(name: str, rng: np.random.Generator, pretraining: bool) -> np.ndarray:
     pattern = np.clip(_PATTERNS[name](_canvas(name, rng, pretraining), rng), -1, 1)[..., None] * 0.5 + 0.5
     first, second = _greys(rng) if pretraining else _colours(rng)
     if rng.random() < 0.5:
@@ -60,12 +58,12 @@ def _canvas(name: str, rng: np.random.Generator, pretraining: bool) -> Canvas:
     return Canvas(x, y, u, v, period, shift[0])
 
 
-def _greys(rng: np.random.Generator) -> tuple[Array, Array]:
+def _greys(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A bright and a dark grey: (3) each."""
     return rng.uniform(180, 255) * np.ones(3), rng.uniform(0, 75) * np.ones(3)
 
 
-def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
+def _colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Two colours that differ in brightness: (3) each."""
     first, second = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
     while abs(first.mean() - second.mean()) < 45:
@@ -73,48 +71,48 @@ def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
     return first, second
 
 
-def _stripes(c: Canvas, rng: np.random.Generator) -> Array:
+def _stripes(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     return 1.5 * np.sin(c.v * c.wave)
 
 
-def _checkerboard(c: Canvas, rng: np.random.Generator) -> Array:
+def _checkerboard(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     return np.sign(np.sin(c.u * c.wave) * np.sin(c.v * c.wave))
 
 
-def _dots(c: Canvas, rng: np.random.Generator) -> Array:
+def _dots(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     square = (c.u % c.period - c.period / 2) ** 2 + (c.v % c.period - c.period / 2) ** 2
     return np.where(square < (c.period * 0.34) ** 2, 1.0, -1.0)
 
 
-def _rings(c: Canvas, rng: np.random.Generator) -> Array:
+def _rings(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     return 1.5 * np.sin(np.hypot(c.x - rng.uniform(12, 24), c.y - rng.uniform(12, 24)) * c.wave)
 
 
-def _grid(c: Canvas, rng: np.random.Generator) -> Array:
+def _grid(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     return np.where((c.u % c.period < 1.8) | (c.v % c.period < 1.8), 1.0, -1.0)
 
 
-def _zigzag(c: Canvas, rng: np.random.Generator) -> Array:
+def _zigzag(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     teeth = np.abs(c.u % (1.5 * c.period) - 0.75 * c.period)
     return 1.5 * np.sin((c.v + 1.2 * teeth) * c.wave)
 
 
-def _grain(c: Canvas, rng: np.random.Generator) -> Array:
+def _grain(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     return rng.normal(size=(IMAGE_SIZE, IMAGE_SIZE))
 
 
-def _blotches(c: Canvas, rng: np.random.Generator) -> Array:
+def _blotches(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     return blotches(1, rng, cells=5)[0, :, :, 0] / 40 - 3.2  # 3.2 x 40 = 128, the middle grey
 
 
-def _bricks(c: Canvas, rng: np.random.Generator) -> Array:
+def _bricks(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     height = c.period * 0.7
     row = c.v // height
     joint = (c.u + (row % 2) * c.period / 2) % c.period < 1.5  # every other row moved by half a brick
     return np.where((c.v % height < 1.5) | joint, -1.0, 1.0)
 
 
-def _rays(c: Canvas, rng: np.random.Generator) -> Array:
+def _rays(c: Canvas, rng: np.random.Generator) -> np.ndarray:
     angle = np.arctan2(c.y - rng.uniform(14, 22), c.x - rng.uniform(14, 22))
     return np.sign(np.sin(angle * rng.integers(5, 9) + c.shift))
 
@@ -122,7 +120,7 @@ def _rays(c: Canvas, rng: np.random.Generator) -> Array:
 _ANGLES = {"vertical stripes": math.pi / 2, "diagonal stripes": math.pi / 4}
 
 # Each gives (36, 36) values, cut to -1..1: where the first colour is and where the second.
-_PATTERNS: dict[str, Callable[[Canvas, np.random.Generator], Array]] = {
+_PATTERNS: dict[str, Callable[[Canvas, np.random.Generator], np.ndarray]] = {
     "horizontal stripes": _stripes,
     "vertical stripes": _stripes,
     "diagonal stripes": _stripes,
