@@ -7,7 +7,7 @@ import io
 import json
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable
+from typing import TYPE_CHECKING, Any
 
 from evaluation.metrics import bootstrap_mean, normalised, paired, wilson
 from merging.checkpoint import open_checkpoint
@@ -25,7 +25,7 @@ def compare(params: Params, build: Path, out: Path) -> None:
     """Read `build/` and write the leaderboard folder `out`.
 
     leaderboard.json: every row with intervals, lineage, and paired comparisons of all merges. metrics.json: the
-    numbers alone, for `dvc metrics`. accuracy.csv and search.csv: for `dvc plots`. The candidate is the merge with
+    numbers alone, for `dvc metrics`. models.csv and search.csv: for `dvc plots`. The candidate is the merge with
     the best mean on the validation split; the test split only reports.
     """
     right = {name: correct(params, build, name) for name in ["base", "experts", *params.merges]}
@@ -43,10 +43,8 @@ def compare(params: Params, build: Path, out: Path) -> None:
     with staged(out) as partial:
         write_json(partial / "leaderboard.json", leaderboard)
         write_json(partial / "metrics.json", {row["name"]: _numbers(row) for row in rows})
-        _write_csv(partial / "accuracy.csv", ["model_task", "accuracy"], _accuracies(rows))
-        _write_csv(
-            partial / "search.csv", ["merge", "point", "params", "mean"], _search_points(params, build)
-        )
+        _write_csv(partial / "models.csv", [{"model": row["name"], "mean": row["mean"]} for row in rows])
+        _write_csv(partial / "search.csv", _search_points(params, build))
         publish(partial, out)
 
 
@@ -150,22 +148,19 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in names if row.get(name) is not None}
 
 
-def _accuracies(rows: list[dict[str, Any]]) -> Iterable[list[Any]]:
-    for row in rows:
-        for task, score in row["tasks"].items():
-            yield [f"{row['name']} {task}", score["accuracy"]]
-
-
-def _search_points(params: Params, build: Path) -> Iterable[list[Any]]:
+def _search_points(params: Params, build: Path) -> list[dict[str, Any]]:
+    points = []
     for name in params.merges:
         for point in json.loads((build / "search" / f"{name}.json").read_text())["points"]:
-            settings = " ".join(f"{key}={value}" for key, value in point["params"].items())
-            yield [name, f"{name} {settings}", settings, point["mean"]]
+            points.append({"merge": name, "mean": point["mean"], **point["params"]})
+    return points
 
 
-def _write_csv(path: Path, header: list[str], rows: Iterable[list[Any]]) -> None:
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table of all keys of all rows, in the order they come; cells that a row lacks stay empty."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,8 +18,7 @@ from ruamel.yaml import YAML
 REPOSITORY = Path(__file__).parent.parent
 TASKS = ("digits", "shapes")
 MERGES = {
-    "average": {"method": "average"},
-    "ties": {"method": "ties", "params": {"density": 0.2}, "search": {"scale": [0.5, 1.0]}},
+    "ties": {"method": "ties", "params": {"density": 0.2, "scale": 1.0}},
     "cart": {"method": "cart", "search": {"rank": [0.1, 0.5], "scale": [1.0, 2.0]}},
 }
 GATES = {"minimum_mean": 0.2, "largest_drop": 1.0, "largest_norm_ratio": 100.0}
@@ -26,6 +26,7 @@ IMAGES = {"val": 40, "test": 60}
 TIME_LIMIT = 300
 
 _BIN = Path(sys.executable).parent
+_AUTHOR = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
 
 
 class SmallWorkspace:
@@ -45,9 +46,10 @@ class SmallWorkspace:
             **more,
         }
 
-    def start(self, command: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
-        """A command in the background, `more` in its environment; its output is piped."""
-        return subprocess.Popen(
+    @contextmanager
+    def start(self, command: str, *arguments: str, **more: str) -> Iterator[subprocess.Popen[str]]:
+        """A command that runs during the block, `more` in its environment; its output is piped."""
+        process = subprocess.Popen(
             [_BIN / command, *arguments],
             cwd=self.root,
             env=self.environment(**more),
@@ -55,6 +57,13 @@ class SmallWorkspace:
             stderr=subprocess.PIPE,
             text=True,
         )
+        try:
+            yield process
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=TIME_LIMIT)
+        finally:
+            process.kill()
+            process.wait()
 
     def run(self, command: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         """A command to its end, whatever its exit code."""
@@ -108,15 +117,9 @@ class SmallWorkspace:
 
 def make_workspace(root: Path) -> SmallWorkspace:
     """A clone in `root`: the files git knows and those it would add, two experts, a few images a task."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPOSITORY, capture_output=True, check=True, text=True
-    )
-    family = ["samples/suite.yaml", *(f"samples/experts/{task}.safetensors" for task in TASKS)]
-    for name in filter(None, listed.stdout.split("\0")):
-        if name in family or not name.startswith(("tests/", "samples/")) or name.startswith("samples/base/"):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, root / name)
-    (root / "dvc.lock").unlink(missing_ok=True)
+    for name in _files():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, root / name)
     for task in TASKS:
         _reduce(REPOSITORY / f"samples/data/{task}.npz", root / f"samples/data/{task}.npz")
     workspace = SmallWorkspace(root)
@@ -126,7 +129,18 @@ def make_workspace(root: Path) -> SmallWorkspace:
     return workspace
 
 
-_AUTHOR = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+def _files() -> list[str]:
+    """The files of a clone: of the samples only the family's, no tests, and no results."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True, text=True).stdout
+    family = {"samples/suite.yaml", *(f"samples/experts/{task}.safetensors" for task in TASKS)}
+    return [
+        name
+        for name in listed.split("\0")
+        if name.startswith("samples/base/")
+        or name in family
+        or (name not in ("", "dvc.lock") and not name.startswith(("tests/", "samples/")))
+    ]
 
 
 def _reduce(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 
@@ -36,18 +37,19 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> SmallWorkspace:
     return make_workspace(tmp_path_factory.mktemp("clone"))
 
 
-def start(workspace: SmallWorkspace, prefect: str) -> subprocess.Popen[str]:
+@contextmanager
+def running(workspace: SmallWorkspace, prefect: str) -> Iterator[subprocess.Popen[str]]:
     """`mergeline run`, past its imports and at its first stage."""
-    run = workspace.start("mergeline", "run", PREFECT_API_URL=prefect)
-    wait_for(lambda: (workspace.root / ".mergeline/digests.sqlite").exists(), START_SECONDS)
-    return run
+    with workspace.start("mergeline", "run", PREFECT_API_URL=prefect) as run:
+        wait_for((workspace.root / ".mergeline/digests.sqlite").exists, START_SECONDS)
+        yield run
 
 
 def finish(workspace: SmallWorkspace, prefect: str) -> float:
     """`mergeline run` to its end; the seconds from its first stage on."""
-    run = start(workspace, prefect)
-    begin = time.monotonic()
-    _, errors = run.communicate(timeout=TIME_LIMIT)
+    with running(workspace, prefect) as run:
+        begin = time.monotonic()
+        _, errors = run.communicate(timeout=TIME_LIMIT)
     assert run.returncode == 0, errors
     return time.monotonic() - begin
 
@@ -78,10 +80,9 @@ def test_kill_at_any_moment(clone: SmallWorkspace, prefect: str, tmp_path: Path)
 
         def kill_and_go_on(moment: float) -> None:
             workspace = clone.copy(tmp_path / f"killed after {moment:.2f} s")
-            run = start(workspace, prefect)
-            time.sleep(moment)
-            run.kill()
-            run.communicate()
+            with running(workspace, prefect) as run:
+                time.sleep(moment)
+                run.kill()
             workspace.check("mergeline", "run", PREFECT_API_URL=prefect)
             assert workspace.outputs() == expected.outputs()
             assert workspace.lock() == expected.lock()
@@ -94,12 +95,21 @@ def test_kill_at_any_moment(clone: SmallWorkspace, prefect: str, tmp_path: Path)
         list(pool.map(kill_and_go_on, moments))
 
 
+def test_kill_while_mlflow_makes_its_database(clone: SmallWorkspace, prefect: str, tmp_path: Path) -> None:
+    workspace = clone.copy(tmp_path / "workspace")
+    with running(workspace, prefect) as run:
+        wait_for(lambda: [*workspace.root.glob(".mergeline/*mlflow.db*")], TIME_LIMIT)
+        run.kill()
+    workspace.check("mergeline", "run", PREFECT_API_URL=prefect)
+    check_registry(workspace)
+
+
 def test_control_c(clone: SmallWorkspace, prefect: str, tmp_path: Path) -> None:
     workspace = clone.copy(tmp_path / "workspace")
-    run = start(workspace, prefect)
-    time.sleep(3)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=TIME_LIMIT)
+    with running(workspace, prefect) as run:
+        time.sleep(3)
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=TIME_LIMIT)
     assert run.returncode == 130
     assert errors.splitlines() == ["mergeline: stopped; what was finished is kept, run again to go on"]
     workspace.check("mergeline", "run", PREFECT_API_URL=prefect)
@@ -108,10 +118,10 @@ def test_control_c(clone: SmallWorkspace, prefect: str, tmp_path: Path) -> None:
 
 def test_two_runs_at_once(clone: SmallWorkspace, prefect: str, tmp_path: Path) -> None:
     workspace = clone.copy(tmp_path / "workspace")
-    first = start(workspace, prefect)
-    second = workspace.run("mergeline", "run", PREFECT_API_URL=prefect)
+    with running(workspace, prefect) as first:
+        second = workspace.run("mergeline", "run", PREFECT_API_URL=prefect)
+        _, errors = first.communicate(timeout=TIME_LIMIT)
     assert second.returncode == 2
     assert len(second.stderr.splitlines()) == 1 and "another run is using this workspace" in second.stderr
-    _, errors = first.communicate(timeout=TIME_LIMIT)
     assert first.returncode == 0, errors
     assert "up to date" in workspace.check("dvc", "status")

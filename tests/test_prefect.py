@@ -1,10 +1,8 @@
-"""`mergeline serve` with its own Prefect server: events start runs, pages show them, nothing outlives its owner."""
+"""`mergeline serve` with its own Prefect server: events start runs, pages show them, and all ends with it."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
@@ -20,10 +18,9 @@ END_SECONDS = 30
 
 
 class Served(NamedTuple):
-    """A workspace, the process that serves it, and the API URL of the server that it started."""
+    """A workspace, and the API URL of the server that `mergeline serve` started for it."""
 
     workspace: SmallWorkspace
-    process: subprocess.Popen[str]
     url: str
 
     def notify(self) -> dict[str, Any]:
@@ -39,23 +36,19 @@ class Served(NamedTuple):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     workspace = make_workspace(tmp_path_factory.mktemp("clone"))
-    process = workspace.start("mergeline", "serve", "--cron", ON_LEAP_DAYS)
     address = workspace.root / ".mergeline/prefect/server.json"
-    try:
+    with workspace.start("mergeline", "serve", "--cron", ON_LEAP_DAYS):
         wait_for(address.exists, TIME_LIMIT)
         url = json.loads(address.read_text())["url"]
         wait_for(lambda: automations(url), TIME_LIMIT)
-        yield Served(workspace, process, url)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=TIME_LIMIT)
+        yield Served(workspace, url)
 
 
 def test_an_event_starts_a_run(served: Served) -> None:
     run = served.notify()
     assert (run["state_type"], run["created_by"]["type"]) == ("COMPLETED", "AUTOMATION")
     assert artifacts(served.url, run) == {"leaderboard": "table", "report": "markdown", "heatmap": "image"}
-    assert {"checkpoint-file@digits", "extract", "merge@cart", "compare", "publish"} < set(task_runs(served.url, run))
+    assert {"checkpoint-file@digits", "extract", "merge@cart", "publish"} < set(task_runs(served.url, run))
 
 
 def test_the_next_run_is_cached(served: Served) -> None:
@@ -84,11 +77,10 @@ def test_bad_input_fails_in_one_line(served: Served) -> None:
 )
 def test_the_server_ends_with_its_owner(command: str, sign_of_work: str, tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path)
-    owner = workspace.start("mergeline", command)
-    wait_for((workspace.root / sign_of_work).exists, TIME_LIMIT)
-    children = psutil.Process(owner.pid).children(recursive=True)
-    owner.kill()
-    owner.communicate()
+    with workspace.start("mergeline", command) as owner:
+        wait_for((workspace.root / sign_of_work).exists, TIME_LIMIT)
+        children = psutil.Process(owner.pid).children(recursive=True)
+        owner.kill()
     _, alive = psutil.wait_procs(children, timeout=END_SECONDS)
     assert children and not alive
     told = workspace.run("mergeline", "notify", "digits")

@@ -1,9 +1,8 @@
-"""`mergeline run`, `dvc repro` and a scheduled run are three ways to the same bytes and the same MLflow runs."""
+"""`mergeline run`, `dvc repro` and a scheduled run: three ways to the same bytes and the same MLflow runs."""
 
 from __future__ import annotations
 
 import shutil
-import signal
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
@@ -70,13 +69,9 @@ def reproduced(clone: SmallWorkspace, team: Team, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def scheduled(clone: SmallWorkspace, team: Team, tmp_path_factory: pytest.TempPathFactory) -> Scheduled:
     workspace = clone.copy(tmp_path_factory.mktemp("scheduled") / "workspace")
-    serve = workspace.start("mergeline", "serve", "--cron", EVERY_MINUTE, **team.settings)
-    try:
+    with workspace.start("mergeline", "serve", "--cron", EVERY_MINUTE, **team.settings):
         wait_for(lambda: flow_runs(team.prefect, "Scheduled"), TIME_LIMIT)
         wait_for(lambda: len(scheduled_runs(team)) > 1, TIME_LIMIT)
-    finally:
-        serve.send_signal(signal.SIGINT)
-        serve.communicate(timeout=TIME_LIMIT)
     return Scheduled(workspace, scheduled_runs(team)[:2])
 
 
@@ -88,7 +83,8 @@ def scheduled_runs(team: Team) -> list[dict[str, Any]]:
 def shown_in_mlflow(team: Team) -> list[dict[str, Any]]:
     """Everything MLflow tells of its runs."""
     client = MlflowClient(team.mlflow)
-    return [run.to_dictionary() for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.to_dictionary() for run in client.search_runs(experiments)]
 
 
 def write_times(workspace: SmallWorkspace) -> dict[str, int]:
@@ -177,7 +173,7 @@ def test_outputs_come_back_from_the_cache(
     assert workspace.outputs() == ran.outputs()
 
 
-def test_without_a_cache_only_what_is_wrong_is_made_again(ran: SmallWorkspace, team: Team, tmp_path: Path) -> None:
+def test_without_a_cache_only_those_are_made_again(ran: SmallWorkspace, team: Team, tmp_path: Path) -> None:
     workspace = ran.copy(tmp_path / "workspace")
     shutil.rmtree(workspace.root / ".dvc/cache")
     lose_and_damage_outputs(workspace)
