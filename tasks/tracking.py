@@ -122,8 +122,11 @@ def connect(workspace: Path) -> MlflowClient:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(workspace / STATE).resolve() / 'mlflow.db'}"
+    own = (workspace / STATE).resolve() / "mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own}"
     try:
+        if uri == f"sqlite:///{own}" and not own.exists():
+            _make_database(own)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
@@ -131,6 +134,17 @@ def connect(workspace: Path) -> MlflowClient:
         without_password = re.sub(r"//[^/@\s]+@", "//", reason)
         raise UserError(without_password) from None
     return client
+
+
+def _make_database(path: Path) -> None:
+    """MLflow makes its tables in many steps and cannot go on where a kill stopped it: the file appears whole."""
+    from mlflow import MlflowClient
+
+    partial = path.with_name(f".{path.name}.partial")
+    for left in path.parent.glob(f"{partial.name}*"):
+        left.unlink()
+    MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.rename(path)
 
 
 @contextmanager
