@@ -17,8 +17,6 @@ CHECKPOINTS = Path("build/checkpoints")
 DATA = Path("build/data")
 HEADS = Path("build/heads.safetensors")
 EXTRACT = Path("build/extract")
-EVALUATIONS = Path("build/evaluations")
-LEADERBOARD = Path("build/leaderboard")
 
 
 def _fetch(ws: Workspace, stage: Stage) -> None:
