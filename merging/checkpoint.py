@@ -116,13 +116,13 @@ class Checkpoint:
 
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:
-        """SHA-256 of the bytes of every tensor. Reads the whole checkpoint, once."""
+        """The hash of the bytes of every tensor. Reads the whole checkpoint, once."""
         hashes = {}
         for name in self.tensors:
-            sha = hashlib.sha256()
+            hash = hasher()
             for chunk in self.chunks(name):
-                sha.update(chunk)
-            hashes[name] = sha.hexdigest()
+                hash.update(chunk)
+            hashes[name] = hash.hexdigest()
         return hashes
 
     def digest(self) -> str:
@@ -132,9 +132,16 @@ class Checkpoint:
         )
 
 
+def hasher() -> Any:
+    """A new hash of a tensor's bytes: BLAKE3, which costs a third of SHA-256 where all inputs of a merge are hashed."""
+    from blake3 import blake3
+
+    return blake3()
+
+
 def content_digest(tensors: Iterator[tuple[str, str, tuple[int, ...], str]]) -> str:
-    """`sha256:...` over (name, dtype, shape, SHA-256 of the bytes) of every tensor, in the order of the names."""
-    rows = sorted([name, dtype, list(shape), sha] for name, dtype, shape, sha in tensors)
+    """`sha256:...` over (name, dtype, shape, BLAKE3 of the bytes) of every tensor, in the order of the names."""
+    rows = sorted([name, dtype, list(shape), hash] for name, dtype, shape, hash in tensors)
     text = json.dumps(rows, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import ctypes
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from importlib.metadata import version
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
-from merging.card import model_card
-from merging.checkpoint import CONFIG_FILES, DTYPES, content_digest
+from merging.checkpoint import DTYPES
 from merging.errors import UserError
-from merging.files import publish, staged, user_errors, write_json
+from merging.factors import FactorStore, store_at
+from merging.files import empty, resumable, user_errors
+from merging.inputs import FileInputs, MemoryInputs, State
+from merging.journal import Journal
 from merging.lazy import torch
-from merging.methods import Method, Slot, get_method
+from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
+from merging.methods import get_method
 from merging.plan import Entry, Plan, make_plan
-from merging.recipe import Recipe, canonical_json, text_digest
-from merging.writer import CheckpointWriter
+from merging.recipe import Recipe
+from merging.slots import Inputs, Unit, View
+from merging.writer import CheckpointWriter, TensorWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Manifest = dict[str, Any]
-
-
-class Factors(Protocol):
-    """Stored spectra of the mean-centred task vectors: per expert (squared singular values, singular vectors)."""
-
-    def get(self, tensor: str) -> Sequence[tuple[Tensor, Tensor]] | None: ...
+Progress = Callable[[int, int], None]
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
+_UNIT_BYTES = 1 << 28  # what another process reads for one unit of work
 
 
 def merge(
@@ -41,255 +41,320 @@ def merge(
     device: str = "cpu",
     memory: int | None = None,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    factors: str | os.PathLike | None = None,
+    executor: Executor | None = None,
 ) -> Manifest:
     """Merge checkpoints on disk into `out`: a `*.safetensors` file, or a folder with manifest, card and configs.
 
-    One tensor a worker is in memory at a time; the bytes written do not depend on `workers`. `progress(done, all)`
-    is called after each tensor. Returns the manifest.
+    The bytes written do not depend on `workers`, `memory` (an upper bound in bytes, the imports not counted),
+    `factors` (a folder that keeps spectral decompositions for the next merge) or `executor` (runs units of work
+    elsewhere: any concurrent.futures.Executor whose processes see the same files, such as a Dask client's).
+    A merge that was killed goes on where it was when it is started again. `progress(done, all)` is called after each
+    tensor. Returns the manifest.
 
     Raises:
         UserError: anything `plan` reports, NaN or Inf in an input, an overflow of the output dtype, a full disk,
-            another process writing `out`, `memory` (bytes) below what one tensor needs, an `out` that holds
-            anything but an earlier merge.
+            another process writing `out`, `memory` below what one tensor needs, an `out` that holds anything but an
+            earlier merge.
     """
-    plan = make_plan(recipe)
-    plan.check()
+    return merge_points(
+        [(recipe, out)],
+        device=device,
+        memory=memory,
+        workers=workers,
+        progress=progress,
+        factors=factors,
+        executor=executor,
+    )[0]
+
+
+def merge_points(
+    points: Sequence[tuple[Recipe | Mapping[str, Any], str | os.PathLike]],
+    *,
+    device: str = "cpu",
+    memory: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    factors: str | os.PathLike | None = None,
+    executor: Executor | None = None,
+) -> list[Manifest]:
+    """Merge several recipes with the same inputs from one reading of them; see `merge`."""
+    plans = [make_plan(recipe) for recipe, _ in points]
+    for plan in plans:
+        plan.check()
     _check_device(device)
-    out = Path(out)
-    with user_errors(out):
-        _refuse_to_replace(plan, out)
-    workers = _workers(plan, workers, memory)
-    with staged(out) as partial, one_thread():
-        source = FileInputs(plan, device)
-        writer = CheckpointWriter(
-            partial, [e.spec for e in plan.entries], _metadata(plan), plan.recipe.shard_size
-        )
-        try:
-            facts = plan.method.prepass(source, **plan.params) if plan.method.prepass else None
-            _write_all(plan, source, writer, facts, workers, progress)
-            writer.finish()
-        finally:
-            writer.close()
-        manifest = _manifest(plan, source, writer, out, device)
-        if out.suffix == ".safetensors":
-            _publish_file(partial, writer.files, out, manifest)
-        else:
-            _publish_folder(partial, plan, out, manifest)
-    return manifest
+    store = store_at(factors)
+    outs = [Path(out) for _, out in points]
+    for plan, out in zip(plans, outs):
+        with user_errors(out):
+            refuse_to_replace(plan, out)
+    workers = _worker_count(plans, workers, memory)
+    _keep_freed_memory()
+    with ExitStack() as stack:
+        stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
+        folders = [stack.enter_context(resumable(out)) for out in outs]
+        source = stack.enter_context(FileInputs(plans[0], device, store))
+        outputs = [stack.enter_context(Output(p, o, f, device)) for p, o, f in zip(plans, outs, folders)]
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        for output in outputs:
+            output.find_facts(source, pool.map)
+        _run(source, outputs, pool, executor, progress)
+        for output in outputs:
+            output.writer.finish()
+        return [publish_merge(o.plan, source, o.writer, o.out, o.folder, device) for o in outputs]
 
 
 def merge_state_dicts(
     method: str,
-    experts: Mapping[str, Mapping[str, Tensor]],
-    base: Mapping[str, Tensor] | None = None,
+    experts: Mapping[str, State],
+    base: State | None = None,
     *,
     params: Mapping[str, Any] | None = None,
     statistics: Mapping[str, Any] | None = None,
     seed: int = 0,
-    factors: Factors | None = None,
+    factors: FactorStore | None = None,
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory; inputs are not modified, each output tensor has the dtype of its input.
 
-    Tensors that only `base` has are returned as they are; integer and bool tensors must agree.
+    statistics: name -> one state dict an expert (a list), or one for all. Tensors that only `base` has are returned
+    as they are; integer and bool tensors must agree.
 
     Raises:
         UserError: unknown method or parameter, missing base, tensors that do not match, NaN or Inf.
     """
     entry = get_method(method)
     resolved = entry.resolve(params or {})
-    if statistics:
-        raise UserError(f"{method} takes no statistics")
-    for misuse in entry.misuses(resolved, len(experts), base is not None):
+    for misuse in entry.misuses(resolved, len(experts), base is not None, statistics):
         raise UserError(misuse)
-    source = _Memory(experts, base, factors)
-    with one_thread():
-        facts = entry.prepass(source, **resolved) if entry.prepass else None
-        merged = {}
+    source = MemoryInputs(experts, base, statistics or {}, seed, factors)
+    bound = entry.bind(resolved)
+    merged = {}
+    with one_thread(bound.is_spectral):
+        facts = bound.prepass(Inputs(source.views, map))
         for name in source.names:
             like = source.first[name]
             if like.is_floating_point():
-                value = _apply(entry, resolved, source.slot(name), facts)
-                merged[name] = value.reshape(like.shape).to(like.dtype)
+                view = View(source, name, like.shape)
+                measured = bound.measure(view, facts)
+                parts = [
+                    bound(x, facts, measured).reshape(-1).to(like.dtype) for x in view.blocks(bound.unit)
+                ]
             else:
-                merged[name] = source.agreed(name)
+                origins = [*(["base"] if base is not None else []), *experts]
+                parts = [block.clone() for block in source.agreed(origins, name)]
+            merged[name] = torch.cat(parts).reshape(like.shape) if parts else like.clone()
     return {**{k: v for k, v in (base or {}).items() if k not in merged}, **merged}
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One BLAS thread: results that do not depend on the machine's load, and no spinning."""
+def one_thread(lapack: bool = False) -> Iterator[None]:
+    """One BLAS thread: results that do not depend on the machine's load, and no spinning; `lapack`: SciPy's too."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _one_scipy_thread() if lapack else nullcontext():
+            yield
     finally:
         torch.set_num_threads(before)
 
 
-# ---------------------------------------------------------------------------------------------- inputs
+@cache
+def _keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next block, instead of faulting every block in anew."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not the GNU C library
+        return
+    for option, value in ((_MMAP_THRESHOLD, 1 << 25), (_TRIM_THRESHOLD, 1 << 28)):
+        mallopt(option, value)
 
 
-class FileInputs:
-    """The float tensors of a plan as slots, and the hashes of everything that was read."""
+def _one_scipy_thread() -> Any:
+    import scipy.linalg.blas  # noqa: F401  only what is loaded can be limited
+    from threadpoolctl import threadpool_limits
 
-    def __init__(self, plan: Plan, device: str):
-        self.plan = plan
-        self.device = device
-        self.merged = [e for e in plan.entries if e.action == "merge"]
-        self.hashes: dict[tuple[str, str], str] = {}
-        wide = any(t.dtype == "F64" for e in self.merged for t in e.sources.values())
-        self.dtype = torch.float64 if wide else torch.float32
-
-    @property
-    def elements(self) -> int:
-        return sum(e.spec.nbytes // DTYPES[e.spec.dtype][1] for e in self.merged)
-
-    def slots(self) -> Iterator[Slot]:
-        for entry in self.merged:
-            yield self.slot(entry)
-
-    def slot(self, entry: Entry, facts: Any = None) -> Slot:
-        base = None if self.plan.base is None else self._float("base", entry.name)
-        experts = torch.stack([self._float(expert, entry.name) for expert in self.plan.experts])
-        return Slot(entry.name, base, experts, facts)
-
-    def _float(self, source: str, name: str) -> Tensor:
-        tensor = self.read(source, name).to(self.device, self.dtype)
-        _refuse_nonfinite(source, name, tensor)
-        return tensor.reshape(-1) if tensor.ndim == 0 else tensor
-
-    def read(self, source: str, name: str) -> Tensor:
-        checkpoint = self.plan.base if source == "base" else self.plan.experts[source]
-        tensor = checkpoint.read(name)
-        if (source, name) not in self.hashes:
-            data = tensor.reshape(-1).view(torch.uint8).numpy()
-            self.hashes[source, name] = hashlib.sha256(memoryview(data)).hexdigest()
-        return tensor
-
-    def digest(self, source: str) -> str:
-        checkpoint = self.plan.base if source == "base" else self.plan.experts[source]
-        return content_digest(
-            (t.name, t.dtype, t.shape, self.hashes[source, t.name]) for t in checkpoint.tensors.values()
-        )
+    return threadpool_limits(1)
 
 
-class _Memory:
-    """State dicts as slots."""
+# ---------------------------------------------------------------------------------------------- files
+
+
+class Output:
+    """One merged checkpoint in the making: its plan, its files, its journal."""
+
+    def __init__(self, plan: Plan, out: Path, folder: Path, device: str):
+        self.plan, self.out, self.folder = plan, out, folder
+        self.journal = Journal(folder, identity(plan, device))
+        if not self.journal.resumes:
+            empty(folder, keep=self.journal.path)
+        self.writer = _writer(plan, folder)
+        self.journal.keep_verified(self.writer)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.writer.close()
+        self.journal.close()
+
+    def find_facts(self, source: FileInputs, run: Callable[[Callable, Iterable], Iterable]) -> None:
+        """Run the method's pre-pass, unless the journal knows what it found."""
+        if not self.journal.has_facts:
+            views = [
+                source.view(e) for e in self.plan.entries if e.bound and e.bound.method is self.plan.method
+            ]
+            self.journal.add_facts(self.plan.bound.prepass(Inputs(views, run)))
+
+
+def _writer(plan: Plan, folder: Path) -> CheckpointWriter:
+    specs = [entry.spec for entry in plan.entries]
+    return CheckpointWriter(
+        folder / "out", specs, checkpoint_metadata(plan), plan.recipe.shard_size, resume=True
+    )
+
+
+@dataclass
+class Finished:
+    """A tensor that was written: the hash of what was written in each output, and of what was read."""
+
+    name: str
+    hashes: list[str]
+    inputs: dict[str, str]
+
+
+class Job:
+    """Tensors of one or several recipes with the same inputs, read once."""
 
     def __init__(
-        self,
-        experts: Mapping[str, Mapping[str, Tensor]],
-        base: Mapping[str, Tensor] | None,
-        factors: Factors | None,
+        self, source: FileInputs, plans: Sequence[Plan], writers: Sequence[CheckpointWriter], facts: list
     ):
-        self.experts, self.base, self.factors = experts, base, factors
-        self.first = next(iter(experts.values()))
-        self.names = sorted(self.first)
-        for source, state in experts.items():
-            self._match(source, state)
-        if base is not None:
-            self._match("base", {k: base[k] for k in base if k in self.first})
-        floats = [self.first[n] for n in self.names if self.first[n].is_floating_point()]
-        self.elements = sum(t.numel() for t in floats)
-        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
+        self.source, self.writers, self.facts = source, writers, facts
+        self.entries = [{entry.name: entry for entry in plan.entries} for plan in plans]
 
-    def _match(self, source: str, state: Mapping[str, Tensor]) -> None:
-        odd = sorted(set(state) ^ set(self.first))
-        if odd:
-            raise UserError(f"'{source}': tensor '{odd[0]}' is not in every state dict")
-        for name, tensor in state.items():
-            if tensor.shape != self.first[name].shape:
-                raise UserError(
-                    f"tensor '{name}': shape {list(tensor.shape)} in '{source}', {list(self.first[name].shape)} elsewhere"
-                )
+    def merge(self, names: Sequence[str]) -> list[Finished]:
+        """Merge some tensors into all outputs."""
+        return [self._merge(name) for name in names]
 
-    def slots(self) -> Iterator[Slot]:
-        for name in self.names:
-            if self.first[name].is_floating_point():
-                yield self.slot(name)
+    def _merge(self, name: str) -> Finished:
+        entries = [entries[name] for entries in self.entries]
+        self.source.prefetch(entries[0])
+        sinks = [writer.open(name) for writer in self.writers]
+        if entries[0].action == "copy":
+            self._copy(entries[0], sinks)
+        else:
+            view = self.source.view(entries[0])
+            points = list(zip(entries, sinks, self.facts))
+            points.sort(key=lambda point: point[0].bound.unit)
+            for unit, group in groupby(points, key=lambda point: point[0].bound.unit):
+                self._merge_blocks(view, unit, list(group))
+        origins = [*entries[0].sources, *(["base"] if entries[0].base else [])]
+        inputs = {o: self.source.hashes[o, name] for o in origins if (o, name) in self.source.hashes}
+        return Finished(name, [sink.close() for sink in sinks], inputs)
 
-    def slot(self, name: str) -> Slot:
-        base = None if self.base is None else self._float("base", self.base[name], name)
-        experts = torch.stack([self._float(e, state[name], name) for e, state in self.experts.items()])
-        return Slot(name, base, experts, factors=self.factors.get(name) if self.factors else None)
+    def _merge_blocks(self, view: View, unit: Unit, points: list[tuple[Entry, TensorWriter, Any]]) -> None:
+        facts = [self.facts_for(entry, facts) for entry, _, facts in points]
+        measured = [entry.bound.measure(view, f) for (entry, *_), f in zip(points, facts)]
+        for x in view.blocks(unit):
+            for (entry, sink, _), f, m in zip(points, facts, measured):
+                sink.append(_rounded(entry.bound(x, f, m), entry))
 
-    def _float(self, source: str, tensor: Tensor, name: str) -> Tensor:
-        tensor = tensor.detach().to(self.dtype)
-        _refuse_nonfinite(source, name, tensor)
-        return tensor.reshape(-1) if tensor.ndim == 0 else tensor
+    @staticmethod
+    def facts_for(entry: Entry, facts: Any) -> Any:
+        """Excluded tensors are averaged, which knows nothing of the recipe's method."""
+        return facts if entry.bound.method.prepass or entry.bound.inner else None
 
-    def agreed(self, name: str) -> Tensor:
-        value = self.first[name] if self.base is None else self.base[name]
-        for source, state in self.experts.items():
-            _refuse_disagreement(source, name, state[name], value)
-        return value
-
-
-def _refuse_nonfinite(source: str, name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        kind = "NaN" if torch.isnan(tensor).any() else "Inf"
-        raise UserError(f"'{source}': tensor '{name}' holds {kind}; leave this checkpoint out or repair it")
+    def _copy(self, entry: Entry, sinks: Sequence[TensorWriter]) -> None:
+        origins = [*(["base"] if entry.base else []), *entry.sources]
+        for block in self.source.agreed(origins, entry.name):
+            for sink in sinks:
+                sink.append(block.to(_torch_dtype(entry)))
 
 
-def _refuse_disagreement(source: str, name: str, tensor: Tensor, value: Tensor) -> None:
-    if not torch.equal(tensor, value):
+def _rounded(value: Tensor, entry: Entry) -> Tensor:
+    """The one rounding, to the dtype that is written (raises UserError if it overflows)."""
+    result = value.to(_torch_dtype(entry))
+    if not torch.isfinite(result.sum()) and not torch.isfinite(result).all():
         raise UserError(
-            f"'{source}': the integer tensor '{name}' differs from the others; only floats can be merged"
+            f"tensor '{entry.name}' overflows {result.dtype}; choose a wider dtype or a smaller scale"
         )
-
-
-# ---------------------------------------------------------------------------------------------- merging
-
-
-def _apply(method: Method, params: Mapping[str, Any], slot: Slot, facts: Any) -> Tensor:
-    if slot.experts[0].numel() == 0:
-        return slot.experts[0]
-    return method.function(Slot(slot.name, slot.base, slot.experts, facts, slot.factors), **params)
-
-
-def _write_all(
-    plan: Plan,
-    source: FileInputs,
-    writer: CheckpointWriter,
-    facts: Any,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    def one(entry: Entry) -> None:
-        writer.write(entry.name, _output(plan, source, entry, facts))
-
-    if workers == 1:
-        for done, entry in enumerate(plan.entries, 1):
-            one(entry)
-            if progress:
-                progress(done, len(plan.entries))
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(one, entry) for entry in plan.entries]
-        try:
-            for done, future in enumerate(futures, 1):
-                future.result()
-                if progress:
-                    progress(done, len(futures))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _output(plan: Plan, source: FileInputs, entry: Entry, facts: Any) -> Tensor:
-    dtype = getattr(torch, DTYPES[entry.spec.dtype][0])
-    if entry.action == "merge":
-        value = _apply(plan.method, plan.params, source.slot(entry), facts).reshape(entry.spec.shape)
-    else:
-        origin = "base" if entry.base else next(iter(entry.sources))
-        value = source.read(origin, entry.name)
-        for expert in entry.sources:
-            _refuse_disagreement(expert, entry.name, source.read(expert, entry.name), value)
-    result = value.to(dtype)
-    if result.is_floating_point() and not torch.isfinite(result).all():
-        raise UserError(f"tensor '{entry.name}' overflows {dtype}; choose a wider dtype or a smaller scale")
     return result
+
+
+def _torch_dtype(entry: Entry) -> torch.dtype:
+    return getattr(torch, DTYPES[entry.spec.dtype][0])
+
+
+# ---------------------------------------------------------------------------------------------- workers
+
+# What a unit of work is sent as: recipes, staging folders and facts, then the device.
+Address = tuple[list[tuple[dict[str, Any], str, Any]], str]
+
+
+def merge_unit(address: Address, names: list[str]) -> list[Finished]:
+    """Merge some tensors in a process that knows nothing yet but paths; the staging folders are another's."""
+    points, device = address
+    plans = [make_plan(recipe) for recipe, _, _ in points]
+    _keep_freed_memory()
+    with ExitStack() as stack:
+        stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
+        source = stack.enter_context(FileInputs(plans[0], device))
+        writers = [stack.enter_context(closing(_writer(p, Path(f)))) for p, (_, f, _) in zip(plans, points)]
+        return Job(source, plans, writers, [facts for _, _, facts in points]).merge(names)
+
+
+def _run(
+    source: FileInputs,
+    outputs: Sequence[Output],
+    pool: Executor,
+    executor: Executor | None,
+    progress: Progress | None,
+) -> None:
+    """Merge what the journals do not have, in units, and journal them as they are finished."""
+    for output in outputs:
+        for line in output.journal.tensors.values():
+            source.hashes |= {(origin, line["tensor"]): hash for origin, hash in line["inputs"].items()}
+    entries = outputs[0].plan.entries
+    left = [e for e in entries if not all(e.name in o.journal.tensors for o in outputs)]
+    if executor:
+        address = (
+            [(o.plan.recipe.model_dump(mode="json"), str(o.folder), o.journal.facts) for o in outputs],
+            source.device,
+        )
+        futures = [executor.submit(merge_unit, address, names) for names in _units(left)]
+    else:
+        job = Job(
+            source, [o.plan for o in outputs], [o.writer for o in outputs], [o.journal.facts for o in outputs]
+        )
+        futures = [pool.submit(job.merge, [entry.name]) for entry in left]
+    done = len(entries) - len(left)
+    try:
+        for future in as_completed(futures):
+            for tensor in future.result():
+                source.hashes |= {(origin, tensor.name): hash for origin, hash in tensor.inputs.items()}
+                for output, hash in zip(outputs, tensor.hashes):
+                    output.writer.hashes[tensor.name] = hash
+                    output.journal.add_tensor(tensor.name, hash, tensor.inputs)
+                done += 1
+                if progress:
+                    progress(done, len(entries))
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+def _units(entries: Sequence[Entry]) -> Iterator[list[str]]:
+    """Tensors in their order, in sets of about the same number of bytes."""
+    size, names = 0, []
+    for entry in entries:
+        names.append(entry.name)
+        size += sum(info.nbytes for info in entry.inputs)
+        if size >= _UNIT_BYTES:
+            yield names
+            size, names = 0, []
+    if names:
+        yield names
 
 
 def _check_device(device: str) -> None:
@@ -303,103 +368,13 @@ def _check_device(device: str) -> None:
         raise UserError(f"device '{device}' is not in this machine; choose cpu")
 
 
-def _workers(plan: Plan, workers: int | None, memory: int | None) -> int:
+def _worker_count(plans: Sequence[Plan], workers: int | None, memory: int | None) -> int:
     workers = workers if workers is not None else os.cpu_count() or 1
     if workers < 1:
         raise UserError(f"{workers} workers: give one or more")
     if memory is None:
         return workers
-    if plan.peak_bytes > memory:
-        raise UserError(
-            f"the largest tensor needs {plan.peak_bytes} bytes of memory, allowed are {memory}; allow more"
-        )
-    return max(1, min(workers, memory // max(plan.peak_bytes, 1)))
-
-
-# ---------------------------------------------------------------------------------------------- lineage
-
-
-def _metadata(plan: Plan) -> dict[str, str]:
-    recipe = {
-        "method": plan.recipe.method,
-        "params": plan.params,
-        "experts": list(plan.experts),
-        "seed": plan.recipe.seed,
-    }
-    return {"format": "pt", "mergeline.recipe": canonical_json(recipe)}
-
-
-def _manifest(plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Path, device: str) -> Manifest:
-    recipe = plan.recipe
-    folder = out.parent if out.suffix == ".safetensors" else out
-
-    def origin(path: Path, name: str) -> dict[str, str]:
-        return {"path": Path(os.path.relpath(path, folder)).as_posix(), "digest": source.digest(name)}
-
-    lineage = {
-        "method": recipe.method,
-        "params": plan.params,
-        "dtype": recipe.dtype,
-        "seed": recipe.seed,
-        "shard_size": recipe.shard_size,
-        "base": origin(recipe.base, "base") if recipe.base else None,
-        "experts": {name: origin(path, name) for name, path in recipe.experts.items()},
-    }
-    by_content = {
-        **lineage,
-        "base": lineage["base"] and lineage["base"]["digest"],
-        "experts": {name: e["digest"] for name, e in lineage["experts"].items()},
-    }
-    specs = writer.specs.values()
-    return {
-        "format": 1,
-        "recipe": lineage,
-        "recipe_digest": text_digest(by_content),
-        "output": {
-            "digest": content_digest((t.name, t.dtype, t.shape, writer.hashes[t.name]) for t in specs),
-            "files": writer.files,
-            "bytes": sum(t.nbytes for t in specs),
-            "tensors": dict(sorted(writer.hashes.items())),
-        },
-        "device": device.split(":")[0],
-        "versions": {name: version(name) for name in ("mergeline", "torch", "numpy", "safetensors")},
-    }
-
-
-def manifest_path(out: Path) -> Path:
-    """Where the manifest of a merged file or folder lies."""
-    return (
-        out.with_name(out.name + ".manifest.json") if out.suffix == ".safetensors" else out / "manifest.json"
-    )
-
-
-def _refuse_to_replace(plan: Plan, out: Path) -> None:
-    """Only a merge gives way to a merge: no input, and no folder of something else."""
-    for path in filter(None, (*plan.recipe.experts.values(), plan.recipe.base)):
-        if path.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"{out}: holds the input {path}; choose another place")
-    if out.suffix == ".safetensors":
-        fits = not out.is_dir()
-    elif out.is_dir():
-        fits = bool(out.name) and (manifest_path(out).exists() or not any(out.iterdir()))
-    else:
-        fits = not out.exists()
-    if not fits:
-        raise UserError(f"{out}: is there already and is no earlier merge; choose another place")
-
-
-def _publish_file(partial: Path, files: list[str], out: Path, manifest: Manifest) -> None:
-    if len(files) != 1:
-        raise UserError(f"{out}: --shard-size makes several files; name a folder instead")
-    write_json(manifest_path(out), manifest)
-    publish(partial / files[0], out)
-
-
-def _publish_folder(partial: Path, plan: Plan, out: Path, manifest: Manifest) -> None:
-    donor = plan.recipe.base
-    for name in CONFIG_FILES if donor and donor.is_dir() else ():
-        if (donor / name).is_file():
-            shutil.copyfile(donor / name, partial / name)
-    (partial / "README.md").write_text(model_card(manifest))
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    publish(partial, out)
+    need = max(plan.peak_bytes for plan in plans)
+    if need > memory:
+        raise UserError(f"the largest tensor needs {need} bytes of memory, allowed are {memory}; allow more")
+    return max(1, min(workers, memory // max(need, 1)))

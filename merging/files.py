@@ -41,20 +41,45 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         UserError: another process is writing `out`, the disk is full, or the place is read-only.
     """
-    partial = out.parent / f".{out.name}.partial"
-    handle = _locked_folder(partial, out)
+    partial, handle = _locked_folder(out)
     try:
-        _empty(partial)
+        empty(partial)
         with user_errors(out):
             yield partial
     finally:
-        if _is_same(partial, handle):  # not published, nor yet another process's
-            shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, handle)
         os.close(handle)
 
 
-def _locked_folder(partial: Path, out: Path) -> int:
+@contextmanager
+def resumable(out: Path) -> Iterator[Path]:
+    """A locked sibling folder `.NAME.partial` that a killed or interrupted block leaves for the next one to go on with.
+
+    It is removed when the block ends, or fails because of the user's input.
+
+    Raises:
+        UserError: as `staged`.
+    """
+    partial, handle = _locked_folder(out)
+    try:
+        with user_errors(out):
+            yield partial
+        _remove(partial, handle)
+    except UserError:
+        _remove(partial, handle)
+        raise
+    finally:
+        os.close(handle)
+
+
+def _remove(partial: Path, handle: int) -> None:
+    if _is_same(partial, handle):  # not published, nor yet another process's
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
     """Make and lock the folder; the lock is on the inode, so check that the name still means it."""
+    partial = out.parent / f".{out.name}.partial"
     while True:
         with user_errors(out):
             partial.mkdir(parents=True, exist_ok=True)
@@ -67,7 +92,7 @@ def _locked_folder(partial: Path, out: Path) -> int:
                 f"{out}: another process is writing it; wait for it or choose another place"
             ) from None
         if _is_same(partial, handle):
-            return handle
+            return partial, handle
         os.close(handle)
 
 
@@ -78,9 +103,11 @@ def _is_same(path: Path, handle: int) -> bool:
         return False
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path, keep: Path | None = None) -> None:
+    """Remove what is in a folder, but for one file."""
     for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if entry != keep:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def publish(partial: Path, out: Path) -> None:

@@ -12,68 +12,143 @@ from merging.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from merging.slots import Slot, Unit, View
+
 
 # ---------------------------------------------------------------------------------------------- combining
 
 
-def mean(x_TX: Tensor) -> Tensor:
+def weighted_sum(tensors: Iterable[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Sum over experts of weight x tensor, one at a time, in float64; `None` means weight 1 for all."""
+    total: Tensor | None = None
+    for t, tensor in enumerate(tensors):
+        weight = 1.0 if weights is None else float(weights[t])
+        wide = tensor.to(torch.float64, copy=True)  # much faster than adding float32 to float64
+        if total is None:
+            total = wide if weight == 1.0 else wide.mul_(weight)
+        else:
+            total.add_(wide, alpha=weight)
+    assert total is not None
+    return total
+
+
+def mean(tensors: Sequence[Tensor]) -> Tensor:
     """Mean over experts, accumulated in float64: copies of one tensor give back that tensor, bit for bit."""
-    return x_TX.sum(0, dtype=torch.float64) / len(x_TX)
+    return weighted_sum(tensors).div_(len(tensors))
 
 
-def weighted_sum(x_TX: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """Sum over experts of weight x tensor in float64; `None` means weight 1 for all."""
-    if weights is None:
-        return x_TX.sum(0, dtype=torch.float64)
-    w_T = torch.tensor(weights, dtype=torch.float64, device=x_TX.device)
-    return torch.einsum("t,t...->...", w_T, x_TX.double())
+def total(tau_TX: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Sum over experts of weight x tensor, in the tensors' own dtype."""
+    sum_X = tau_TX[0].clone() if weights is None else tau_TX[0] * weights[0]
+    for t in range(1, len(tau_TX)):
+        sum_X.add_(tau_TX[t], alpha=1.0 if weights is None else weights[t])
+    return sum_X
 
 
-def elect_signs(x_TX: Tensor, zero: float) -> Tensor:
-    """Sign of the sum over experts, `zero` where they cancel (TIES, 2306.01708)."""
-    sign = x_TX.sum(0).sign()
-    return torch.where(sign == 0, torch.full_like(sign, zero), sign)
+def elect_signs(tau_TX: Sequence[Tensor], weights: Sequence[float] | None, zero: float) -> Tensor:
+    """Sign of the sum over experts, `zero` where they cancel (TIES, 2306.01708): (X)."""
+    return total(tau_TX, weights).sign_().add_(zero / 2).sign_()
 
 
-def disjoint_merge(x_TX: Tensor, reduce: str) -> Tensor:
-    """Merge the non-zero entries of each position: their `mean`, `sum`, or the one of `max` magnitude."""
-    if reduce == "max":
-        return x_TX.gather(0, x_TX.abs().argmax(0, keepdim=True))[0]
-    total = x_TX.sum(0)
-    return total / (x_TX != 0).sum(0).clamp(min=1) if reduce == "mean" else total
+def orthant_sum(
+    tau_TX: Sequence[Tensor], sign_X: Tensor, weights: Sequence[float] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum and total weight of the entries of each position that have the elected sign (zeros have none): (X), (X).
+
+    With weights it is the weighted entry whose sign must agree.
+    """
+    sum_X, count_X = torch.zeros_like(sign_X), torch.zeros_like(sign_X)
+    for t, tau_X in enumerate(tau_TX):
+        weight = 1.0 if weights is None else float(weights[t])
+        aligned_X = (tau_X * sign_X).mul_(weight).clamp_(min=0)
+        sum_X += aligned_X
+        count_X.add_(aligned_X.sign_(), alpha=weight)
+    return sum_X.mul_(sign_X), count_X
+
+
+def largest_aligned(tau_TX: Sequence[Tensor], sign_X: Tensor) -> Tensor:
+    """The entry of largest magnitude among those of the elected sign, 0 where there is none: (X)."""
+    largest_X = torch.zeros_like(sign_X)
+    for tau_X in tau_TX:
+        largest_X = torch.maximum(largest_X, tau_X * sign_X)
+    return largest_X * sign_X
+
+
+def gram(tensors: Sequence[Tensor]) -> Tensor:
+    """All inner products of T tensors of one shape, in float64: (T, T)."""
+    rows_TN = [tensor.reshape(-1).double() for tensor in tensors]
+    gram_TT = torch.empty(len(rows_TN), len(rows_TN), dtype=torch.float64)
+    for i, row_N in enumerate(rows_TN):
+        for j in range(i + 1):
+            gram_TT[i, j] = gram_TT[j, i] = torch.dot(row_N, rows_TN[j])
+    return gram_TT
 
 
 # ---------------------------------------------------------------------------------------------- sparsifying
 
-
-def magnitudes(x_TX: Tensor) -> Tensor:
-    """|x| in float32, one row an expert: (T, numel)."""
-    return x_TX.reshape(len(x_TX), -1).float().abs()
+Each = Callable[[Callable[["View"], "Tensor"]], Iterable["Tensor"]]  # a function of every view, in order
 
 
-def kth_magnitudes(stream: Callable[[], Iterable[Tensor]], kth: int) -> Tensor:
-    """Per expert, the `kth` smallest (from 1) float32 magnitude over all tensors of a stream.
+def magnitude_bits(tau_X: Tensor) -> Tensor:
+    """|x| in float32 as integers of the same order: (numel,) int32."""
+    return tau_X.reshape(-1).float().abs().view(torch.int32)
 
-    Exact, without a sort and without holding the stream: the bits of a non-negative float32 order like an integer,
-    so one histogram of their upper half finds the bin and a second, of the lower half, the value. `stream` is called
-    twice and yields stacks (T, ...) of task vectors; returns (T,) float32.
+
+def kth_smallest(
+    each: Each, rows: Callable[[Slot], Iterable[Tensor]], unit: Unit, kth_T: Sequence[int]
+) -> list[float]:
+    """The kth smallest (from 1) float32 magnitude over all blocks of all views, for each row that `rows(slot)` yields.
+
+    Exact, without a sort and without holding anything: the bits of a non-negative float32 order like an integer, so
+    one histogram of their upper half finds the bin and a second, of the lower half inside that bin, the value.
     """
-    upper = _histogram(stream, lambda bits, _: bits >> 16, 1 << 15)
-    bin_T, before_T = _locate(upper, torch.full((len(upper),), kth))
-    lower = _histogram(stream, lambda bits, t: bits[bits >> 16 == bin_T[t]] & 0xFFFF, 1 << 16)
-    low_T, _ = _locate(lower, kth - before_T)
-    return ((bin_T << 16) | low_T).to(torch.int32).view(torch.float32)
+    kth = torch.tensor(list(kth_T))
+
+    def upper(view: View) -> Tensor:
+        return _histograms(view, unit, rows, 1 << 15, lambda bits, _: bits >> 16)
+
+    bin_T, before_T = _locate(_total(each(upper)), kth)
+    bins = bin_T.tolist()
+
+    def lower(view: View) -> Tensor:
+        return _histograms(view, unit, rows, 1 << 16, lambda bits, t: _inside(bits, bins[t]))
+
+    low_T, _ = _locate(_total(each(lower)), kth - before_T)
+    return ((bin_T << 16) | low_T).to(torch.int32).view(torch.float32).tolist()
 
 
-def _histogram(
-    stream: Callable[[], Iterable[Tensor]], key: Callable[[Tensor, int], Tensor], bins: int
+def _inside(bits: Tensor, bin: int) -> Tensor:
+    """The lower halves of the integers whose upper half is `bin`."""
+    import numpy as np
+
+    values = bits.cpu().numpy()  # its boolean indexing is eight times faster here
+    return torch.from_numpy(values[values >> 16 == bin] & np.int32(0xFFFF))
+
+
+def _histograms(
+    view: View,
+    unit: Unit,
+    rows: Callable[[Slot], Iterable[Tensor]],
+    bins: int,
+    key: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    counts: list[Tensor] = []
-    for x_TX in stream():
-        rows = magnitudes(x_TX).view(torch.int32)
-        new = [torch.bincount(key(row, t), minlength=bins) for t, row in enumerate(rows)]
-        counts = [a + b for a, b in zip(counts, new)] if counts else new
-    return torch.stack(counts)
+    counts = [
+        torch.stack(
+            [
+                torch.bincount(key(magnitude_bits(row), t), minlength=bins).cpu()
+                for t, row in enumerate(rows(x))
+            ]
+        )
+        for x in view.blocks(unit)
+    ]
+    return _total(counts)
+
+
+def _total(counts: Iterable[Tensor]) -> Tensor:
+    total: Tensor | int = 0
+    for count in counts:
+        total = total + count
+    return total
 
 
 def _locate(counts: Tensor, kth_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,77 +158,39 @@ def _locate(counts: Tensor, kth_T: Tensor) -> tuple[Tensor, Tensor]:
     return bin_T, total.gather(1, bin_T[:, None])[:, 0] - counts.gather(1, bin_T[:, None])[:, 0]
 
 
-def keep_at_least(x_TX: Tensor, threshold_T: Tensor) -> Tensor:
-    """Zero the entries whose magnitude is below their expert's threshold; equals are kept."""
-    keep = magnitudes(x_TX) >= threshold_T[:, None].to(x_TX.device)
-    return x_TX * keep.reshape(x_TX.shape)
+def keep_at_least(tau_X: Tensor, threshold: float) -> Tensor:
+    """Zero the entries whose float32 magnitude is below the threshold; equals are kept."""
+    if threshold <= 0:
+        return tau_X
+    if tau_X.dtype == torch.float64:
+        return tau_X * (tau_X.float().abs() >= threshold)
+    below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0))
+    return torch.nn.functional.hardshrink(tau_X, below.item())  # keeps what is greater
 
 
-def keep_largest(x_TX: Tensor, density: float) -> Tensor:
-    """Keep exactly max(1, int(density * numel)) entries of largest magnitude of each expert's tensor."""
-    flat = x_TX.reshape(len(x_TX), -1)
-    if density >= 1 or flat.shape[1] == 0:
-        return x_TX
-    index = flat.abs().topk(max(1, int(density * flat.shape[1])), dim=1).indices
-    return torch.zeros_like(flat).scatter_(1, index, flat.gather(1, index)).reshape(x_TX.shape)
+def keep_between(tau_X: Tensor, least: float | Tensor, most: float | Tensor) -> Tensor:
+    """Zero the entries whose float32 magnitude is below `least` or above `most`; equals are kept."""
+    size_X = tau_X.float().abs()
+    return tau_X * ((size_X >= least) & (size_X <= most))
 
 
-# ---------------------------------------------------------------------------------------------- spectral
+def row_ranks(tau_MN: Tensor) -> Tensor:
+    """The rank of each entry's magnitude within its row, from 0; equal ones in the order of their columns: (M, N)."""
+    import numpy as np
+
+    # Magnitude above, column below: sorting such integers is exact, stable, and vectorised in numpy.
+    bits = magnitude_bits(tau_MN).reshape(tau_MN.shape).cpu().numpy().astype(np.int64)
+    packed_MN = np.sort((bits << 32) | np.arange(tau_MN.shape[-1]), axis=-1)
+    order_MN = torch.from_numpy(packed_MN & 0xFFFFFFFF)
+    place_MN = torch.arange(tau_MN.shape[-1], dtype=torch.int32).expand(order_MN.shape)
+    return torch.empty_like(place_MN, memory_format=torch.contiguous_format).scatter_(-1, order_MN, place_MN)
 
 
-def spectrum(a_MN: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared singular values (R,), descending, and orthonormal singular vectors (R, R) of the smaller side.
+def row_order(tau_MN: Tensor, places: Sequence[int]) -> list[Tensor]:
+    """The magnitudes that stand at some places (from 0, ascending) of each row: (M, 1) each."""
+    import numpy as np
 
-    R = min(M, N). By eigendecomposition of the float64 Gram matrix of the smaller side: as exact as a float64 SVD
-    for the leading directions at a fraction of its cost (in float32 the Gram matrix would lose up to 13 % of a merge).
-    """
-    a = a_MN.double()
-    gram = a @ a.T if a.shape[0] < a.shape[1] else a.T @ a
-    energy, vectors = torch.linalg.eigh(gram)
-    return energy.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def project(a_MN: Tensor, q_RK: Tensor) -> Tensor:
-    """The part of `a` inside the span of `q`, singular vectors of its smaller side: P_k(a) for the K leading ones."""
-    return q_RK @ (q_RK.T @ a_MN) if a_MN.shape[0] < a_MN.shape[1] else (a_MN @ q_RK) @ q_RK.T
-
-
-def rank_of(fraction: float, shape: Sequence[int]) -> int:
-    """max(1, int(fraction * min(M, N))), truncated in double precision as the official CART code does."""
-    return max(1, int(fraction * min(shape)))
-
-
-def rank_for_energy(energy_R: Tensor, share: float) -> int:
-    """The smallest rank whose squared singular values hold `share` of their sum."""
-    held = energy_R.cumsum(0) / energy_R.sum().clamp(min=torch.finfo(energy_R.dtype).tiny)
-    return min(int((held < share).sum()) + 1, len(energy_R))
-
-
-def polar(x_MK: Tensor) -> Tensor:
-    """The orthogonal polar factor U V^T of a float64 matrix.
-
-    By the eigendecomposition of the smaller Gram matrix; where that is numerically singular, by SVD.
-    """
-    if x_MK.shape[0] < x_MK.shape[1]:
-        return polar(x_MK.T).T
-    w_K, q_KK = torch.linalg.eigh(x_MK.T @ x_MK)
-    if w_K[0] <= 1e-13 * w_K[-1]:
-        u, _, vh = torch.linalg.svd(x_MK, full_matrices=False)
-        return u @ vh
-    return x_MK @ ((q_KK * w_K.rsqrt()) @ q_KK.T)
-
-
-def orthogonal_sum(factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """TSV-M's sum: polar(U) diag(s) polar(V)^T of the concatenated factors U (M, K), s (K,), V (N, K) (2412.00081)."""
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*factors))
-    return (polar(u) * s) @ polar(v).T
-
-
-def leading_triplets(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (M, K), s (K,), V (N, K) of `a` from the K leading singular vectors of its smaller side."""
-    if a_MN.shape[0] < a_MN.shape[1]:
-        v, s, u = leading_triplets(a_MN.T, q_RK)
-        return u, s, v
-    us = a_MN @ q_RK
-    s = us.norm(dim=0)
-    return us / s.clamp(min=torch.finfo(s.dtype).tiny), s, q_RK
+    sorted_MN = np.sort(magnitude_bits(tau_MN).reshape(tau_MN.shape).cpu().numpy(), axis=-1)
+    return [
+        torch.from_numpy(sorted_MN[:, p : p + 1].copy()).view(torch.float32).to(tau_MN.device) for p in places
+    ]

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping
 
 from merging.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from merging.errors import UserError, did_you_mean
-from merging.methods import Method, get_method
-from merging.recipe import Recipe
+from merging.methods import Bound, Method, get_method
+from merging.recipe import Recipe, canonical_json
+from merging.rules import block_counts, is_merged, parameters_for
+from merging.slots import block_elements
 from merging.writer import TensorSpec
 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-_MERGED_BUFFERS = 4  # float64 intermediates a method may hold beside its float32 inputs
-_BYTES_PER_SECOND = 1e9  # read, convert and combine on one core
-_FLOPS_PER_SECOND = 2e10  # float64 on one core
+_BLOCK_BUFFERS = 12  # float64 intermediates of the size of a block of all experts
+_TENSOR_BUFFERS = 6  # float64 intermediates of the size of a tensor, whatever the number of experts
+_SQUARE_BUFFERS = 4  # float64 matrices as large as the smaller side squared
+_BYTES_PER_SECOND = 5e8  # read, hash, convert and combine on one core
+_FLOPS_PER_SECOND = 3e10  # float64 on one core
+# What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
+_QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
 
 
 @dataclass(frozen=True)
@@ -24,12 +32,34 @@ class Entry:
 
     action: str
     spec: TensorSpec
-    sources: dict[str, TensorInfo]  # expert name -> tensor; empty where only the base has it
+    sources: dict[str, TensorInfo]  # expert name -> tensor; empty where only the base's is used
     base: TensorInfo | None
+    bound: Bound | None = None  # the method and parameters it is merged with
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def inputs(self) -> list[TensorInfo]:
+        return [*self.sources.values(), *([self.base] if self.base else [])]
+
+    @property
+    def dtypes(self) -> set[str]:
+        """The dtypes of what it is made from."""
+        return {info.dtype for info in self.inputs}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory that merging it takes, without the imports."""
+        count, elements = len(self.sources), prod(self.spec.shape)
+        if self.bound is None:
+            return 4 * block_elements(1) * 8
+        if self.bound.unit != "tensor":
+            width = self.spec.shape[-1] if self.bound.unit == "row" and self.spec.shape else 1
+            return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS
+        square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
+        return 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square)
 
 
 @dataclass
@@ -41,9 +71,35 @@ class Plan:
     params: dict[str, Any] = field(default_factory=dict)
     base: Checkpoint | None = None
     experts: dict[str, Checkpoint] = field(default_factory=dict)
+    statistics: dict[str, list[Checkpoint]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bound(self) -> Bound:
+        """The method with the parameters of the recipe, before any rule."""
+        return self.method.bind(self.params)
+
+    @property
+    def is_spectral(self) -> bool:
+        """Whether matrices are decomposed."""
+        return bool(self.method) and self.bound.is_spectral
+
+    def statistics_of(self, kind: str, key: str) -> tuple[Checkpoint, str]:
+        """The file of a statistics tensor, and its name there: one file for all experts has keys `INDEX/TENSOR`."""
+        files = self.statistics[kind]
+        if len(files) == 1:
+            return files[0], key
+        expert, _, name = key.partition("/")
+        return files[int(expert)], name
+
+    def statistic(self, kind: str, key: str) -> TensorInfo:
+        """Where a tensor of the statistics lies (raises UserError if it is missing)."""
+        checkpoint, name = self.statistics_of(kind, key)
+        if name not in checkpoint.tensors:
+            raise UserError(f"{checkpoint.path}: statistics '{kind}': tensor '{name}' is missing")
+        return checkpoint.tensors[name]
 
     def check(self) -> None:
         """Raises UserError with the first problem, if there is one."""
@@ -53,7 +109,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        return sum(t.nbytes for e in self.entries for t in (*e.sources.values(), e.base) if t)
+        return sum(t.nbytes for e in self.entries for t in e.inputs)
 
     @property
     def bytes_written(self) -> int:
@@ -61,21 +117,26 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory of one worker at its largest tensor, without the imports."""
-        merged = [e for e in self.entries if e.action == "merge"]
-        largest = max((prod(e.spec.shape) for e in merged), default=0)
-        return largest * (4 * (len(self.experts) + 1) + 8 * _MERGED_BUFFERS)
+        """Memory of one worker at the tensor that takes most, without the imports."""
+        return max((entry.peak_bytes for entry in self.entries), default=0)
 
     @property
     def seconds(self) -> float:
         """A rough estimate for one core."""
         flops = 0.0
-        if self.method and self.method.spectral:
-            for entry in self.entries:
-                if entry.action == "merge" and len(entry.spec.shape) == 2:
-                    small, large = sorted(entry.spec.shape)
-                    flops += len(self.experts) * (6.0 * large * small**2 + 9.0 * small**3)
+        for entry in self.entries:
+            if entry.bound and entry.bound.is_spectral and len(entry.spec.shape) == 2:
+                small, large = sorted(entry.spec.shape)
+                flops += len(self.experts) * (2.0 * large * small**2 + 6.0 * small**3)
         return self.bytes_read / _BYTES_PER_SECOND + flops / _FLOPS_PER_SECOND
+
+    def table(self) -> Iterator[dict[str, Any]]:
+        """What becomes of every tensor: its action, method and parameters."""
+        for entry in self.entries:
+            row = {"tensor": entry.name, "shape": list(entry.spec.shape), "action": entry.action}
+            if entry.bound:
+                row |= {"method": entry.bound.method.id, "params": entry.bound.flat}
+            yield row
 
     def summary(self) -> dict[str, Any]:
         """What `mergeline plan` prints."""
@@ -115,7 +176,9 @@ def _resolve_method(plan: Plan) -> None:
     except UserError as error:
         plan.problems.append(str(error))
         return
-    plan.problems += plan.method.misuses(plan.params, count, plan.recipe.base is not None)
+    plan.problems += plan.method.misuses(
+        plan.params, count, plan.recipe.base is not None, plan.recipe.statistics
+    )
     warning = plan.method.warn and plan.method.warn(count, plan.params)
     if warning:
         plan.warnings.append(warning)
@@ -145,12 +208,25 @@ def _open(plan: Plan) -> None:
             plan.base = checkpoint
         else:
             plan.experts[name] = checkpoint
-        for info in checkpoint.tensors.values():
-            if info.dtype.startswith("F8"):
-                plan.problems.append(
-                    f"{name}: tensor '{info.name}' is {info.dtype}; merge a float16 or wider copy"
-                )
-                break
+        plan.problems += _quantised(name, checkpoint)
+    for kind, paths in plan.recipe.statistics.items():
+        try:
+            plan.statistics[kind] = [
+                open_checkpoint(p) for p in (paths if isinstance(paths, list) else [paths])
+            ]
+        except UserError as error:
+            plan.problems.append(f"statistics '{kind}': {error}")
+
+
+def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:
+    """A sentence if the checkpoint holds fp8 or packed integer weights, which cannot be merged as they are."""
+    for info in checkpoint.tensors.values():
+        if info.dtype.startswith("F8"):
+            yield f"{name}: tensor '{info.name}' is {info.dtype}; merge a float16 or wider copy"
+            return
+        if info.name.endswith(_QUANTISED):
+            yield f"{name}: is quantised (tensor '{info.name}'); merge the float16 or wider model it was made from"
+            return
 
 
 def _match_tensors(plan: Plan) -> None:
@@ -159,14 +235,19 @@ def _match_tensors(plan: Plan) -> None:
     plan.problems += _missing(plan, in_experts, base)
     if plan.problems:
         return
+    bounds = _Bounds(plan, in_experts)
     for name in in_experts:
         sources = {e: c.tensors[name] for e, c in plan.experts.items()}
         problem = _mismatch(name, sources, base)
         if problem:
             plan.problems.append(problem)
             continue
-        action = "merge" if next(iter(sources.values())).is_float else "copy"
-        plan.entries.append(_entry(plan, action, name, sources, base.get(name)))
+        if not next(iter(sources.values())).is_float:
+            plan.entries.append(_entry(plan, "copy", name, sources, base.get(name)))
+        elif not is_merged(plan.recipe, name) and plan.recipe.excluded == "base":
+            plan.entries.append(_entry(plan, "copy", name, {}, base.get(name)))
+        else:
+            plan.entries.append(_entry(plan, "merge", name, sources, base.get(name), bounds.of(name)))
     carried = sorted(set(base) - set(in_experts))
     for name in carried:
         plan.entries.append(_entry(plan, "copy", name, {}, base[name]))
@@ -175,6 +256,68 @@ def _match_tensors(plan: Plan) -> None:
             f"{len(carried)} tensors that only the base has are copied from it, {carried[0]!r} first"
         )
     plan.entries.sort(key=lambda e: e.name)
+
+
+class _Bounds:
+    """The method of each tensor with the parameters that the rules give it; mistakes in them become problems, once."""
+
+    def __init__(self, plan: Plan, names: list[str]):
+        self.plan = plan
+        self.counts = block_counts(names)
+        self._known: dict[str, Bound] = {}
+        recipe = plan.recipe
+        if recipe.excluded == "base" and recipe.base is None and not all(is_merged(recipe, n) for n in names):
+            plan.problems.append(
+                "excluded tensors become the base's: name a base, or set `excluded: average`"
+            )
+        for rule in recipe.rules:
+            if not any(parameters_for(recipe.model_copy(update={"params": {}, "rules": [rule]}), n, self.counts)
+                       for n in names if is_merged(recipe, n)):  # fmt: skip
+                plan.warnings.append(
+                    f"a rule changes nothing: match {json.dumps(rule.match)}, layers {rule.layers}"
+                )
+
+    def of(self, name: str) -> Bound:
+        if not is_merged(self.plan.recipe, name):
+            return get_method("average").bind({})
+        params = parameters_for(self.plan.recipe, name, self.counts)
+        key = canonical_json(params)
+        if key not in self._known:
+            self._known[key] = self._bind(name, params)
+        return self._known[key]
+
+    def _bind(self, name: str, params: dict[str, Any]) -> Bound:
+        plan, method = self.plan, self.plan.method
+        try:
+            resolved = method.resolve(params)
+        except UserError as error:
+            plan.problems.append(f"tensor '{name}': {error}")
+            return plan.bound
+        if resolved == plan.params:
+            return plan.bound
+        misuses = method.misuses(resolved, len(plan.experts), plan.base is not None, plan.recipe.statistics)
+        plan.problems += [f"tensor '{name}': {problem}" for problem in misuses]
+        for key in sorted(_global_parameters(plan.bound)):
+            if resolved.get(key) != plan.params.get(key):
+                plan.problems.append(
+                    f"tensor '{name}': {method.id} measures the whole model with '{key}', which a rule cannot change"
+                )
+        return method.bind(resolved)
+
+
+def _global_parameters(bound: Bound) -> set[str]:
+    """Parameters that a pre-pass over the whole model depends on."""
+    names: set[str] = set()
+    if bound.inner:
+        names = _global_parameters(bound.inner) | (
+            set(bound.params) if _global_parameters(bound.inner) else set()
+        )
+    method = bound.method
+    if method.prepass and (method.prepass_if is None or method.prepass_if(bound.params)):
+        names |= {
+            p.name for p in inspect.signature(method.prepass).parameters.values() if p.kind is p.KEYWORD_ONLY
+        }
+    return names
 
 
 def _missing(plan: Plan, names: list[str], base: dict[str, TensorInfo]) -> list[str]:
@@ -211,11 +354,16 @@ def _mismatch(name: str, sources: dict[str, TensorInfo], base: dict[str, TensorI
 
 
 def _entry(
-    plan: Plan, action: str, name: str, sources: dict[str, TensorInfo], base: TensorInfo | None
+    plan: Plan,
+    action: str,
+    name: str,
+    sources: dict[str, TensorInfo],
+    base: TensorInfo | None,
+    bound: Bound | None = None,
 ) -> Entry:
-    origin = base or next(iter(sources.values()))
+    origin = base or next(iter(sources.values()), None) or next(iter(plan.experts.values())).tensors[name]
     dtype = origin.dtype
     if plan.recipe.dtype and origin.is_float:
         dtype = _TORCH_TO_SAFETENSORS[plan.recipe.dtype]
     spec = TensorSpec(name, dtype, origin.shape, prod(origin.shape) * DTYPES[dtype][1])
-    return Entry(action, spec, sources, base)
+    return Entry(action, spec, sources, base, bound)

@@ -5,15 +5,43 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Mapping
+from typing import Annotated, Any, Callable, Literal, Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from merging.errors import UserError
+from merging.strict_yaml import YamlFile
+
+
+def _list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Patterns = Annotated[list[str], BeforeValidator(_list)]
+
+
+class Rule(BaseModel):
+    """Other parameters for some tensors: later rules win over earlier ones.
+
+    match: shell patterns of tensor names (`*.attn.*`), any of which is enough. layers: first and last block, counted
+    from 0, negative ones from the end. gradient: a parameter's values over the depth, interpolated linearly from the
+    first to the last block (of `layers`); tensors outside numbered blocks have no depth and are left alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: Patterns = ["*"]
+    layers: tuple[int, int] | None = None
+    params: dict[str, Any] = {}
+    gradient: dict[str, Annotated[list[float], Field(min_length=1)]] = {}
 
 
 class Recipe(BaseModel):
-    """Paths are local safetensors files or folders; `experts` is in the order of all per-expert lists."""
+    """Paths are local safetensors files or folders; `experts` is in the order of all per-expert lists.
+
+    Tensors that are not among `include`, or are among `exclude`, are not merged: they become the base's (or the
+    `average` of the experts, as `excluded` says).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,6 +49,11 @@ class Recipe(BaseModel):
     params: dict[str, Any] = {}
     experts: dict[str, Path]
     base: Path | None = None
+    statistics: dict[str, Path | list[Path]] = {}
+    include: Patterns = ["*"]
+    exclude: Patterns = []
+    excluded: Literal["base", "average"] = "base"
+    rules: list[Rule] = []
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = (
         None  # None: each tensor keeps its own
     )
@@ -37,6 +70,37 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result besides the checkpoints, as JSON values."""
+        return self.model_dump(
+            mode="json", include={"include", "exclude", "excluded", "rules", "dtype", "seed", "shard_size"}
+        )
+
+
+def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
+    """Read a recipe from YAML. Relative paths are relative to its folder; `bring` makes a URI a local path.
+
+    Raises:
+        UserError: with file and line, for a key or a value that is wrong.
+    """
+    file = YamlFile(path)
+    recipe = file.parse(Recipe)
+
+    def local(where: Any) -> Any:
+        if isinstance(where, list):
+            return [local(w) for w in where]
+        return where and (bring(where) if "://" in where else path.parent / where)
+
+    written = file.data
+    return recipe.model_copy(
+        update={
+            "experts": {name: local(where) for name, where in written["experts"].items()},
+            "base": local(written.get("base")),
+            "statistics": {kind: local(where) for kind, where in written.get("statistics", {}).items()},
+        }
+    )
 
 
 def canonical_json(value: Any) -> str:

@@ -6,12 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.checkpoint import open_checkpoint
-from merging.engine import manifest_path, merge
+from merging.engine import merge
 from merging.errors import UserError
 from merging.files import user_errors
+from merging.manifest import manifest_path
 
 
 class _Origin(BaseModel):
@@ -20,13 +21,13 @@ class _Origin(BaseModel):
 
 
 class _Lineage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
     method: str
     params: dict[str, Any]
     base: _Origin | None
     experts: dict[str, _Origin]
-    dtype: str | None
-    seed: int
-    shard_size: int | None
+    statistics: dict[str, list[_Origin]] = {}
 
 
 class _Output(BaseModel):
@@ -59,7 +60,9 @@ def verify(out: Path) -> str:
             f"{out}: its content is {found}, its manifest says {digest}: it was changed after the merge"
         )
     folder = out if out.is_dir() else out.parent
-    for name, origin in {**recipe.experts, **({"base": recipe.base} if recipe.base else {})}.items():
+    origins = [*recipe.experts.items(), *([("base", recipe.base)] if recipe.base else [])]
+    origins += [(kind, origin) for kind, files in recipe.statistics.items() for origin in files]
+    for name, origin in origins:
         if open_checkpoint(folder / origin.path).digest() != origin.digest:
             raise UserError(
                 f"{folder / origin.path}: is no longer the '{name}' that was merged ({origin.digest})"
@@ -68,6 +71,7 @@ def verify(out: Path) -> str:
         **recipe.model_dump(),
         "base": recipe.base and folder / recipe.base.path,
         "experts": {name: folder / origin.path for name, origin in recipe.experts.items()},
+        "statistics": {kind: [folder / o.path for o in files] for kind, files in recipe.statistics.items()},
     }
     with (
         user_errors(out.parent),

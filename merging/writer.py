@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merging.checkpoint import DTYPES, INDEX, WEIGHTS
+from merging.checkpoint import DTYPES, INDEX, WEIGHTS, hasher
 from merging.files import sync
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,19 @@ class TensorSpec:
 
 
 class CheckpointWriter:
-    """Pre-sized safetensors files in `folder`; `write` puts each tensor at its final offset, from any thread.
+    """Pre-sized safetensors files in `folder`, into which tensors are written at their final offsets, from any thread.
 
-    Tensors are laid out as the safetensors library does: larger elements first, then by name.
+    Tensors are laid out as the safetensors library does: larger elements first, then by name. With `resume`, files
+    that already lie there with the very same header are opened as they are, whoever made them.
     """
 
     def __init__(
-        self, folder: Path, tensors: list[TensorSpec], metadata: dict[str, str], shard_size: int | None
+        self,
+        folder: Path,
+        tensors: list[TensorSpec],
+        metadata: dict[str, str],
+        shard_size: int | None,
+        resume: bool = False,
     ):
         self.folder = folder
         self.specs = {t.name: t for t in tensors}
@@ -43,16 +50,17 @@ class CheckpointWriter:
         ordered = sorted(tensors, key=lambda t: (-DTYPES[t.dtype][1], t.name))
         shards = _shards(ordered, shard_size)
         self.files = _file_names(len(shards))
+        folder.mkdir(exist_ok=True)
         try:
             for name, shard in zip(self.files, shards):
-                self._create(folder / name, shard, metadata)
+                self._create(folder / name, shard, metadata, resume)
             if len(shards) > 1:
                 self._write_index(shards)
         except BaseException:
             self.close()
             raise
 
-    def _create(self, path: Path, tensors: list[TensorSpec], metadata: dict[str, str]) -> None:
+    def _create(self, path: Path, tensors: list[TensorSpec], metadata: dict[str, str], resume: bool) -> None:
         header: dict = {"__metadata__": metadata}
         offset = 0
         for t in tensors:
@@ -64,13 +72,15 @@ class CheckpointWriter:
             offset += t.nbytes
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        text = len(text).to_bytes(8, "little") + text
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL), 0o666)
         self._handles.append(handle)
-        os.posix_fallocate(handle, 0, start + offset)  # a full disk shows here, not after an hour
-        os.pwrite(handle, len(text).to_bytes(8, "little") + text, 0)
+        if os.pread(handle, len(text), 0) != text or os.fstat(handle).st_size != len(text) + offset:
+            os.ftruncate(handle, 0)
+            os.posix_fallocate(handle, 0, len(text) + offset)  # a full disk shows here, not after an hour
+            os.pwrite(handle, text, 0)
         for t in tensors:
-            self._place[t.name] = (handle, start + header[t.name]["data_offsets"][0])
+            self._place[t.name] = (handle, len(text) + header[t.name]["data_offsets"][0])
 
     def _write_index(self, shards: list[list[TensorSpec]]) -> None:
         weight_map = {t.name: name for name, shard in zip(self.files, shards) for t in shard}
@@ -78,20 +88,27 @@ class CheckpointWriter:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, whose dtype and shape must be those announced."""
-        import torch
+    def open(self, name: str) -> TensorWriter:
+        """Begin (or begin again) a tensor that is written piece by piece."""
+        return TensorWriter(self, self.specs[name], *self._place[name])
 
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, whose shape must be the one announced."""
+        assert tuple(tensor.shape) == self.specs[name].shape, name
+        writer = self.open(name)
+        writer.append(tensor)
+        writer.close()
+
+    def stored_hash(self, name: str) -> str:
+        """The hash of the bytes that lie at a tensor's place now."""
         handle, offset = self._place[name]
-        spec = self.specs[name]
-        assert tuple(tensor.shape) == spec.shape and str(tensor.dtype) == f"torch.{DTYPES[spec.dtype][0]}", (
-            name
-        )
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        self.hashes[name] = hashlib.sha256(data).hexdigest()
-        done = 0
-        while done < len(data):
-            done += os.pwrite(handle, data[done:], offset + done)
+        hash, left = hasher(), self.specs[name].nbytes
+        while left:
+            chunk = os.pread(handle, min(left, _CHUNK), offset)
+            hash.update(chunk)
+            offset += len(chunk)
+            left -= len(chunk)
+        return hash.hexdigest()
 
     def finish(self) -> None:
         """Flush everything to the disk."""
@@ -105,6 +122,33 @@ class CheckpointWriter:
     def close(self) -> None:
         while self._handles:
             os.close(self._handles.pop())
+
+
+class TensorWriter:
+    """Writes one tensor from its first element to its last."""
+
+    def __init__(self, checkpoint: CheckpointWriter, spec: TensorSpec, handle: int, offset: int):
+        self._checkpoint, self._spec, self._handle = checkpoint, spec, handle
+        self._next, self._end = offset, offset + spec.nbytes
+        self._hash = hasher()
+
+    def append(self, tensor: Tensor) -> None:
+        """Write the next elements, which have the announced dtype."""
+        import torch
+
+        assert str(tensor.dtype) == f"torch.{DTYPES[self._spec.dtype][0]}", self._spec.name
+        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._hash.update(data)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._handle, data[done:], self._next + done)
+        self._next += done
+
+    def close(self) -> str:
+        """All elements are written; returns their hash."""
+        assert self._next == self._end, self._spec.name
+        self._checkpoint.hashes[self._spec.name] = digest = self._hash.hexdigest()
+        return digest
 
 
 def _shards(tensors: list[TensorSpec], limit: int | None) -> list[list[TensorSpec]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from merging import merge_state_dicts
 from merging.methods import catalogue, get_method
-from merging.methods.cart import is_matrix
+from merging.keys import is_matrix
 
 SEEDS = st.integers(0, 1000)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])

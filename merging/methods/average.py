@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merging import operators as ops
-from merging.methods import Slot, method
+from merging.methods import method
+from merging.slots import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
 
 from annotated_types import Gt, Le
 
 from merging import operators as ops
-from merging.methods import Slot, method
+from merging import spectral
+from merging.keys import Keys, is_matrix
+from merging.lazy import torch
+from merging.methods import method
 from merging.methods.task_arithmetic import task_arithmetic
+from merging.methods.tsv_merge import tsv_merge
+from merging.slots import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Share = Annotated[float, Gt(0), Le(1)]
-
-_BLOCK = re.compile(r"(^|\.)\d+\.")
-_NOT_LINEAR = re.compile(r"(^|[._])(ln|norm|layernorm|bias|embed\w*)([._\d]|$)", re.IGNORECASE)
-
-
-def is_matrix(name: str, ndim: int, keys: str) -> bool:
-    """Whether a tensor gets the matrix treatment.
-
-    `matrices`: every 2-D tensor. `block_linear`: the 2-D weights of linear layers inside numbered blocks, no norms,
-    biases or embeddings; on open_clip names the same set as the official substring rule.
-    """
-    if ndim != 2 or keys == "matrices":
-        return ndim == 2
-    return bool(_BLOCK.search(name)) and not _NOT_LINEAR.search(name)
 
 
 def _two_experts(experts: int, params: Mapping[str, Any]) -> str | None:
@@ -43,8 +33,9 @@ def _two_experts(experts: int, params: Mapping[str, Any]) -> str | None:
     paper="2412.12153",
     code="JH-GEECS/CART@964cfd78",
     reference="mean",
+    unit="tensor",
     warn=_two_experts,
-    base_if=lambda params: params["origin"] == "task_arithmetic",
+    base_if=lambda params: params["origin"] in ("task_arithmetic", "tsv_merge"),
     spectral=True,
 )
 def cart(
@@ -54,8 +45,8 @@ def cart(
     scale: float = 1.0,
     rank_rule: Literal["fraction", "energy"] = "fraction",
     energy: Share = 0.8,
-    keys: Literal["block_linear", "matrices"] = "block_linear",
-    origin: Literal["mean", "task_arithmetic", "cart"] = "mean",
+    keys: Keys = "block_linear",
+    origin: Literal["mean", "task_arithmetic", "tsv_merge", "cart"] = "mean",
     origin_scale: float = 0.3,
     origin_rank: Share = 0.12,
     reduce: Literal["sum", "tsv"] = "sum",
@@ -64,33 +55,49 @@ def cart(
 
     k = max(1, int(rank * min(M, N))), or the smallest that holds `energy` of the squared singular values. Tensors
     that are no block matrices add their (expert - origin) whole, which is nothing around the mean. `origin` may be
-    another merge with its own scale and rank; `reduce: tsv` orthogonalises the factors before summing.
+    another merge: task_arithmetic with origin_scale, cart with origin_scale and origin_rank, or tsv_merge with scale 1;
+    `reduce: tsv` orthogonalises the factors before summing.
     """
-    start = _origin(x, origin, origin_scale, origin_rank, keys)
-    if not is_matrix(x.name, x.experts.ndim - 1, keys):
+    reference = "mean" if origin == "mean" else [origin, origin_scale, origin_rank, keys]
+    start = x.remember(
+        ("origin", str(reference)), lambda: _origin(x, origin, origin_scale, origin_rank, keys)
+    )
+    if not is_matrix(x.name, x.shape, keys):
         if origin == "mean":
             return start
-        return start + scale * (ops.weighted_sum(x.experts, None) - len(x.experts) * start)
-    parts = []
-    for t, expert in enumerate(x.experts):
-        tau_MN = expert.double() - start
-        stored = x.factors[t] if x.factors and origin == "mean" else None
-        energy_R, q_RR = stored or ops.spectrum(tau_MN)
-        k = (
-            ops.rank_of(rank, tau_MN.shape)
-            if rank_rule == "fraction"
-            else ops.rank_for_energy(energy_R, energy)
-        )
-        if k > q_RR.shape[1]:  # more than was stored
-            q_RR = ops.spectrum(tau_MN)[1]
-        q_RK = q_RR[:, :k].to(tau_MN)
-        parts.append(ops.project(tau_MN, q_RK) if reduce == "sum" else ops.leading_triplets(tau_MN, q_RK))
-    return start + scale * (sum(parts) if reduce == "sum" else ops.orthogonal_sum(parts))
+        return start + scale * (ops.weighted_sum(x.experts) - len(x.experts) * start)
+
+    def update() -> Tensor:
+        return low_rank_sum(x, start, reference, None if rank_rule == "energy" else rank, energy, reduce)
+
+    setting = ("cart", str(reference), rank if rank_rule == "fraction" else energy, rank_rule, reduce)
+    return torch.add(start, x.remember(setting, update), alpha=scale)
 
 
-def _origin(x: Slot, origin: str, scale: float, rank: float, keys: Any) -> Tensor:
+def low_rank_sum(
+    x: Slot, start: Tensor, reference: Any, rank: float | None, energy: float, reduce: str = "sum"
+) -> Tensor:
+    """Sum over experts of the rank-k part of (expert - start), k by `rank` or, if that is None, by `energy`: (M, N)."""
+    total: Tensor | None = None
+    factors = []
+    for t, expert_MN in enumerate(x.experts):
+        tau_MN = expert_MN.double() - start
+        k = None if rank is None else spectral.rank_of(rank, tau_MN.shape)
+        energy_L, q_RL = spectral.directions(x, t, tau_MN, reference, k)
+        q_RK = q_RL[:, : k or spectral.rank_for_energy(energy_L, energy)]
+        if reduce == "tsv":
+            factors.append(spectral.triplets(tau_MN, q_RK))
+        else:
+            total = torch.zeros_like(expert_MN) if total is None else total
+            spectral.add_projection(total, tau_MN, q_RK)
+    return total if reduce == "sum" else spectral.orthogonal_sum(factors)
+
+
+def _origin(x: Slot, origin: str, scale: float, rank: float, keys: Keys) -> Tensor:
     if origin == "task_arithmetic":
         return task_arithmetic(x, scale=scale)
+    if origin == "tsv_merge":
+        return tsv_merge(x, keys=keys).double()
     if origin == "cart":
         return cart(x, rank=rank, scale=scale, keys=keys)
     return ops.mean(x.experts)

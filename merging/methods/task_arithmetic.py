@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merging import operators as ops
-from merging.methods import Slot, method
+from merging.methods import method
+from merging.slots import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,9 @@ def task_arithmetic(
     One weight an expert, 1 by default: [-1] negates, [-1, 1, 1] on (A, B, C) is the analogy C + (B - A).
     `normalize` divides by the sum of the weights.
     """
-    total = ops.weighted_sum(x.task_vectors, weights)
+    weights = weights or [1.0] * len(x.experts)
     if normalize:
-        total = total / (sum(weights) if weights else len(x.experts))
-    return x.base + scale * total
+        scale = scale / sum(weights)
+    base = x.base.double()
+    total = ops.weighted_sum(x.experts, weights)
+    return total.sub_(base, alpha=sum(weights)).mul_(scale).add_(base)

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
 
 from annotated_types import Gt, Le
 
 from merging import operators as ops
 from merging.lazy import torch
-from merging.methods import Inputs, Slot, method
+from merging.methods import method
+from merging.slots import Inputs, Slot, View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Trim:
-    """What global TIES must know of the whole model: (T,) magnitude thresholds, and the majority sign."""
-
-    threshold_T: Tensor | None
-    majority: float
+def _is_global(params: Mapping[str, Any]) -> bool:
+    return params["scope"] == "global" and params["variant"] != "mergekit"
 
 
-def trim(inputs: Inputs, *, density: float, scope: str, variant: str, **_: Any) -> Trim | None:
+def trim(inputs: Inputs, *, density: float, scope: str, variant: str, **_: Any) -> dict[str, Any]:
     """Thresholds over all tensors of each expert, and the sign that stands in where sums cancel."""
-    if scope != "global" or variant == "mergekit":
+    return _trim(inputs.each, inputs.elements, density, variant, len(inputs.views[0].source.experts))
+
+
+def trim_tensor(view: View, *, density: float, scope: str, variant: str, **_: Any) -> dict[str, Any] | None:
+    """The same for one tensor, unless the whole model was measured."""
+    if scope == "global" and variant != "mergekit":
         return None
-    kth = _kth(inputs.elements, density, variant)
-    threshold_T = ops.kth_magnitudes(lambda: (x.task_vectors for x in inputs.slots()), kth) if kth else None
-    signs = 0.0
-    for x in inputs.slots():
-        signs += float(_trimmed(x.task_vectors, threshold_T).sum(0).sign().sum())
-    return Trim(threshold_T, float(signs > 0) - float(signs < 0))
+    return _trim(lambda function: [function(view)], view.elements, density, variant, len(view.source.experts))
+
+
+def _trim(each: ops.Each, elements: int, density: float, variant: str, experts: int) -> dict[str, Any]:
+    kth = _kth(elements, density, variant)
+    thresholds = (
+        ops.kth_smallest(each, lambda x: x.task_vectors, "element", [kth] * experts)
+        if kth
+        else [0.0] * experts
+    )
+    if variant == "mergekit":  # a sum of zero counts as positive there
+        return {"thresholds": thresholds, "majority": 1.0}
+
+    def signs(view: View) -> float:
+        return sum(float(ops.total(_trimmed(x, thresholds)).sign().sum()) for x in view.blocks("element"))
+
+    majority = sum(each(signs))
+    return {"thresholds": thresholds, "majority": float(majority > 0) - float(majority < 0)}
 
 
 @method(
@@ -41,6 +54,8 @@ def trim(inputs: Inputs, *, density: float, scope: str, variant: str, **_: Any) 
     reference="pretrained",
     needs_base=True,
     prepass=trim,
+    prepass_if=_is_global,
+    measure=trim_tensor,
 )
 def ties(
     x: Slot,
@@ -55,42 +70,31 @@ def ties(
 ) -> Tensor:
     """base + scale * merge of the task-vector entries that are large and agree with the elected sign.
 
-    `density` is the share of entries kept (ties at the threshold are all kept), over the whole model or each tensor.
-    `weights` and `normalize` belong to the mergekit variant, which also trims tensor by tensor.
+    `density` is the share of entries kept (those equal to the threshold are all kept), over the whole model or each
+    tensor. `weights` and `normalize` belong to the mergekit variant, which also trims tensor by tensor.
     """
-    tau_TX = x.task_vectors
-    if variant == "mergekit":
-        return x.base + scale * _mergekit(tau_TX, density, weights, normalize)
-    if scope == "global":
-        threshold_T, majority = x.facts.threshold_T, x.facts.majority
+    found = x.measured or x.facts
+    tau_TX = _trimmed(x, found["thresholds"])
+    weights = weights if variant == "mergekit" else None
+    undecided = found["majority"] or (-1.0 if variant == "official" else 0.0)
+    sign_X = ops.elect_signs(tau_TX, weights, undecided)
+    if reduce == "max":
+        merged = ops.largest_aligned(tau_TX, sign_X)
     else:
-        kth = _kth(tau_TX[0].numel(), density, variant)
-        threshold_T = ops.kth_magnitudes(lambda: [tau_TX], kth) if kth else None
-        majority = float(_trimmed(tau_TX, threshold_T).sum(0).sign().sum().sign())
-    tau_TX = _trimmed(tau_TX, threshold_T)
-    sign_X = ops.elect_signs(tau_TX, majority)
-    if variant == "official":  # an undecided sign counts as negative there
-        sign_X = torch.where(sign_X > 0, 1.0, -1.0)
-    agreeing_TX = tau_TX * (tau_TX.sign() == sign_X)
-    return x.base + scale * ops.disjoint_merge(agreeing_TX.double(), reduce)
+        merged, count = ops.orthant_sum(tau_TX, sign_X, weights)
+        if reduce == "mean" and normalize:
+            merged = merged / (torch.where(count == 0, 1.0, count) if weights else count.clamp_(min=1))
+    return merged.mul_(scale).add_(x.base)
 
 
 def _kth(elements: int, density: float, variant: str) -> int:
     """1-based rank of the threshold among ascending magnitudes; 0 keeps everything."""
-    return elements - int(elements * density) if variant == "official" else int(elements * (1 - density))
+    if variant == "official":
+        return elements - int(elements * density)
+    if variant == "mergekit":  # keeps max(1, int(density * n)) entries
+        return 0 if density >= 1 else elements - max(1, int(elements * density)) + 1
+    return int(elements * (1 - density))
 
 
-def _trimmed(tau_TX: Tensor, threshold_T: Tensor | None) -> Tensor:
-    return tau_TX if threshold_T is None else ops.keep_at_least(tau_TX, threshold_T)
-
-
-def _mergekit(tau_TX: Tensor, density: float, weights: list[float] | None, normalize: bool) -> Tensor:
-    w_T = torch.tensor(weights or [1.0] * len(tau_TX), dtype=torch.float64).view(-1, *[1] * (tau_TX.ndim - 1))
-    weighted_TX = ops.keep_largest(tau_TX, density).double() * w_T
-    sign_X = torch.where(weighted_TX.sum(0) >= 0, 1.0, -1.0)
-    agree_TX = weighted_TX.sign() == sign_X
-    total = (weighted_TX * agree_TX).sum(0)
-    if not normalize:
-        return total
-    divisor = (w_T * agree_TX).sum(0)
-    return total / torch.where(divisor.abs() < 1e-8, 1.0, divisor)
+def _trimmed(x: Slot, thresholds: list[float]) -> list[Tensor]:
+    return [ops.keep_at_least(tau_X, threshold) for tau_X, threshold in zip(x.task_vectors, thresholds)]

@@ -1,0 +1,201 @@
+"""Mergeline beside mergekit: the same merges of a Llama-shaped family (bf16), in turns, whole processes.
+
+    python against_mergekit.py --inputs DATA/llama --peer PEERS/mergekit
+    python against_mergekit.py ... --methods ties slerp --threads 1 --repeats 3
+
+Writes results/mergekit.json (cost by job, side and threads) and results/mergekit_outputs.json (how outputs
+differ). The job `help` is what `--help` costs: the start of the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compare import difference
+from karcher_error import karcher_error
+from measure import Cost, alternate, figures, find_mergeline, merge_command, run, save, table
+
+WEIGHT = 0.3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One merge as both sides spell it.
+
+    peer: mergekit's parameters of every expert; peer_global: of the whole merge. ours: Mergeline's
+    parameters, chosen to compute the same; default: Mergeline's own way of the method, measured as well.
+    inputs: how many experts; base: as a reference, or (slerp) as the first of the inputs, or (None) not at
+    all. random: outputs cannot be compared element by element.
+    """
+
+    peer_name: str
+    method: str
+    ours: dict[str, Any] = field(default_factory=dict)
+    peer: dict[str, Any] = field(default_factory=dict)
+    peer_global: dict[str, Any] = field(default_factory=dict)
+    default: dict[str, Any] | None = None
+    inputs: int = 4
+    base: str | None = "reference"
+    random: bool = False
+
+
+_WEIGHTS = [WEIGHT] * 4
+JOBS = {
+    "linear": Job("linear", "linear", {"weights": _WEIGHTS}, {"weight": WEIGHT}, base=None),
+    "task_arithmetic": Job("task_arithmetic", "task_arithmetic", {"scale": WEIGHT}, {"weight": WEIGHT}),
+    "ties": Job(
+        "ties", "ties", {"variant": "mergekit", "density": 0.2, "weights": _WEIGHTS},
+        {"weight": WEIGHT, "density": 0.2}, default={"density": 0.2},
+    ),
+    "breadcrumbs": Job(
+        "breadcrumbs", "breadcrumbs",
+        {"variant": "mergekit", "scope": "tensor", "density": 0.85, "outlier_rate": 0.01, "weights": _WEIGHTS,
+         "scale": 1.0},
+        {"weight": WEIGHT, "density": 0.85, "gamma": 0.01},
+    ),
+    "sce": Job("sce", "sce", {"density": 0.2}, peer_global={"select_topk": 0.2}),
+    "della": Job(
+        "della", "della",
+        {"variant": "mergekit", "density": 0.5, "epsilon": 0.1, "weights": _WEIGHTS, "scale": 1.0},
+        {"weight": WEIGHT, "density": 0.5, "epsilon": 0.1}, random=True,
+    ),
+    "dare": Job(
+        "dare_linear", "dare", {"variant": "mergekit", "drop_rate": 0.5, "scale": WEIGHT},
+        {"weight": WEIGHT, "density": 0.5}, random=True,
+    ),
+    "slerp": Job("slerp", "slerp", {"t": 0.4}, peer_global={"t": 0.4}, inputs=1, base="input"),
+    "karcher": Job("karcher", "karcher", base=None),
+    "model_stock": Job("model_stock", "model_stock", {"variant": "mergekit"}),
+}  # fmt: skip
+
+
+def configuration(job: Job, family: Path) -> str:
+    """mergekit's configuration (JSON, which is YAML)."""
+    models: list[dict[str, Any]] = [{"model": str(family / "base")}] if job.base == "input" else []
+    for i in range(job.inputs):
+        entry: dict[str, Any] = {"model": str(family / f"expert{i}")}
+        models.append(entry | ({"parameters": job.peer} if job.peer else {}))
+    whole: dict[str, Any] = {"merge_method": job.peer_name, "models": models, "dtype": "bfloat16"}
+    if job.base:
+        whole["base_model"] = str(family / "base")
+    if job.peer_global:
+        whole["parameters"] = job.peer_global
+    return json.dumps(whole, indent=1)
+
+
+def run_peer(job: Job, family: Path, peer: Path, out: Path, threads: int | None) -> Cost:
+    shutil.rmtree(out, ignore_errors=True)
+    config = out.with_suffix(".yml")
+    config.write_text(configuration(job, family))
+    return run([peer / "bin" / "mergekit-yaml", config, out], threads=threads)
+
+
+def run_ours(job: Job, family: Path, out: Path, threads: int | None, parameters: dict[str, Any]) -> Cost:
+    shutil.rmtree(out, ignore_errors=True)
+    experts = [family / f"expert{i}" for i in range(job.inputs)]
+    if job.base == "input":
+        experts.insert(0, family / "base")
+    base = family / "base" if job.base == "reference" else None
+    command = merge_command(job.method, experts, out, base=base, **parameters)
+    return run([*command, "--dtype", "bfloat16"], threads=threads)
+
+
+def compare(name: str, job: Job, family: Path, folder: Path) -> dict[str, Any]:
+    """How the two outputs of a job differ."""
+    theirs, ours = folder / "mergekit", folder / "mergeline"
+    row: dict[str, Any] = {"job": name}  # stays alone where there is nothing to say
+    if job.random:
+        row["note"] = "random masks: not comparable element by element"
+    elif theirs.exists() and ours.exists():
+        row |= asdict(difference(theirs, ours, family / "base"))
+    if name == "karcher":
+        experts = [family / f"expert{i}" for i in range(job.inputs)]
+        errors = {out.name: karcher_error(experts, out) for out in (theirs, ours) if out.exists()}
+        row |= {f"error_{side}": error for side, error in errors.items()}
+    return row
+
+
+def bench(a: argparse.Namespace, name: str) -> None:
+    """Measure one job with each number of threads, then compare what came out."""
+    job = JOBS[name]
+    with tempfile.TemporaryDirectory(dir=a.work) as work:
+        folder = Path(work)
+        for threads in a.threads:
+            sides = {}
+            if "mergekit" in a.sides:
+                sides["mergekit"] = partial(run_peer, job, a.inputs, a.peer, folder / "mergekit", threads)
+            if "mergeline" in a.sides:
+                sides["mergeline"] = partial(run_ours, job, a.inputs, folder / "mergeline", threads, job.ours)
+                if job.default is not None:
+                    out = folder / "default"
+                    sides["mergeline default"] = partial(run_ours, job, a.inputs, out, threads, job.default)
+            costs = alternate(sides, a.repeats)
+            label = threads or "default"
+            rows = [{"job": name, "side": s, "threads": label, **figures(c)} for s, c in costs.items()]
+            save("mergekit", rows, ("job", "side", "threads"))
+            for side, cost in costs.items():
+                print(table_row(name, side, label, cost), flush=True)
+        found = compare(name, job, a.inputs, folder)
+        if len(found) > 1:
+            save("mergekit_outputs", [found], ("job",))
+            print(f"  {found}", flush=True)
+
+
+def bench_help(a: argparse.Namespace) -> None:
+    """What `--help` costs on each side."""
+    commands = {
+        "mergekit": [a.peer / "bin" / "mergekit-yaml", "--help"],
+        "mergeline": [find_mergeline(), "--help"],
+    }
+    costs = alternate({side: partial(run, commands[side]) for side in a.sides}, max(3, a.repeats))
+    rows = [{"job": "help", "side": side, "threads": 1, **figures(cost)} for side, cost in costs.items()]
+    save("mergekit", rows, ("job", "side", "threads"))
+    for side, cost in costs.items():
+        print(table_row("help", side, 1, cost), flush=True)
+
+
+def table_row(job: str, side: str, threads: int | str, cost: Cost) -> str:
+    row = [job, side, threads, cost.cpu_s, cost.wall_s, cost.peak_mib, cost.failed]
+    return table(HEADER, [row]).splitlines()[-1]
+
+
+HEADER = ["job", "side", "threads", "CPU-s", "wall s", "peak MiB", "failed"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--inputs", type=Path, required=True, help="a family that make_inputs.py llama wrote")
+    parser.add_argument("--peer", type=Path, required=True, help="mergekit's virtual environment")
+    parser.add_argument("--work", type=Path, help="where outputs go for a while (default: the system's)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=["help", *JOBS], default=["help", *JOBS], metavar="METHOD"
+    )
+    parser.add_argument(
+        "--sides", nargs="+", choices=["mergekit", "mergeline"], default=["mergekit", "mergeline"]
+    )
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[1, 0], help="OMP_NUM_THREADS; 0: the library's default"
+    )
+    parser.add_argument("--repeats", type=int, default=1)
+    a = parser.parse_args()
+    a.threads = [threads or None for threads in a.threads]
+    a.inputs, a.peer = a.inputs.resolve(), a.peer.absolute()
+    print(table(HEADER, []))
+    for name in a.methods:
+        if name == "help":
+            bench_help(a)
+        else:
+            bench(a, name)
+
+
+if __name__ == "__main__":
+    main()

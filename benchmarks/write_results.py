@@ -1,0 +1,189 @@
+"""Write RESULTS.md from results/*.json; NOTES.md, written by hand, is appended.
+
+python write_results.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from measure import HERE, RESULTS, load, table
+
+GB_IN_MIB = 1e9 / 2**20
+
+
+class Figures:
+    """Costs by job, side and number of threads, from one results file."""
+
+    def __init__(self, name: str) -> None:
+        self.rows = load(name)
+
+    def get(self, job: str, side: str, figure: str = "cpu_s", threads: Any = 1) -> float | None:
+        for row in self.rows:
+            if (row["job"], row["side"], row["threads"]) == (job, side, threads):
+                return None if row.get("failed") else row[figure]
+        return None
+
+    def apart(self, job: str, *sides: str) -> bool:
+        """Whether these sides were not measured in one session."""
+        rows = [r for r in self.rows if r["job"] == job and r["side"] in sides and r["threads"] == 1]
+        return len({row.get("session") for row in rows}) > 1
+
+    def largest(self, side: str, figure: str, jobs: Sequence[str] | None = None) -> float | None:
+        """Over all jobs (or these), sides that begin so, and numbers of threads."""
+        found = [
+            row[figure]
+            for row in self.rows
+            if row["side"].startswith(side) and not row.get("failed") and (jobs is None or row["job"] in jobs)
+        ]
+        return max(found, default=None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table of targets: smaller is better in all of them. apart: not from one session."""
+
+    job: str
+    peer: float | None
+    target: float
+    ours: float | None
+    unit: str = "CPU-s"
+    apart: bool = False
+
+    def cells(self) -> list[Any]:
+        ratio = self.peer / self.ours if self.peer and self.ours else None
+        reached = "not measured" if self.ours is None else "yes" if self.ours <= self.target else "**no**"
+        limit = f"≤ {self.target:g} {self.unit}".strip()
+        mark = " †" if self.apart else ""
+        return [self.job, self.peer, limit, self.ours, ratio and f"{ratio:.3g}×{mark}", reached]
+
+
+def targets() -> list[Row]:
+    """The table of targets, in its order; one thread, whole processes."""
+    mergekit, fusion, cart = Figures("mergekit"), Figures("fusion_bench"), Figures("cart")
+    outputs = {row["job"]: row for row in load("mergekit_outputs")}
+
+    def against_mergekit(job: str, target: float, label: str = "", side: str = "mergeline") -> Row:
+        ours, apart = mergekit.get(job, side), mergekit.apart(job, "mergekit", side)
+        return Row(label or job, mergekit.get(job, "mergekit"), target, ours, apart=apart)
+
+    def against_fusion(job: str, target: float, label: str, side: str = "mergeline") -> Row:
+        ours, apart = fusion.get(job, side), fusion.apart(job, "fusion_bench", side)
+        return Row(label, fusion.get(job, "fusion_bench"), target, ours, apart=apart)
+
+    def peak(
+        name: Figures, peer: str, jobs: Sequence[str] | None = None
+    ) -> tuple[float | None, float | None]:
+        found = name.largest(peer, "peak_mib", jobs), name.largest("mergeline", "peak_mib", jobs)
+        return tuple(None if value is None else value / GB_IN_MIB for value in found)
+
+    jobs_340m = sorted({row["job"] for row in mergekit.rows} - {"help"})
+    rss_340m, rss_vit, rss_cart = (
+        peak(mergekit, "mergekit", jobs_340m),
+        peak(fusion, "fusion"),
+        peak(cart, "naive"),
+    )
+    karcher = outputs.get("karcher", {})
+    return [
+        against_mergekit("help", 0.5, "`--help`"),
+        against_mergekit("linear", 6),
+        against_mergekit("task_arithmetic", 6),
+        against_mergekit("ties", 25, "ties, as mergekit does it"),
+        against_mergekit("ties", 25, "ties, official (global trim)", "mergeline default"),
+        against_mergekit("breadcrumbs", 25),
+        against_mergekit("sce", 25),
+        against_mergekit("della", 40),
+        against_mergekit("slerp", 7, "slerp, 2 × 340 M"),
+        against_mergekit("karcher", 8),
+        Row("karcher, relative error", karcher.get("error_mergekit"), 1.7e-3,
+            karcher.get("error_mergeline"), ""),
+        against_fusion("iso_c", 10, "iso_c, 8 × ViT-B/32"),
+        against_fusion("tsv_merge", 60, "tsv_merge, same"),
+        against_fusion("tsv_merge", 5, "tsv_merge, next scale", "mergeline next"),
+        Row("cart, same", cart.get("cart", "naive"), 60, cart.get("cart", "mergeline"),
+            apart=cart.apart("cart", "naive", "mergeline")),
+        Row("cart, each next (rank, scale)", cart.get("cart", "naive"), 5,
+            cart.largest("mergeline next", "cpu_s")),
+        Row("peak memory, 340 M jobs", rss_340m[0], 0.7, rss_340m[1], "GB"),
+        Row("peak memory, iso_c and tsv_merge of 8 ViTs", rss_vit[0], 1, rss_vit[1], "GB"),
+        Row("peak memory, cart of 8 ViTs", rss_cart[0], 1, rss_cart[1], "GB"),
+    ]  # fmt: skip
+
+
+def costs(name: str) -> str:
+    """Every row of one results file."""
+    header = ["job", "side", "threads", "CPU-s", "wall s", "peak MiB", "runs", "failed"]
+    keys = ["job", "side", "threads", "cpu_s", "wall_s", "peak_mib", "runs", "failed"]
+    rows = sorted(load(name), key=lambda row: (row["job"], str(row["threads"]), row["side"]))
+    return table(header, [[row.get(key) for key in keys] for row in rows])
+
+
+def outputs() -> str:
+    """How outputs differ from the peers'."""
+    header = ["job", "peer", "largest, ulps", "elements apart", "relative", "relative to the update", "note"]
+    keys = ["ulps", "apart", "relative", "update", "note"]
+    peers = {
+        "mergekit": "mergekit_outputs",
+        "FusionBench": "fusion_bench_outputs",
+        "plain loop": "cart_outputs",
+    }
+    rows = [[row["job"], peer, *map(row.get, keys)] for peer, name in peers.items() for row in load(name)]
+    return table(header, rows)
+
+
+def machines() -> str:
+    """What each results file was measured on."""
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        found = json.loads(path.read_text())["machine"]
+        lines.append([path.stem, found["cpu"], found["cores"], found["load"], found["python"]])
+    return table(["results", "CPU", "cores", "load when written", "Python"], lines)
+
+
+def document() -> str:
+    growth = ["study", "size", "method", "experts", "gb_read", "cpu_s", "peak_mib", "failed"]
+    notes = HERE / "NOTES.md"
+    parts = [
+        "# Results of the benchmarks",
+        "Written by `write_results.py` from `results/`; how to measure them again: [README.md](README.md).\n"
+        "Figures are CPU-seconds (user + system) and peak memory of whole processes, medians of the runs,\n"
+        "sides in turns. Peak memory counts file pages that are mapped, as the kernel does.",
+        "## Targets",
+        "One thread. The ratio says how many times less than the peer Mergeline needs; † marks figures that were\n"
+        "not measured in one session, so that the machine's mood may be in the ratio.",
+        table(["job", "peer", "target", "Mergeline", "ratio", "reached"], [row.cells() for row in targets()]),
+        "## Against mergekit 0.1.5",
+        "Llama of 340 M parameters, bf16, base and four experts.",
+        costs("mergekit"),
+        "## Against FusionBench 0.2.33",
+        "Eight CLIP ViT-B/32 vision towers, fp32.",
+        costs("fusion_bench"),
+        "## Against the plain loop of CART",
+        costs("cart"),
+        "## How outputs differ from the peers'",
+        "In representable numbers of the output's dtype (bf16 for mergekit, fp32 for the others), and relative\n"
+        "in the Frobenius norm. A small number next to 0 is many ulps from it, so read `relative` first.",
+        outputs(),
+        "## How cost grows",
+        "![CPU-seconds by bytes read](plots/cost_by_size.png)\n"
+        "![Memory by experts](plots/memory_by_experts.png)",
+        table(growth, [[row.get(key) for key in growth] for row in load("growth")]),
+        "## Limits of the machine",
+        table(["limit, of one CPU", "value"], [[row["limit"], row["value"]] for row in load("limits")]),
+        "## Machine",
+        machines(),
+    ]
+    if notes.exists():
+        parts.append(notes.read_text().strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    (HERE / "RESULTS.md").write_text(document())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Model Breadcrumbs: drop the largest and the smallest entries of each task vector, add what is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from merging import operators as ops
+from merging.methods import method
+from merging.slots import Slot, Unit, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _scope(params: Mapping[str, Any]) -> Unit:
+    return "row" if params["scope"] == "row" else "element"
+
+
+def _wrong(params: Mapping[str, Any], _experts: int) -> str | None:
+    if params["variant"] == "mergellm" and params["bottom_rate"] is None:
+        return "the mergellm variant needs bottom_rate, the share of smallest entries that are dropped"
+    if params["variant"] != "official" and params["scope"] != "tensor":
+        return f"the {params['variant']} variant works on whole tensors: set scope to tensor"
+    return None
+
+
+def _places(
+    n: int, density: float, outlier_rate: float, bottom_rate: float | None, remove_first: bool, variant: str
+) -> tuple[int, int]:
+    """First and last place (from 0, ascending magnitudes, both kept) of what is kept of n; none if last < first."""
+    if variant == "mergellm":  # the two order statistics between which it keeps are kept too
+        bottom = int(n * bottom_rate)
+        return max(0, bottom - 1), min(n - 1, bottom + int(n * density))
+    top = int(n * outlier_rate)
+    kept = int(n * density)
+    if variant == "official" and not remove_first:
+        kept -= top
+    if variant == "mergekit":
+        return max(0, n - kept - top), max(0, n - kept - top) + kept - 1
+    return max(0, n - top - kept), n - top - 1
+
+
+def bounds(
+    view: View,
+    *,
+    density: float,
+    outlier_rate: float,
+    bottom_rate: float | None,
+    remove_first: bool,
+    scope: str,
+    variant: str,
+    **_: Any,
+) -> Any:
+    """Smallest and largest magnitude kept, one pair an expert, if the scope is the tensor; None keeps nothing."""
+    if scope == "row":
+        return None
+    first, last = _places(view.elements, density, outlier_rate, bottom_rate, remove_first, variant)
+    if last < first:
+        return {"bounds": None}
+    count = len(view.source.experts)
+
+    def kth(place: int) -> list[float]:
+        return ops.kth_smallest(lambda f: [f(view)], lambda x: x.task_vectors, "element", [place + 1] * count)
+
+    return {"bounds": list(zip(kth(first), kth(last)))}
+
+
+@method(
+    paper="2312.06795",
+    code="rezazzr/breadcrumbs@f89fc664",
+    reference="pretrained",
+    unit=_scope,
+    needs_base=True,
+    measure=bounds,
+    check=_wrong,
+)
+def breadcrumbs(
+    x: Slot,
+    *,
+    density: Annotated[float, Gt(0), Le(1)] = 0.15,
+    outlier_rate: Annotated[float, Ge(0), Lt(1)] = 0.006,
+    scale: float = 0.2,
+    weights: list[float] | None = None,
+    remove_first: bool = True,
+    bottom_rate: Annotated[float, Ge(0), Lt(1)] | None = None,
+    scope: Literal["row", "tensor"] = "row",
+    variant: Literal["official", "mergellm", "mergekit"] = "official",
+) -> Tensor:
+    """base + scale * sum of task vectors without their largest and smallest entries.
+
+    Of every n entries (a row of the last dimension, or the tensor) the int(n * outlier_rate) largest are dropped,
+    then the int(n * density) largest of the rest are kept. Without `remove_first` the dropped count as kept ones.
+    """
+    tau_TX = []
+    for t, tau_X in enumerate(x.task_vectors):
+        if scope == "tensor":
+            limits = x.measured["bounds"] and x.measured["bounds"][t]
+        else:
+            first, last = _places(tau_X.shape[-1], density, outlier_rate, bottom_rate, remove_first, variant)
+            limits = ops.row_order(tau_X, [first, last]) if first <= last else None
+        tau_TX.append(ops.keep_between(tau_X, *limits) if limits else 0 * tau_X)
+    return ops.total(tau_TX, weights).mul_(scale).add_(x.base)

@@ -1,0 +1,53 @@
+"""CART-Indexing: one expert given back from the mean and its low-rank centred task vector."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Mapping
+
+from annotated_types import Ge
+
+from merging import operators as ops
+from merging import spectral
+from merging.keys import Keys, is_matrix
+from merging.lazy import torch
+from merging.methods import method
+from merging.methods.cart import Share
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
+    return (
+        f"task {params['task']} is none of {experts} experts, counted from 0"
+        if params["task"] >= experts
+        else None
+    )
+
+
+@method(
+    paper="2412.12153",
+    code="JH-GEECS/CART@964cfd78",
+    reference="mean",
+    unit="tensor",
+    minimum_experts=2,
+    check=_wrong,
+    spectral=True,
+)
+def cart_indexing(
+    x: Slot,
+    *,
+    rank: Share = 0.08,
+    scale: float = 1.0,
+    task: Annotated[int, Ge(0)] = 0,
+    keys: Keys = "block_linear",
+) -> Tensor:
+    """mean + scale * the rank-k part of (expert number `task` - mean); tensors that are no block matrices in full."""
+    start = ops.mean(x.experts)
+    tau_X = x.experts[task].double() - start
+    if not is_matrix(x.name, x.shape, keys):
+        return start + scale * tau_X
+    k = spectral.rank_of(rank, tau_X.shape)
+    _, q_RL = spectral.directions(x, task, tau_X, "mean", k)
+    return start + scale * spectral.add_projection(torch.zeros_like(tau_X), tau_X, q_RL[:, :k])

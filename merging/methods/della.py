@@ -1,0 +1,92 @@
+"""DELLA: drop entries with a probability that falls with their rank in the row, elect signs, merge what agrees."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
+
+from annotated_types import Ge, Gt, Lt
+
+from merging import operators as ops
+from merging.lazy import torch
+from merging.methods import method
+from merging.methods.dare import kept, wants_masks
+from merging.slots import Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _window(params: Mapping[str, Any], _experts: int) -> str | None:
+    density, epsilon = params["density"], params["epsilon"]
+    if not 0 < density - epsilon <= density + epsilon < 1:
+        return f"density {density} +/- epsilon {epsilon} leaves (0, 1); narrow the window"
+    return None
+
+
+def keep_probability(tau_MN: Tensor, density: float, epsilon: float) -> Tensor:
+    """density - epsilon for the smallest magnitude of a row, up to density + epsilon for the largest: (M, N)."""
+    last = tau_MN.shape[-1] - 1
+    if last == 0:
+        return torch.full_like(tau_MN, density)
+    return ops.row_ranks(tau_MN).to(tau_MN).mul_(2 * epsilon / last).add_(density - epsilon)
+
+
+def l1_ratios(
+    view: View, *, density: float, epsilon: float, masks: str, variant: str, rescale: bool, **_: Any
+) -> list[float] | None:
+    """What mergekit multiplies survivors by: the ratio of L1 norms before and after, one an expert."""
+    if variant != "mergekit" or not rescale:
+        return None
+    before, after = [0.0] * len(view.source.experts), [0.0] * len(view.source.experts)
+    for x in view.blocks("row"):
+        for t, tau_MN in enumerate(x.task_vectors):
+            size_MN = tau_MN.abs()
+            before[t] += float(size_MN.sum(dtype=torch.float64))
+            size_MN *= kept(x, t, keep_probability(tau_MN, density, epsilon), masks)
+            after[t] += float(size_MN.sum(dtype=torch.float64))
+    return [b / a if a > 0 else 1.0 for b, a in zip(before, after)]
+
+
+@method(
+    paper="2406.11617",
+    code="declare-lab/della@80675156",
+    reference="pretrained",
+    unit="row",
+    needs_base=True,
+    measure=l1_ratios,
+    check=_window,
+    statistics=wants_masks,
+)
+def della(
+    x: Slot,
+    *,
+    density: Annotated[float, Gt(0), Lt(1)] = 0.3,
+    epsilon: Annotated[float, Ge(0), Lt(1)] = 0.07,
+    weights: list[float] | None = None,
+    normalize: bool = True,
+    rescale: bool = True,
+    scale: float = 1.1,
+    scope: Literal["row"] = "row",
+    masks: Literal["drawn", "given"] = "drawn",
+    variant: Literal["official", "mergekit"] = "official",
+) -> Tensor:
+    """base + scale * merge of entries kept with a probability that grows with their magnitude's rank in the row.
+
+    Survivors are divided by their probability (mergekit: multiplied by the ratio of L1 norms); then signs are elected
+    and the entries that agree are averaged by weight. A convolution's rows are those of its last dimension.
+    """
+    tau_TMN = []
+    for t, tau_MN in enumerate(x.task_vectors):
+        keep_MN = keep_probability(tau_MN, density, epsilon)
+        survivors_MN = kept(x, t, keep_MN, masks).mul_(tau_MN)
+        if x.measured:
+            survivors_MN *= x.measured[t]
+        elif rescale:
+            survivors_MN /= keep_MN
+        tau_TMN.append(survivors_MN)
+    weights = weights or [1.0] * len(tau_TMN)
+    sign_MN = ops.elect_signs(tau_TMN, weights, 1.0)
+    merged, count = ops.orthant_sum(tau_TMN, sign_MN, weights)
+    if normalize:
+        merged = merged / torch.where(count == 0, 1.0, count)
+    return merged.mul_(scale).add_(x.base)

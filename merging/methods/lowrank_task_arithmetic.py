@@ -1,0 +1,34 @@
+"""Task arithmetic with task vectors cut to low rank: what CART does, around the base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging import operators as ops
+from merging.keys import Keys, is_matrix
+from merging.lazy import torch
+from merging.methods import method
+from merging.methods.cart import Share, low_rank_sum
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    paper="2412.12153",
+    code="david3684/AdaRank@dfa53581",
+    reference="pretrained",
+    unit="tensor",
+    needs_base=True,
+    spectral=True,
+)
+def lowrank_task_arithmetic(
+    x: Slot, *, rank: Share = 0.12, scale: float = 0.3, keys: Keys = "block_linear"
+) -> Tensor:
+    """base + scale * sum of the rank-k parts of the task vectors; tensors that are no block matrices in full."""
+    base = x.base.double()
+    if not is_matrix(x.name, x.shape, keys):
+        return base + scale * (ops.weighted_sum(x.experts) - len(x.experts) * base)
+    update = x.remember(("lowrank", rank), lambda: low_rank_sum(x, base, "pretrained", rank, 1.0))
+    return torch.add(base, update, alpha=scale)

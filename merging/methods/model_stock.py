@@ -1,0 +1,78 @@
+"""Model Stock: from the average towards the base, as far as the angle between the experts says."""
+
+from __future__ import annotations
+
+from math import acos, cos
+from typing import TYPE_CHECKING, Any, Literal, Mapping
+
+from merging import operators as ops
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Slot, Unit, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _scope(params: Mapping[str, Any]) -> Unit:
+    return "row" if params["scope"] == "row" else "element"
+
+
+def ratio(view: View, *, scope: str, variant: str) -> float | None:
+    """How far to go from the base towards the average, for the whole tensor."""
+    if scope == "row":
+        return None
+    gram_TT = sum(ops.gram(x.task_vectors) for x in view.blocks("element"))
+    if variant == "fusion_bench":  # averages the angles
+        norm_T = gram_TT.diagonal().sqrt()
+        cosine_TT = (gram_TT / (norm_T[:, None] * norm_T[None] + 1e-8)).clamp(-1, 1)
+        angles = [acos(c) for c in _pairs(cosine_TT)]
+        return _ratio(torch.tensor(cos(sum(angles) / len(angles)), dtype=torch.float64), len(gram_TT)).item()
+    return _ratio(_mean_cosine(gram_TT), len(gram_TT)).item()
+
+
+@method(
+    paper="2403.19522",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="pretrained",
+    unit=_scope,
+    needs_base=True,
+    minimum_experts=2,
+    measure=ratio,
+)
+def model_stock(
+    x: Slot,
+    *,
+    scope: Literal["tensor", "row"] = "tensor",
+    variant: Literal["mergekit", "fusion_bench"] = "mergekit",
+) -> Tensor:
+    """t * average + (1 - t) * base, with t = N c / (1 + (N - 1) c) for the mean cosine c between task vectors.
+
+    Per tensor, or per row of the last dimension. t is not clamped; where 1 + (N - 1) c is zero the base stays.
+    """
+    t: float | Tensor = x.measured
+    if scope == "row":
+        gram_MTT = torch.einsum("imn,jmn->mij", x.task_vectors.double(), x.task_vectors.double())
+        t = _ratio(_mean_cosine(gram_MTT), len(x.experts))[:, None]
+    base = x.base.double()
+    return ops.mean(x.experts).sub_(base).mul_(t).add_(base)
+
+
+def _mean_cosine(gram_TT: Tensor) -> Tensor:
+    """The mean cosine over pairs; products of norms are not smaller than 1e-6, as in the official code: (...)."""
+    norm_T = gram_TT.diagonal(dim1=-2, dim2=-1).sqrt()
+    products_TT = (norm_T[..., :, None] * norm_T[..., None, :]).clamp(min=1e-6)
+    cosine_TT = (gram_TT / products_TT).clamp(-1, 1)
+    i, j = torch.triu_indices(gram_TT.shape[-1], gram_TT.shape[-1], 1)
+    return cosine_TT[..., i, j].mean(-1)
+
+
+def _pairs(value_TT: Tensor) -> list[float]:
+    i, j = torch.triu_indices(len(value_TT), len(value_TT), 1)
+    return value_TT[i, j].tolist()
+
+
+def _ratio(cosine: Tensor, count: int) -> Tensor:
+    denominator = 1 + (count - 1) * cosine
+    singular = denominator.abs() < 1e-6
+    return torch.where(singular, 0.0, count * cosine / torch.where(singular, 1.0, denominator))

@@ -1,0 +1,73 @@
+"""SCE: select entries that vary most between experts, weigh experts by energy, erase minority signs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Gt, Le
+
+from merging import operators as ops
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SMALL = 1e-6  # of sums of weights, as in the official code
+
+
+def _variance(x: Slot) -> Tensor:
+    """Population variance over the experts: (X)."""
+    return x.task_vectors.var(0, correction=0)
+
+
+def selection(view: View, *, density: float, **_: Any) -> dict[str, Any]:
+    """The smallest variance that is selected, and the experts' weights: their share of the selected energy."""
+    threshold = 0.0
+    if density < 1:
+        nonzero = sum(int(torch.count_nonzero(_variance(x))) for x in view.blocks("element"))
+        count = int(nonzero * density)
+        if count == 0:
+            return {"threshold": None, "weights": None}
+        place = view.elements - count + 1
+        [threshold] = ops.kth_smallest(lambda f: [f(view)], lambda x: [_variance(x)], "element", [place])
+    energy_T = sum(
+        torch.stack([_selected(x, tau_X, threshold).double().square().sum() for tau_X in x.task_vectors])
+        for x in view.blocks("element")
+    )
+    energy_T = energy_T / view.elements
+    small = float(energy_T.sum()) < _SMALL
+    weights_T = torch.full_like(energy_T, 1 / len(energy_T)) if small else energy_T / energy_T.sum()
+    return {"threshold": threshold, "weights": weights_T.tolist()}
+
+
+@method(
+    paper="2408.07990",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="pretrained",
+    needs_base=True,
+    minimum_experts=2,
+    measure=selection,
+)
+def sce(
+    x: Slot, *, density: Annotated[float, Gt(0), Le(1)] = 1.0, scope: Literal["tensor"] = "tensor"
+) -> Tensor:
+    """base + energy-weighted mean of the entries that vary most between experts and agree with the elected sign.
+
+    `density` is the share of a tensor's varying entries that is selected. As in the official code, weights are
+    uniform where the energy is below 1e-6, and sums of weights are not smaller than that.
+    """
+    if x.measured["threshold"] is None:
+        return x.base
+    tau_TX = [_selected(x, tau_X, x.measured["threshold"]) for tau_X in x.task_vectors]
+    sign_X = ops.elect_signs(tau_TX, None, 1.0)
+    merged, count = ops.orthant_sum(tau_TX, sign_X, x.measured["weights"])
+    return (merged / count.clamp_(min=_SMALL)).add_(x.base)
+
+
+def _selected(x: Slot, tau_X: Tensor, threshold: float) -> Tensor:
+    if threshold <= 0:
+        return tau_X
+    chosen_X = x.remember("selected", lambda: (_variance(x).float() >= threshold).to(tau_X.dtype))
+    return tau_X * chosen_X

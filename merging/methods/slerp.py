@@ -1,0 +1,48 @@
+"""SLERP: along the arc between two checkpoints."""
+
+from __future__ import annotations
+
+from math import acos, sin, sqrt
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from merging import operators as ops
+from merging.methods import method
+from merging.slots import Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def arc(view: View, *, t: float, dot_threshold: float, **_: Any) -> tuple[float, float]:
+    """The factors of the two tensors: sines of the angles, or linear where they are nearly collinear."""
+    gram_TT = sum(ops.gram(x.experts) for x in view.blocks("element"))
+    norms = [sqrt(n) if sqrt(n) > 1e-8 else 1.0 for n in gram_TT.diagonal().tolist()]
+    cosine = max(-1.0, min(1.0, float(gram_TT[0, 1]) / (norms[0] * norms[1])))
+    if abs(cosine) > dot_threshold:
+        return 1 - t, t
+    angle = acos(cosine)
+    return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
+
+
+@method(
+    paper="Shoemake 1985",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="none",
+    minimum_experts=2,
+    maximum_experts=2,
+    measure=arc,
+)
+def slerp(
+    x: Slot,
+    *,
+    t: Annotated[float, Ge(0), Le(1)] = 0.5,
+    dot_threshold: Annotated[float, Gt(0), Le(1)] = 0.9995,
+    scope: Literal["tensor"] = "tensor",
+) -> Tensor:
+    """Spherical interpolation of two experts: the first at t = 0, the second at t = 1.
+
+    The angle is that of the flattened tensors; the sines multiply the tensors as they are, not made unit vectors.
+    """
+    return ops.weighted_sum(x.experts, x.measured)

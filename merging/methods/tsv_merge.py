@@ -1,0 +1,57 @@
+"""TSV-Merge: the leading singular vectors of all task vectors, made orthogonal to each other before they are added."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Gt, Le
+
+from merging import operators as ops
+from merging import spectral
+from merging.keys import Keys, is_matrix
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    paper="2412.00081",
+    code="AntoAndGar/task_singular_vectors@a6c97188",
+    reference="pretrained",
+    unit="tensor",
+    needs_base=True,
+    spectral=True,
+)
+def tsv_merge(
+    x: Slot,
+    *,
+    rank: Annotated[float, Gt(0), Le(1)] | Literal["1/T"] = "1/T",
+    scale: float = 1.0,
+    keys: Keys = "matrices",
+    orthogonalize: bool = True,
+) -> Tensor:
+    """base + scale * polar(U) S polar(V)^T, U S V^T the concatenated rank-k parts of the task vectors.
+
+    k = int(min(M, N) / T) for `1/T`, else max(1, int(rank * min(M, N))). Other tensors add scale * the mean task
+    vector. Without `orthogonalize` the rank-k parts are summed as they are.
+    """
+    base = x.base.double()
+    if not is_matrix(x.name, x.shape, keys):
+        return base + scale * (ops.mean(x.experts) - base)
+    count = len(x.experts)
+    k = int(min(x.shape) * (1 / count)) if rank == "1/T" else spectral.rank_of(rank, x.shape)
+
+    def update() -> Tensor:
+        factors = []
+        for t, expert_MN in enumerate(x.experts):
+            tau_MN = expert_MN.double() - base
+            q_RK = spectral.directions(x, t, tau_MN, "pretrained", k)[1][:, :k]
+            factors.append(spectral.triplets(tau_MN, q_RK))
+        if orthogonalize:
+            return spectral.orthogonal_sum(factors)
+        return sum((u * s) @ v.T for u, s, v in factors)
+
+    return torch.add(base, x.remember(("tsv", k, orthogonalize), update), alpha=scale) if k else base

@@ -1,0 +1,207 @@
+"""What methods see: one tensor of the merge at a time, block by block, read when it is asked for.
+
+A method names its `unit`: `element` (any stretch of a flattened tensor will do), `row` (whole rows of the last
+dimension) or `tensor` (the whole). Blocks of elements and rows are cut at places that depend on the tensor's shape
+alone, so that sums over blocks come out the same whatever memory and workers a merge has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Protocol
+
+from merging.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merging.factors import FactorStore
+
+Unit = Literal["element", "row", "tensor"]
+_BLOCK = 1 << 19  # elements of all experts together: their float32 stay near the core, whatever their number
+
+
+def block_elements(experts: int) -> int:
+    """About how many elements of a tensor are in a block."""
+    return max(1, _BLOCK // max(experts, 1))
+
+
+class Source(Protocol):
+    """Where tensors come from: files, or state dicts in memory."""
+
+    experts: Sequence[str]
+    has_base: bool
+    seed: int
+    store: FactorStore | None
+
+    def read(self, origin: str, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a float tensor of an expert or `base`, in the dtype that is computed in."""
+
+    def statistic(self, kind: str, key: str, start: int, stop: int) -> Tensor:
+        """Elements of a tensor of the statistics `kind`; the key is `EXPERT INDEX/TENSOR`, or the tensor's name."""
+
+    def has_statistic(self, kind: str, key: str) -> bool:
+        """Whether there is such a tensor."""
+
+    def digest(self, origin: str, name: str) -> str:
+        """The hash of a tensor's bytes."""
+
+
+class Experts(Sequence):
+    """The same block of every expert; read one by one, and kept where blocks are small."""
+
+    def __init__(self, count: int, get: Callable[[int], Tensor], keep: bool):
+        self._count, self._get = count, get
+        self._kept: list[Tensor | None] | None = [None] * count if keep else None
+        self._stack: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, t: int) -> Tensor:
+        if t >= self._count:
+            raise IndexError(t)
+        if self._kept is None:
+            return self._get(t)
+        if self._kept[t] is None:
+            self._kept[t] = self._get(t)
+        return self._kept[t]
+
+    @property
+    def stacked(self) -> Tensor:
+        """All experts at once: (T, *X)."""
+        if self._kept is None:
+            return torch.stack(list(self))
+        if self._stack is None:
+            self._stack = torch.stack(list(self))
+            self._kept = list(self._stack)
+        return self._stack
+
+
+class Slot:
+    """One block of one tensor, of shape X, in float32 (float64 if an input is).
+
+    name, tensor_shape: of the tensor (0-d tensors have shape (1,)). start: its first element in the flattened
+    tensor. base: (X) or None. experts: T times (X). facts: what the method's pre-pass found in the whole model;
+    measured: what it measured in this tensor.
+    """
+
+    def __init__(self, view: View, start: int, shape: tuple[int, ...], keep: bool):
+        self.view, self.start, self.shape = view, start, shape
+        self.name, self.tensor_shape = view.name, view.shape
+        self.facts: Any = None
+        self.measured: Any = None
+        self._memo: dict[Any, Any] = {}
+        stop = start + prod(shape)
+        source = view.source
+
+        def read(origin: str) -> Tensor:
+            return source.read(origin, view.name, start, stop).reshape(shape)
+
+        names = source.experts
+        self.experts = Experts(len(names), lambda t: read(names[t]), keep)
+        self._base = (lambda: read("base")) if source.has_base else None
+        self._keep = keep
+
+    @property
+    def base(self) -> Tensor | None:
+        if self._base is None:
+            return None
+        return self.remember("base", self._base) if self._keep else self._base()
+
+    @property
+    def task_vectors(self) -> Tensor:
+        """expert - base of all experts: (T, *X)."""
+        return self.remember("task_vectors", lambda: self.experts.stacked - self.base)
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    def remember(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, once a slot: what several points of a sweep share is computed once."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def statistic(self, kind: str, expert: int | None = None) -> Tensor:
+        """This block of a statistics tensor, of one expert or of all: (X)."""
+        start, stop = self.start, self.start + self.elements
+        return self.view.source.statistic(kind, self._key(expert), start, stop).reshape(self.shape)
+
+    def has_statistic(self, kind: str, expert: int | None = None) -> bool:
+        """Whether the statistics hold this tensor."""
+        return self.view.source.has_statistic(kind, self._key(expert))
+
+    def _key(self, expert: int | None) -> str:
+        return self.name if expert is None else f"{expert}/{self.name}"
+
+    def given(self, facts: Any, measured: Any) -> Slot:
+        """The same block with other facts."""
+        other = Slot.__new__(Slot)
+        other.__dict__ |= self.__dict__
+        other.facts, other.measured = facts, measured
+        return other
+
+    def with_experts(self, change: Callable[[int, Tensor], Tensor]) -> Slot:
+        """The same block of changed experts: `change(index, expert)`."""
+        other = self.given(self.facts, self.measured)
+        other._memo = {}
+        other.experts = Experts(len(self.experts), lambda t: change(t, self.experts[t]), self._keep)
+        return other
+
+
+class View:
+    """One tensor of a merge, to be read block by block as often as needed."""
+
+    def __init__(self, source: Source, name: str, shape: Sequence[int]):
+        self.source, self.name = source, name
+        self.shape = tuple(shape) or (1,)
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    def blocks(self, unit: Unit) -> Iterator[Slot]:
+        """The tensor cut into blocks: (n,), (rows, last dimension), or the tensor's own shape."""
+        if not self.elements:
+            return
+        if unit == "tensor":
+            yield Slot(self, 0, self.shape, keep=False)
+            return
+        width = self.shape[-1] if unit == "row" else 1
+        step = max(1, block_elements(len(self.source.experts)) // width) * width
+        for start in range(0, self.elements, step):
+            size = min(step, self.elements - start)
+            yield Slot(self, start, (size // width, width) if unit == "row" else (size,), keep=True)
+
+
+class ChangedView(View):
+    """A view whose blocks pass through `change` first."""
+
+    def __init__(self, view: View, change: Callable[[Slot], Slot]):
+        super().__init__(view.source, view.name, view.shape)
+        self._view, self._change = view, change
+
+    def blocks(self, unit: Unit) -> Iterator[Slot]:
+        return map(self._change, self._view.blocks(unit))
+
+
+class Inputs:
+    """All float tensors that a merge merges: what a pre-pass may read, as often as it likes."""
+
+    def __init__(self, views: Iterable[View], run: Callable[[Callable, Iterable], Iterable]):
+        self.views = list(views)
+        self._run = run
+
+    @property
+    def elements(self) -> int:
+        return sum(view.elements for view in self.views)
+
+    def each(self, function: Callable[[View], Any]) -> Iterable[Any]:
+        """`function` of every view, in their order; computed by all workers."""
+        return self._run(function, self.views)
+
+    def changed(self, change: Callable[[View], View]) -> Inputs:
+        return Inputs(map(change, self.views), self._run)
