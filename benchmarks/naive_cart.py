@@ -1,4 +1,4 @@
-"""CART as its official recipe reads, written directly: everything in memory, one full SVD a matrix and expert.
+"""CART as its official recipe reads, directly: everything in memory, one full SVD a matrix and expert.
 
     python naive_cart.py INPUTS OUT.safetensors --rank 0.12 --scale 1.0
 

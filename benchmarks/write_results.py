@@ -152,8 +152,8 @@ def document() -> str:
         "Figures are CPU-seconds (user + system) and peak memory of whole processes, medians of the runs,\n"
         "sides in turns. Peak memory counts file pages that are mapped, as the kernel does.",
         "## Targets",
-        "One thread. The ratio says how many times less than the peer Mergeline needs; † marks figures that were\n"
-        "not measured in one session, so that the machine's mood may be in the ratio.",
+        "One thread. The ratio says how many times less than the peer Mergeline needs; † marks figures\n"
+        "that were not measured in one session, so that the machine's mood may be in the ratio.",
         table(["job", "peer", "target", "Mergeline", "ratio", "reached"], [row.cells() for row in targets()]),
         "## Against mergekit 0.1.5",
         "Llama of 340 M parameters, bf16, base and four experts.",
@@ -164,8 +164,8 @@ def document() -> str:
         "## Against the plain loop of CART",
         costs("cart"),
         "## How outputs differ from the peers'",
-        "In representable numbers of the output's dtype (bf16 for mergekit, fp32 for the others), and relative\n"
-        "in the Frobenius norm. A small number next to 0 is many ulps from it, so read `relative` first.",
+        "In representable numbers of the output's dtype (bf16 for mergekit, fp32 for the others), and\n"
+        "relative in the Frobenius norm. A small number next to 0 is many ulps from it, so read `relative` first.",
         outputs(),
         "## How cost grows",
         "![CPU-seconds by bytes read](plots/cost_by_size.png)\n"

@@ -250,7 +250,7 @@ class Chart(NamedTuple):
 
 
 def _searches(searches: dict[str, Json]) -> list[Json]:
-    """Of every merge that searched: points, charts, and where the choice lies on the edge of the grid."""
+    """Of every merge that searched: points, charts, where the choice lies on the edge of the grid, and the grid."""
     return [
         {
             "name": name,
@@ -260,13 +260,14 @@ def _searches(searches: dict[str, Json]) -> list[Json]:
             "columns": list(search["points"][0]["params"]),
             "charts": [chart for key in searched(search) if (chart := _chart(search, key))],
             "edges": list(_edges(search)),
+            "grid": _grid(search),
         }
         for name, search in searches.items()
         if search["points"]
     ]
 
 
-def _grid(means: Sequence[float]) -> list[float]:
+def _round_values(means: Sequence[float]) -> list[float]:
     """At most eight round values around all of `means`."""
     low, high = min(means), max(means)
     step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 6 * s)
@@ -277,7 +278,10 @@ def _chart(search: Json, parameter: str) -> Chart | None:
     found = curve(search, parameter)
     if found is None:
         return None
-    values, grid = [x for x, _ in found.best], _grid([point["mean"] for point in search["points"]])
+    values, means = zip(*found.best)
+    # Lines that fall further below the best leave the picture.
+    floor = min(means) - max(0.05, max(means) - min(means))
+    grid = _round_values([max(point["mean"], floor) for point in search["points"]])
     logarithmic = is_logarithmic(parameter, values)
     horizontal = Axis(values[0], values[-1], start=52, end=_WIDTH - 14, logarithmic=logarithmic)
     vertical = Axis(grid[0], grid[-1], start=_HEIGHT - 38, end=10)
@@ -306,6 +310,22 @@ def _edges(search: Json) -> Iterable[str]:
             if value in (tried[0], tried[-1]):
                 end = "smallest" if value == tried[0] else "largest"
                 yield f"{parameter} {as_text(value)} is the {end}"
+
+
+def _grid(search: Json) -> Json | None:
+    """The points of a search that varied two parameters: a row for each value of the first; the chosen is the best."""
+    varied = searched(search)
+    if len(varied) != 2:
+        return None
+    means = {tuple(as_text(p["params"][key]) for key in varied): p["mean"] for p in search["points"]}
+    rows, columns = (list(dict.fromkeys(values)) for values in zip(*means))
+    plain = _table(columns, [(row, [means.get((row, column)) for column in columns]) for row in rows])
+    chosen = tuple(as_text(search["chosen"][key]) for key in varied)
+    marked = [
+        (row, [cell._replace(best=(row, column) == chosen) for cell, column in zip(cells, columns)])
+        for row, cells in plain.rows
+    ]
+    return {"parameters": varied, "table": plain._replace(rows=marked)}
 
 
 # ------------------------------------------------------------ task vectors

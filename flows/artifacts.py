@@ -13,7 +13,8 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from tasks.publish import figure, load_leaderboard, load_verdict
+from tasks.publish import figure, load_verdict
+from tasks.tracking import read_leaderboard
 
 if TYPE_CHECKING:
     from tasks.publish import Published
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def show(workspace: Workspace, published: Published) -> None:
     """Create the artifacts of a published run."""
-    board = load_leaderboard(workspace)
+    board = read_leaderboard(workspace.root)
     create_table_artifact(
         key="leaderboard", table=[_row(row) for row in board["rows"]], description=board["pipeline"]
     )

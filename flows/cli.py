@@ -7,9 +7,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import TYPE_CHECKING, Any, Callable, NoReturn, Sequence
 
 from merging.errors import UserError
+
+if TYPE_CHECKING:
+    from merging.methods import Method
+    from merging.recipe import Recipe
 
 STEPS = {
     "fetch": "bring checkpoints into build/checkpoints",
@@ -88,13 +92,23 @@ def _parser() -> argparse.ArgumentParser:
     merge = add("merge", _merge, "merge checkpoints into one")
     _add_recipe(merge)
     merge.add_argument("--out", required=True, type=Path, help="x.safetensors for one file, else a folder")
-    merge.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    merge.add_argument("--memory", type=_bytes, metavar="SIZE", help="an upper bound, such as 2GiB")
-    merge.add_argument("--workers", type=int, metavar="N", help="default: one a core")
+    _add_engine(merge)
+    sweep = add("sweep", _sweep, "merge with every combination of parameter values, from one reading")
+    _add_recipe(sweep)
+    sweep.add_argument(
+        "--grid",
+        action="append",
+        required=True,
+        metavar="KEY=V1,V2,...",
+        help="values of a parameter, or a JSON list; repeat for every parameter",
+    )
+    sweep.add_argument("--out", required=True, type=Path, metavar="DIR", help="a folder for each point")
+    _add_engine(sweep)
     plan = add(
         "plan", _plan, "what a merge would read, write and need, and every problem, from headers alone"
     )
     _add_recipe(plan)
+    plan.add_argument("--table", action="store_true", help="what becomes of every tensor")
     plan.add_argument("--json", action="store_true")
     methods = add("methods", _methods, "the catalogue of methods, or one method's parameters")
     methods.add_argument("id", nargs="?")
@@ -111,19 +125,39 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", required=True, metavar="ID")
+    command.add_argument("--recipe", type=Path, metavar="FILE", help="YAML, in place of the next three")
+    command.add_argument("--method", metavar="ID", help="see `mergeline methods`")
     command.add_argument("--base", metavar="P", help="a safetensors file, a folder, or a URI")
-    command.add_argument(
-        "--expert", action="append", required=True, metavar="NAME=P", help="repeat for every expert"
-    )
+    command.add_argument("--expert", action="append", metavar="NAME=P", help="repeat for every expert")
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method"
     )
+    command.add_argument(
+        "--include", action="append", metavar="PATTERN", help="merge only tensors of such names (repeat)"
+    )
+    command.add_argument(
+        "--exclude", action="append", metavar="PATTERN", help="leave such tensors the base's (repeat)"
+    )
+    command.add_argument(
+        "--statistics",
+        action="append",
+        metavar="KIND=P",
+        help="what the method reads besides; repeat for every file, or every expert's",
+    )
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, help="default: 0")
     command.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="split the output, such as 5GiB")
     command.add_argument(
         "--allow-pickle", action="store_true", help="convert pickle checkpoints of the sources"
+    )
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command.add_argument("--memory", type=_bytes, metavar="SIZE", help="an upper bound, such as 2GiB")
+    command.add_argument("--workers", type=int, metavar="N", help="default: one a core")
+    command.add_argument(
+        "--factors", type=Path, metavar="DIR", help="keep spectral decompositions there for the next merge"
     )
 
 
@@ -212,39 +246,83 @@ def _notify(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------- one merge
 
 
-def _recipe(args: argparse.Namespace) -> dict[str, Any]:
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe of --recipe, or of --method, --base and --expert, changed by the other options."""
+    from merging.recipe import Recipe, load_recipe
     from tasks.fetch import local_checkpoint
 
     def local(where: str) -> Path:
         return local_checkpoint(where, allow_pickle=args.allow_pickle)
 
-    experts = {}
-    for text in args.expert:
+    if args.recipe:
+        if args.method or args.base or args.expert:
+            raise UserError("--recipe says method, base and experts; leave out --method, --base and --expert")
+        written = load_recipe(args.recipe, local).model_dump()
+    elif args.method and args.expert:
+        experts = {name: local(where) for name, where in _experts(args.expert).items()}
+        written = {"method": args.method, "experts": experts, "base": args.base and local(args.base)}
+    else:
+        raise UserError("name --method and every --expert, or a --recipe")
+    statistics: dict[str, list[Path]] = {}
+    for text in args.statistics or ():
+        kind, where = _pair("--statistics", text, "KIND=P")
+        statistics.setdefault(kind, []).append(local(where))
+    options = {
+        "include": args.include,
+        "exclude": args.exclude,
+        "statistics": statistics or None,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "shard_size": args.shard_size,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    return Recipe.of({**written, **given, "params": {**written.get("params", {}), **_settings(args)}})
+
+
+def _experts(texts: Sequence[str]) -> dict[str, str]:
+    experts: dict[str, str] = {}
+    for text in texts:
         name, named, where = text.partition("=")
         if not named:
             name, where = Path(text).stem, text
         if name in experts:
             raise UserError(f"two experts are named '{name}'; name them apart: --expert NAME=PATH")
-        experts[name] = local(where)
-    return {
-        "method": args.method,
-        "params": dict(_setting(text) for text in args.set),
-        "base": local(args.base) if args.base else None,
-        "experts": experts,
-        "dtype": args.dtype,
-        "seed": args.seed,
-        "shard_size": args.shard_size,
-    }
+        experts[name] = where
+    return experts
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    pairs = (_pair("--set", text, "KEY=VALUE") for text in args.set)
+    return {key: _value(text) for key, text in pairs}
+
+
+def _grid(args: argparse.Namespace) -> dict[str, list[Any]]:
+    grid: dict[str, list[Any]] = {}
+    for text in args.grid:
+        key, values = _pair("--grid", text, "KEY=V1,V2,...")
+        if key in grid or key in _settings(args):
+            raise UserError(f"'{key}' is given twice; list all its values in one --grid")
+        listed = _value(values)
+        if isinstance(listed, list):
+            grid[key] = listed
+        else:
+            grid[key] = [_value(value) for value in values.split(",")] if values else []
+    return grid
+
+
+def _pair(option: str, text: str, form: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--set {text}: write KEY=VALUE")
+        raise UserError(f"{option} {text}: write {form}")
+    return key, value
+
+
+def _value(text: str) -> Any:
+    """JSON, or the text itself."""
     try:
-        return key, json.loads(value)
+        return json.loads(text)
     except ValueError:
-        return key, value
+        return text
 
 
 def _bytes(text: str) -> int:
@@ -268,28 +346,53 @@ def _bytes(text: str) -> int:
 
 def _merge(args: argparse.Namespace) -> None:
     from merging import merge
-    from merging.plan import make_plan
 
     recipe = _recipe(args)
-    for warning in make_plan(recipe).warnings:
-        print(f"note: {warning}", file=sys.stderr)
-    manifest = merge(
-        recipe, args.out, device=args.device, memory=args.memory, workers=args.workers, progress=_progress()
-    )
+    _print_notes(recipe)
+    manifest = merge(recipe, args.out, **_engine(args))
     print(f"{args.out}  {manifest['output']['digest']}")
 
 
-def _progress() -> Any:
-    """A progress bar on a terminal once two seconds have passed; nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return None
+def _sweep(args: argparse.Namespace) -> None:
+    from merging.sweep import grid_points, sweep
+
+    recipe, grid = _recipe(args), _grid(args)
+    first = grid_points(recipe, grid)[0]
+    _print_notes(recipe.model_copy(update={"params": {**recipe.params, **first}}))
+    for point in sweep(recipe, grid, args.out, **_engine(args)):
+        print(f"{args.out / point['folder']}  {point['digest']}")
+
+
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "device": args.device,
+        "memory": args.memory,
+        "workers": args.workers,
+        "factors": args.factors,
+        "progress": _progress(),
+    }
+
+
+def _print_notes(recipe: Recipe) -> None:
+    from merging.plan import make_plan
+
+    for warning in make_plan(recipe).warnings:
+        print(f"note: {warning}", file=sys.stderr)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """What is there already; and on a terminal, once two seconds have passed, a progress bar."""
     import time
 
-    start = time.monotonic()
+    start, terminal, before = time.monotonic(), sys.stderr.isatty(), 0
 
     def show(done: int, total: int) -> None:
-        if time.monotonic() - start > 2 or done == total:
-            end = "\n" if done == total and time.monotonic() - start > 2 else ""
+        nonlocal before
+        if not before and done > 1:
+            print(f"going on: {done - 1} of {total} tensors are there", file=sys.stderr)
+        before = done
+        if terminal and time.monotonic() - start > 2:
+            end = "\n" if done == total else ""
             print(f"\rmerging {done}/{total} tensors", end=end, file=sys.stderr, flush=True)
 
     return show
@@ -298,11 +401,14 @@ def _progress() -> Any:
 def _plan(args: argparse.Namespace) -> None:
     from merging.plan import make_plan
 
-    summary = make_plan(_recipe(args)).summary()
+    plan = make_plan(_recipe(args))
+    summary = plan.summary()
+    table = list(plan.table()) if args.table else []
     if args.json:
-        print(json.dumps(summary, indent=1))
+        print(json.dumps(summary | ({"table": table} if args.table else {}), indent=1))
     else:
         _print_plan(summary)
+        _print_table(table, plan.params)
     if summary["problems"]:
         raise UserError(f"{len(summary['problems'])} problem(s): see above")
 
@@ -312,11 +418,24 @@ def _print_plan(summary: dict[str, Any]) -> None:
     print(f"method     {summary['method']} {json.dumps(summary['params'])}")
     print(f"tensors    {tensors['merge']} merged, {tensors['copy']} copied")
     print(f"read       {_size(summary['bytes_read'])}, write {_size(summary['bytes_written'])}")
-    print(f"memory     {_size(summary['peak_bytes'])} a worker at the largest tensor")
+    print(f"memory     {_size(summary['peak_bytes'])} a worker at the largest tensor, besides the imports")
     print(f"time       about {summary['seconds']:g} s on one core")
     for kind in ("warnings", "problems"):
         for line in summary[kind]:
             print(f"{kind[:-1]:10} {line}")
+
+
+def _print_table(table: list[dict[str, Any]], params: dict[str, Any]) -> None:
+    """A line for each tensor; of its parameters those that are not the recipe's."""
+    lines = []
+    for row in table:
+        own = {k: v for k, v in row.get("params", {}).items() if k not in params or v != params[k]}
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        settings = " ".join(f"{key}={json.dumps(value)}" for key, value in own.items())
+        lines.append((row["tensor"], shape, row["action"], row.get("method", ""), settings))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 def _size(count: float) -> str:
@@ -332,16 +451,47 @@ def _methods(args: argparse.Namespace) -> None:
 
     chosen = [get_method(args.id)] if args.id else list(catalogue().values())
     if args.json:
-        print(json.dumps([{"id": m.id, "summary": m.summary, "parameters": m.parameters, "paper": m.paper,
-                           "code": m.code, "reference": m.reference, "needs_base": m.needs_base,
-                           "minimum_experts": m.minimum_experts} for m in chosen], indent=1))  # fmt: skip
+        print(json.dumps([_described(entry) for entry in chosen], indent=1))
         return
     for entry in chosen:
-        print(f"{entry.id:18} {entry.summary}")
+        print(f"{entry.id:24} {entry.summary}")
         if args.id:
-            print(f"\narXiv {entry.paper}; official code {entry.code}; reference {entry.reference}\n")
-            for name, default in entry.parameters.items():
-                print(f"  {name:14} {json.dumps(default)}")
+            _print_method(entry)
+
+
+def _described(entry: Method) -> dict[str, Any]:
+    """What the catalogue says of a method, as JSON; `unit` with its default parameters."""
+    return {
+        "id": entry.id,
+        "summary": entry.summary,
+        "parameters": entry.parameters,
+        "paper": entry.paper,
+        "code": entry.code,
+        "reference": entry.reference,
+        "unit": entry.bind(entry.resolve({})).unit,
+        "needs_base": entry.needs_base,
+        "minimum_experts": entry.minimum_experts,
+        "maximum_experts": entry.maximum_experts,
+        "reads_statistics": entry.statistics is not None,
+        "wraps": entry.wraps,
+    }
+
+
+def _print_method(entry: Method) -> None:
+    found = _described(entry)
+    least, most = found["minimum_experts"], found["maximum_experts"]
+    needs = [f"{least} experts" if most == least else f"{least} experts or more"] if least > 1 else []
+    needs += ["the base"] if found["needs_base"] else []
+    needs += ["statistics, with some parameters"] if found["reads_statistics"] else []
+    print(f"\npaper       {entry.paper}; official code {entry.code or 'none'}")
+    print(f"reference   {entry.reference}")
+    print(f"unit        {found['unit']}")
+    print(f"needs       {'; '.join(needs) or 'experts alone'}")
+    print("parameters" if entry.parameters else "parameters  none")
+    for name, default in entry.parameters.items():
+        print(f"  {name:16}{json.dumps(default)}")
+    if entry.wraps:
+        print("  and those of its inner method")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any
 
-from tasks.publish import REPORT, load_leaderboard, load_verdict
+from tasks.publish import REPORT, load_verdict
+from tasks.tracking import read_leaderboard
 
 if TYPE_CHECKING:
     from tasks.workspace import Workspace
@@ -38,7 +39,7 @@ def print_leaderboard(workspace: Workspace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    board = load_leaderboard(workspace)
+    board = read_leaderboard(workspace.root)
     table = Table(title=f"{board['pipeline']}: test accuracy, mean of {len(board['tasks'])} tasks")
     table.add_column("model", no_wrap=True)
     for name in ("mean", "95 % interval", "normalised", "worst task"):

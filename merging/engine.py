@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -16,14 +15,14 @@ from merging.checkpoint import DTYPES
 from merging.errors import UserError
 from merging.factors import FactorStore, store_at
 from merging.files import empty, resumable, user_errors
-from merging.inputs import FileInputs, MemoryInputs, State
+from merging.inputs import FileInputs, MemoryInputs, State, all_finite
 from merging.journal import Journal
 from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
-from merging.methods import get_method
+from merging.methods import Bound, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe
-from merging.slots import Inputs, Unit, View
+from merging.slots import Inputs, View
 from merging.writer import CheckpointWriter, TensorWriter
 
 if TYPE_CHECKING:
@@ -83,6 +82,7 @@ def merge_points(
     plans = [make_plan(recipe) for recipe, _ in points]
     for plan in plans:
         plan.check()
+    _check_inputs(plans)
     _check_device(device)
     store = store_at(factors)
     outs = [Path(out) for _, out in points]
@@ -96,7 +96,7 @@ def merge_points(
         folders = [stack.enter_context(resumable(out)) for out in outs]
         source = stack.enter_context(FileInputs(plans[0], device, store))
         outputs = [stack.enter_context(Output(p, o, f, device)) for p, o, f in zip(plans, outs, folders)]
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=_own_stream, initargs=(device,)))
         for output in outputs:
             output.find_facts(source, pool.map)
         _run(source, outputs, pool, executor, progress)
@@ -123,28 +123,57 @@ def merge_state_dicts(
     Raises:
         UserError: unknown method or parameter, missing base, tensors that do not match, NaN or Inf.
     """
+    return merge_state_dicts_points(
+        method, experts, base, points=[params or {}], statistics=statistics, seed=seed, factors=factors
+    )[0]
+
+
+def merge_state_dicts_points(
+    method: str,
+    experts: Mapping[str, State],
+    base: State | None = None,
+    *,
+    points: Sequence[Mapping[str, Any]],
+    statistics: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    factors: FactorStore | None = None,
+) -> list[dict[str, Tensor]]:
+    """Merge state dicts with several `params` in one pass, which shares what they have in common."""
     entry = get_method(method)
-    resolved = entry.resolve(params or {})
-    for misuse in entry.misuses(resolved, len(experts), base is not None, statistics):
-        raise UserError(misuse)
+    bounds = []
+    for params in points:
+        resolved = entry.resolve(params)
+        for misuse in entry.misuses(resolved, len(experts), base is not None, statistics):
+            raise UserError(misuse)
+        bounds.append(entry.bind(resolved))
     source = MemoryInputs(experts, base, statistics or {}, seed, factors)
-    bound = entry.bind(resolved)
-    merged = {}
-    with one_thread(bound.is_spectral):
-        facts = bound.prepass(Inputs(source.views, map))
+    merged: list[dict[str, Tensor]] = [{} for _ in points]
+    with one_thread(any(bound.is_spectral for bound in bounds)):
+        facts = [bound.prepass(Inputs(source.views, map)) for bound in bounds]
         for name in source.names:
             like = source.first[name]
+            parts: list[list[Tensor]] = [[] for _ in points]
             if like.is_floating_point():
-                view = View(source, name, like.shape)
-                measured = bound.measure(view, facts)
-                parts = [
-                    bound(x, facts, measured).reshape(-1).to(like.dtype) for x in view.blocks(bound.unit)
-                ]
+                for i, block in merged_blocks(View(source, name, like.shape), bounds, facts):
+                    parts[i].append(block.reshape(-1).to(like.dtype))
             else:
                 origins = [*(["base"] if base is not None else []), *experts]
-                parts = [block.clone() for block in source.agreed(origins, name)]
-            merged[name] = torch.cat(parts).reshape(like.shape) if parts else like.clone()
-    return {**{k: v for k, v in (base or {}).items() if k not in merged}, **merged}
+                for block in source.agreed(origins, name):
+                    for own in parts:
+                        own.append(block.clone())
+            for state, own in zip(merged, parts):
+                state[name] = torch.cat(own).reshape(like.shape) if own else like.clone()
+    return [{**{k: v for k, v in (base or {}).items() if k not in state}, **state} for state in merged]
+
+
+def merged_blocks(view: View, bounds: Sequence[Bound], facts: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
+    """All blocks of a tensor as each point merges them, with the point's index; points of one unit share slots."""
+    view.shared = len(bounds) > 1
+    for unit in sorted({bound.unit for bound in bounds}):
+        measured = {i: b.measure(view, facts[i]) for i, b in enumerate(bounds) if b.unit == unit}
+        for x in view.blocks(unit):
+            for i, found in measured.items():
+                yield i, bounds[i](x, facts[i], found)
 
 
 @contextmanager
@@ -166,8 +195,14 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not the GNU C library
         return
-    for option, value in ((_MMAP_THRESHOLD, 1 << 25), (_TRIM_THRESHOLD, 1 << 28)):
+    for option, value in ((_MMAP_THRESHOLD, 16 << 20), (_TRIM_THRESHOLD, 64 << 20)):
         mallopt(option, value)
+
+
+def _own_stream(device: str) -> None:
+    """A stream for each worker: one worker's copies overlap another's computation."""
+    if device != "cpu":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _one_scipy_thread() -> Any:
@@ -188,7 +223,11 @@ class Output:
         self.journal = Journal(folder, identity(plan, device))
         if not self.journal.resumes:
             empty(folder, keep=self.journal.path)
-        self.writer = _writer(plan, folder)
+        try:
+            self.writer = _writer(plan, folder)
+        except BaseException:
+            self.journal.close()
+            raise
         self.journal.keep_verified(self.writer)
 
     def __enter__(self) -> Output:
@@ -238,43 +277,35 @@ class Job:
 
     def _merge(self, name: str) -> Finished:
         entries = [entries[name] for entries in self.entries]
-        self.source.prefetch(entries[0])
         sinks = [writer.open(name) for writer in self.writers]
         if entries[0].action == "copy":
-            self._copy(entries[0], sinks)
+            self._copy(entries, sinks)
         else:
-            view = self.source.view(entries[0])
-            points = list(zip(entries, sinks, self.facts))
-            points.sort(key=lambda point: point[0].bound.unit)
-            for unit, group in groupby(points, key=lambda point: point[0].bound.unit):
-                self._merge_blocks(view, unit, list(group))
+            facts = [self.facts_for(entry, facts) for entry, facts in zip(entries, self.facts)]
+            view, bounds = self.source.view(entries[0]), [entry.bound for entry in entries]
+            for i, block in merged_blocks(view, bounds, facts):
+                sinks[i].append(_rounded(block, entries[i]))
         origins = [*entries[0].sources, *(["base"] if entries[0].base else [])]
         inputs = {o: self.source.hashes[o, name] for o in origins if (o, name) in self.source.hashes}
         return Finished(name, [sink.close() for sink in sinks], inputs)
-
-    def _merge_blocks(self, view: View, unit: Unit, points: list[tuple[Entry, TensorWriter, Any]]) -> None:
-        facts = [self.facts_for(entry, facts) for entry, _, facts in points]
-        measured = [entry.bound.measure(view, f) for (entry, *_), f in zip(points, facts)]
-        for x in view.blocks(unit):
-            for (entry, sink, _), f, m in zip(points, facts, measured):
-                sink.append(_rounded(entry.bound(x, f, m), entry))
 
     @staticmethod
     def facts_for(entry: Entry, facts: Any) -> Any:
         """Excluded tensors are averaged, which knows nothing of the recipe's method."""
         return facts if entry.bound.method.prepass or entry.bound.inner else None
 
-    def _copy(self, entry: Entry, sinks: Sequence[TensorWriter]) -> None:
-        origins = [*(["base"] if entry.base else []), *entry.sources]
-        for block in self.source.agreed(origins, entry.name):
-            for sink in sinks:
-                sink.append(block.to(_torch_dtype(entry)))
+    def _copy(self, entries: Sequence[Entry], sinks: Sequence[TensorWriter]) -> None:
+        first = entries[0]
+        origins = [*(["base"] if first.base else []), *first.sources]
+        for block in self.source.agreed(origins, first.name):
+            for entry, sink in zip(entries, sinks):
+                sink.append(block if block.dtype == _torch_dtype(entry) else _rounded(block, entry))
 
 
 def _rounded(value: Tensor, entry: Entry) -> Tensor:
     """The one rounding, to the dtype that is written (raises UserError if it overflows)."""
     result = value.to(_torch_dtype(entry))
-    if not torch.isfinite(result.sum()) and not torch.isfinite(result).all():
+    if not all_finite(result):
         raise UserError(
             f"tensor '{entry.name}' overflows {result.dtype}; choose a wider dtype or a smaller scale"
         )
@@ -316,31 +347,40 @@ def _run(
             source.hashes |= {(origin, line["tensor"]): hash for origin, hash in line["inputs"].items()}
     entries = outputs[0].plan.entries
     left = [e for e in entries if not all(e.name in o.journal.tensors for o in outputs)]
+
+    def record(finished: list[Finished]) -> int:
+        for tensor in finished:
+            source.hashes |= {(origin, tensor.name): hash for origin, hash in tensor.inputs.items()}
+            for output, hash in zip(outputs, tensor.hashes):
+                output.writer.hashes[tensor.name] = hash
+                output.journal.add_tensor(tensor.name, hash, tensor.inputs)
+        return len(finished)
+
     if executor:
         address = (
             [(o.plan.recipe.model_dump(mode="json"), str(o.folder), o.journal.facts) for o in outputs],
             source.device,
         )
         futures = [executor.submit(merge_unit, address, names) for names in _units(left)]
+        counts = (record(future.result()) for future in as_completed(futures))
     else:
         job = Job(
             source, [o.plan for o in outputs], [o.writer for o in outputs], [o.journal.facts for o in outputs]
         )
-        futures = [pool.submit(job.merge, [entry.name]) for entry in left]
+        # Who merged a tensor journals it, so that a kill finds no finished ones that wait for this thread.
+        futures = [pool.submit(lambda name: record(job.merge([name])), entry.name) for entry in left]
+        counts = (future.result() for future in as_completed(futures))
     done = len(entries) - len(left)
     try:
-        for future in as_completed(futures):
-            for tensor in future.result():
-                source.hashes |= {(origin, tensor.name): hash for origin, hash in tensor.inputs.items()}
-                for output, hash in zip(outputs, tensor.hashes):
-                    output.writer.hashes[tensor.name] = hash
-                    output.journal.add_tensor(tensor.name, hash, tensor.inputs)
+        for count in counts:
+            for _ in range(count):
                 done += 1
                 if progress:
                     progress(done, len(entries))
     except BaseException:
         for future in futures:
             future.cancel()
+        wait(futures)  # nothing may write into a folder that is about to be left or removed
         raise
 
 
@@ -355,6 +395,14 @@ def _units(entries: Sequence[Entry]) -> Iterator[list[str]]:
             size, names = 0, []
     if names:
         yield names
+
+
+def _check_inputs(plans: Sequence[Plan]) -> None:
+    """Raises UserError unless all recipes read the same tensors in the same way."""
+    first, *others = (plan.recipe for plan in plans)
+    for field in ("base", "experts", "statistics", "include", "exclude", "excluded", "seed"):
+        if any(str(getattr(other, field)) != str(getattr(first, field)) for other in others):
+            raise UserError(f"recipes that are merged together need the same {field}; merge them one by one")
 
 
 def _check_device(device: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Protocol
 
+from merging.checkpoint import hasher
 from merging.errors import UserError
 from merging.files import write_bytes
 from merging.recipe import text_digest
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = dict[str, "Tensor"]
+_SEAL_BYTES = 32
 
 
 class FactorStore(Protocol):
@@ -26,25 +28,37 @@ class FactorStore(Protocol):
 
 
 class FolderStore:
-    """A factor store in a folder: one safetensors file an entry, written whole or not at all."""
+    """A factor store in a folder: one file an entry, written whole or not at all: a hash, then safetensors."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def recall(self, key: Any, make: Callable[[], Tensors]) -> Tensors:
         """What is stored under `key`; if nothing is, `make()`, which is stored."""
-        from safetensors import SafetensorError
         from safetensors.torch import load, save
 
         digest = text_digest(key).partition(":")[2]
-        path = self.folder / digest[:2] / f"{digest}.safetensors"
+        path = self.folder / digest[:2] / f"{digest}.factors"
         try:
-            return load(path.read_bytes())
-        except (FileNotFoundError, SafetensorError):
-            pass
+            stored = path.read_bytes()
+        except FileNotFoundError:
+            stored = b""
+        seal, data = stored[:_SEAL_BYTES], stored[_SEAL_BYTES:]
+        if seal == _seal(digest, data):
+            # Copied: products of float64 matrices depend on their alignment, which a file does not give.
+            return {name: tensor.clone() for name, tensor in load(data).items()}
         made = make()
-        write_bytes(path, save({name: tensor.contiguous().cpu() for name, tensor in made.items()}))
+        data = save({name: tensor.contiguous().cpu() for name, tensor in made.items()})
+        write_bytes(path, _seal(digest, data) + data)
         return made
+
+
+def _seal(digest: str, data: bytes) -> bytes:
+    """The hash of an entry and its key: a store may be damaged, or not be one."""
+    sealed = hasher()
+    sealed.update(digest.encode())
+    sealed.update(data)
+    return sealed.digest()
 
 
 def store_at(path: str | Path | None) -> FolderStore | None:

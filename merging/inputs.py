@@ -6,6 +6,7 @@ Everything is hashed, and looked at for NaN and Inf, the first time it is read f
 from __future__ import annotations
 
 import os
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
@@ -49,6 +50,9 @@ class _Source:
         raise NotImplementedError
 
     def dtype(self, name: str) -> torch.dtype:
+        raise NotImplementedError
+
+    def precision(self, name: str) -> torch.dtype:
         raise NotImplementedError
 
     def raw(self, origin: str, name: str, start: int, stop: int) -> Tensor:
@@ -109,9 +113,14 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, length)
 
 
-def _refuse_nonfinite(origin: str, name: str, value: Tensor) -> None:
+def all_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or Inf."""
     # The sum of finite numbers may overflow, but no sum hides a NaN or Inf; it is six times cheaper than isfinite.
-    if torch.isfinite(value.sum()) or torch.isfinite(value).all():
+    return isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
+
+
+def _refuse_nonfinite(origin: str, name: str, value: Tensor) -> None:
+    if all_finite(value):
         return
     kind = "NaN" if torch.isnan(value).any() else "Inf"
     raise UserError(f"'{origin}': tensor '{name}' holds {kind}; leave this checkpoint out or repair it")
@@ -127,8 +136,7 @@ class FileInputs(_Source):
         self.has_base = plan.base is not None
         self._handles: dict[Path, int] = {}
         self._checkpoints = {**plan.experts, **({"base": plan.base} if plan.base else {})}
-        wide = {e.name for e in plan.entries if e.action == "merge" and "F64" in e.dtypes}
-        self._dtypes = {name: torch.float64 for name in wide}
+        self._dtypes = {entry.name: entry.dtypes for entry in plan.entries}
 
     def __enter__(self) -> FileInputs:
         return self
@@ -155,11 +163,15 @@ class FileInputs(_Source):
         return info.nbytes // DTYPES[info.dtype][1]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._dtypes.get(name, torch.float32)
+        return torch.float64 if "F64" in self._dtypes[name] else torch.float32
+
+    def precision(self, name: str) -> torch.dtype:
+        return torch.float32 if self._dtypes[name] <= {"BF16", "F16"} else torch.float64
 
     def _elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         dtype, size = DTYPES[info.dtype]
-        buffer = torch.empty((stop - start) * size, dtype=torch.uint8)
+        # What goes to an accelerator is read into pinned memory, from which copies need not be waited for.
+        buffer = torch.empty((stop - start) * size, dtype=torch.uint8, pin_memory=self.device != "cpu")
         view, done = memoryview(buffer.numpy()), 0
         handle = self._handle(info.file)
         while done < len(view):
@@ -177,14 +189,10 @@ class FileInputs(_Source):
                 handle = os.open(path, os.O_RDONLY)
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
             if self._handles.setdefault(path, handle) != handle:  # another thread was faster
                 os.close(handle)
         return self._handles[path]
-
-    def prefetch(self, entry: Entry) -> None:
-        """Tell the kernel what will be read soon."""
-        for info in (*entry.sources.values(), *([entry.base] if entry.base else [])):
-            os.posix_fadvise(self._handle(info.file), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def checkpoint_digest(self, origin: str) -> str:
         """The digest of a whole checkpoint, of which everything was read."""
@@ -263,5 +271,10 @@ class MemoryInputs(_Source):
         return self.states[origin][name].numel()
 
     def dtype(self, name: str) -> torch.dtype:
-        wide = any(name in s and s[name].dtype == torch.float64 for s in self.states.values())
-        return torch.float64 if wide else torch.float32
+        return torch.float64 if torch.float64 in self._dtypes(name) else torch.float32
+
+    def precision(self, name: str) -> torch.dtype:
+        return torch.float32 if self._dtypes(name) <= {torch.bfloat16, torch.float16} else torch.float64
+
+    def _dtypes(self, name: str) -> set[torch.dtype]:
+        return {state[name].dtype for state in self.states.values() if name in state}

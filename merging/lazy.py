@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 class _LazyModule(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        return getattr(import_module(self.__name__), name)
+        value = getattr(import_module(self.__name__), name)
+        setattr(self, name, value)  # found without a detour from now on
+        return value
 
 
 if TYPE_CHECKING:

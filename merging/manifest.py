@@ -51,6 +51,7 @@ def identity(plan: Plan, device: str) -> str:
     return text_digest(
         {
             "recipe": plan.recipe.model_dump(mode="json"),
+            "experts": list(plan.experts),  # their order
             "params": plan.params,
             "files": [[f, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for f, s in stats],
             "device": device,
@@ -61,7 +62,8 @@ def identity(plan: Plan, device: str) -> str:
 
 def refuse_to_replace(plan: Plan, out: Path) -> None:
     """Only a merge gives way to a merge: raises UserError for an input, or a folder of something else."""
-    for path in filter(None, (*plan.recipe.experts.values(), plan.recipe.base)):
+    statistics = [checkpoint.path for files in plan.statistics.values() for checkpoint in files]
+    for path in filter(None, (*plan.recipe.experts.values(), plan.recipe.base, *statistics)):
         if path.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: holds the input {path}; choose another place")
     if out.suffix == ".safetensors":
@@ -119,7 +121,7 @@ def _manifest(plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Pat
     by_content = {
         **lineage,
         "base": base and base["digest"],
-        "experts": {name: e["digest"] for name, e in experts.items()},
+        "experts": [[name, e["digest"]] for name, e in experts.items()],
         "statistics": {kind: [s["digest"] for s in files] for kind, files in statistics.items()},
     }
     specs = writer.specs.values()

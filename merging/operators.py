@@ -15,26 +15,34 @@ if TYPE_CHECKING:
     from merging.slots import Slot, Unit, View
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether NumPy and SciPy can take it, which sort and decompose faster than torch there."""
+    return tensor.device.type == "cpu"
+
+
 # ---------------------------------------------------------------------------------------------- combining
 
 
-def weighted_sum(tensors: Iterable[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """Sum over experts of weight x tensor, one at a time, in float64; `None` means weight 1 for all."""
-    total: Tensor | None = None
-    for t, tensor in enumerate(tensors):
+def weighted_sum(
+    tensors: Iterable[Tensor], weights: Sequence[float] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Sum over experts of weight x tensor, one at a time, in float64 or `dtype`; `None` means weight 1 for all."""
+    sum_X: Tensor | None = None
+    for t, tensor_X in enumerate(tensors):
         weight = 1.0 if weights is None else float(weights[t])
-        wide = tensor.to(torch.float64, copy=True)  # much faster than adding float32 to float64
-        if total is None:
-            total = wide if weight == 1.0 else wide.mul_(weight)
-        else:
-            total.add_(wide, alpha=weight)
-    assert total is not None
-    return total
+        if sum_X is None:
+            sum_X = tensor_X.to(dtype or torch.float64, copy=True)
+            if weight != 1.0:
+                sum_X.mul_(weight)
+        else:  # converted first: adding float32 to float64 is three times slower
+            sum_X.add_(tensor_X.to(sum_X.dtype), alpha=weight)
+    assert sum_X is not None
+    return sum_X
 
 
-def mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Mean over experts, accumulated in float64: copies of one tensor give back that tensor, bit for bit."""
-    return weighted_sum(tensors).div_(len(tensors))
+def mean(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """Mean over experts in float64 or `dtype`: copies of one tensor give back that tensor, bit for bit."""
+    return weighted_sum(tensors, dtype=dtype).div_(len(tensors))
 
 
 def total(tau_TX: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -75,8 +83,11 @@ def largest_aligned(tau_TX: Sequence[Tensor], sign_X: Tensor) -> Tensor:
 
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
-    """All inner products of T tensors of one shape, in float64: (T, T)."""
+    """All inner products of T tensors of one shape, in float64, on the CPU: (T, T)."""
     rows_TN = [tensor.reshape(-1).double() for tensor in tensors]
+    if not on_cpu(rows_TN[0]):
+        stack_TN = torch.stack(rows_TN)
+        return (stack_TN @ stack_TN.T).cpu()
     gram_TT = torch.empty(len(rows_TN), len(rows_TN), dtype=torch.float64)
     for i, row_N in enumerate(rows_TN):
         for j in range(i + 1):
@@ -119,9 +130,11 @@ def kth_smallest(
 
 def _inside(bits: Tensor, bin: int) -> Tensor:
     """The lower halves of the integers whose upper half is `bin`."""
+    if not on_cpu(bits):
+        return bits[bits >> 16 == bin] & 0xFFFF
     import numpy as np
 
-    values = bits.cpu().numpy()  # its boolean indexing is eight times faster here
+    values = bits.numpy()  # its boolean indexing is eight times faster
     return torch.from_numpy(values[values >> 16 == bin] & np.int32(0xFFFF))
 
 
@@ -132,22 +145,54 @@ def _histograms(
     bins: int,
     key: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    counts = [
-        torch.stack(
-            [
-                torch.bincount(key(magnitude_bits(row), t), minlength=bins).cpu()
-                for t, row in enumerate(rows(x))
-            ]
-        )
-        for x in view.blocks(unit)
-    ]
-    return _total(counts)
+    """How often each key occurs in the magnitudes of each row: (T, bins)."""
+    histograms: list[_Histogram] = []
+    for x in view.blocks(unit):
+        for t, row in enumerate(rows(x)):
+            if t == len(histograms):
+                histograms.append(_Histogram(bins))
+            histograms[t].add(key(magnitude_bits(row), t))
+    return (
+        torch.stack([h.counts() for h in histograms])
+        if histograms
+        else torch.zeros(1, bins, dtype=torch.int64)
+    )
+
+
+class _Histogram:
+    """Counts of small integers, which are counted a large portion at a time."""
+
+    def __init__(self, bins: int):
+        self._counts = torch.zeros(bins, dtype=torch.int64)
+        self._waiting = torch.empty(
+            4 * bins, dtype=torch.int32
+        )  # in one place: many small pieces would scatter memory
+        self._elements = 0
+
+    def add(self, values: Tensor) -> None:
+        if self._elements + len(values) > len(self._waiting):
+            self._count(self._waiting[: self._elements])
+            self._elements = 0
+        if len(values) > len(self._waiting):
+            self._count(values)
+            return
+        self._waiting[self._elements : self._elements + len(values)] = values
+        self._elements += len(values)
+
+    def _count(self, values: Tensor) -> None:
+        self._counts += torch.bincount(values, minlength=len(self._counts)).cpu()
+
+    def counts(self) -> Tensor:
+        self._count(self._waiting[: self._elements])
+        self._elements = 0
+        return self._counts
 
 
 def _total(counts: Iterable[Tensor]) -> Tensor:
-    total: Tensor | int = 0
+    total: Tensor | None = None
     for count in counts:
-        total = total + count
+        total = count if total is None else total.add_(count)
+    assert total is not None
     return total
 
 
@@ -176,21 +221,30 @@ def keep_between(tau_X: Tensor, least: float | Tensor, most: float | Tensor) -> 
 
 def row_ranks(tau_MN: Tensor) -> Tensor:
     """The rank of each entry's magnitude within its row, from 0; equal ones in the order of their columns: (M, N)."""
-    import numpy as np
+    columns = tau_MN.shape[-1]
+    if on_cpu(tau_MN):
+        import numpy as np
 
-    # Magnitude above, column below: sorting such integers is exact, stable, and vectorised in numpy.
-    bits = magnitude_bits(tau_MN).reshape(tau_MN.shape).cpu().numpy().astype(np.int64)
-    packed_MN = np.sort((bits << 32) | np.arange(tau_MN.shape[-1]), axis=-1)
-    order_MN = torch.from_numpy(packed_MN & 0xFFFFFFFF)
-    place_MN = torch.arange(tau_MN.shape[-1], dtype=torch.int32).expand(order_MN.shape)
-    return torch.empty_like(place_MN, memory_format=torch.contiguous_format).scatter_(-1, order_MN, place_MN)
+        # Magnitude above, column below: sorting such integers is exact, stable, and vectorised in numpy.
+        packed_MN = magnitude_bits(tau_MN).reshape(tau_MN.shape).numpy().astype(np.int64)
+        packed_MN <<= 32
+        packed_MN |= np.arange(columns)
+        packed_MN.sort(axis=-1)
+        packed_MN &= 0xFFFFFFFF
+        order_MN = torch.from_numpy(packed_MN)
+    else:
+        order_MN = tau_MN.float().abs().argsort(dim=-1, stable=True)
+    place_MN = torch.arange(columns, dtype=torch.float32, device=order_MN.device).expand(order_MN.shape)
+    return torch.empty_like(order_MN, dtype=torch.float32).scatter_(-1, order_MN, place_MN)
 
 
 def row_order(tau_MN: Tensor, places: Sequence[int]) -> list[Tensor]:
     """The magnitudes that stand at some places (from 0, ascending) of each row: (M, 1) each."""
-    import numpy as np
+    if on_cpu(tau_MN):
+        import numpy as np
 
-    sorted_MN = np.sort(magnitude_bits(tau_MN).reshape(tau_MN.shape).cpu().numpy(), axis=-1)
-    return [
-        torch.from_numpy(sorted_MN[:, p : p + 1].copy()).view(torch.float32).to(tau_MN.device) for p in places
-    ]
+        bits_MN = magnitude_bits(tau_MN).reshape(tau_MN.shape).numpy()
+        sorted_MN = torch.from_numpy(np.sort(bits_MN, axis=-1)).view(torch.float32)
+    else:
+        sorted_MN = tau_MN.float().abs().sort(dim=-1).values
+    return [sorted_MN[:, p : p + 1].clone() for p in places]

@@ -256,6 +256,24 @@ def _match_tensors(plan: Plan) -> None:
             f"{len(carried)} tensors that only the base has are copied from it, {carried[0]!r} first"
         )
     plan.entries.sort(key=lambda e: e.name)
+    plan.problems += _statistics_mismatches(plan)
+
+
+def _statistics_mismatches(plan: Plan) -> Iterator[str]:
+    """A sentence for each kind of statistics with too few or many files, or with a tensor of another shape."""
+    shapes = {entry.name: entry.spec.shape for entry in plan.entries}
+    for kind, files in plan.statistics.items():
+        if len(files) not in (1, len(plan.experts)):
+            yield f"statistics '{kind}': {len(files)} files for {len(plan.experts)} experts; one an expert, in order"
+        for file in files:
+            for key, info in file.tensors.items():
+                shape = shapes.get(key, shapes.get(key.partition("/")[2], info.shape))
+                if info.shape != shape:
+                    yield (
+                        f"statistics '{kind}': '{key}' of {file.path} has shape {list(info.shape)}, "
+                        f"the tensor {list(shape)}"
+                    )
+                    break
 
 
 class _Bounds:
@@ -297,12 +315,13 @@ class _Bounds:
             return plan.bound
         misuses = method.misuses(resolved, len(plan.experts), plan.base is not None, plan.recipe.statistics)
         plan.problems += [f"tensor '{name}': {problem}" for problem in misuses]
-        for key in sorted(_global_parameters(plan.bound)):
+        bound = method.bind(resolved)
+        for key in sorted(_global_parameters(plan.bound) | _global_parameters(bound)):
             if resolved.get(key) != plan.params.get(key):
                 plan.problems.append(
                     f"tensor '{name}': {method.id} measures the whole model with '{key}', which a rule cannot change"
                 )
-        return method.bind(resolved)
+        return bound
 
 
 def _global_parameters(bound: Bound) -> set[str]:

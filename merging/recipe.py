@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal, Mapping
+from typing import Annotated, Any, Callable, Iterator, Literal, Mapping
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -87,6 +87,8 @@ def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
     """
     file = YamlFile(path)
     recipe = file.parse(Recipe)
+    for loc, problem in _mistakes(recipe):
+        raise file.error(loc, problem)
 
     def local(where: Any) -> Any:
         if isinstance(where, list):
@@ -101,6 +103,29 @@ def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
             "statistics": {kind: local(where) for kind, where in written.get("statistics", {}).items()},
         }
     )
+
+
+def _mistakes(recipe: Recipe) -> Iterator[tuple[list[Any], str]]:
+    """Unknown methods and parameters, and values out of range, as (where, sentence)."""
+    from merging.methods import get_method
+
+    try:
+        method = get_method(recipe.method)
+    except UserError as error:
+        yield ["method"], str(error)
+        return
+    inner = (
+        {"inner": recipe.params["inner"]} if "inner" in recipe.params else {}
+    )  # whose parameters are known too
+    given = [(["params", key], key, value) for key, value in recipe.params.items()]
+    for i, rule in enumerate(recipe.rules):
+        given += [(["rules", i, "params", key], key, value) for key, value in rule.params.items()]
+        given += [(["rules", i, "gradient", key], key, values[0]) for key, values in rule.gradient.items()]
+    for loc, key, value in given:
+        try:
+            method.resolve({**inner, key: value})
+        except UserError as error:
+            yield loc, str(error)
 
 
 def canonical_json(value: Any) -> str:

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from merging.factors import FactorStore
 
 Unit = Literal["element", "row", "tensor"]
-_BLOCK = 1 << 19  # elements of all experts together: their float32 stay near the core, whatever their number
+# Elements in a block, of all experts together: near a core's caches, or enough to keep an accelerator busy.
+_BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 26
 
 
-def block_elements(experts: int) -> int:
-    """About how many elements of a tensor are in a block."""
-    return max(1, _BLOCK // max(experts, 1))
+def block_elements(experts: int, device: str = "cpu") -> int:
+    """About how many elements of a tensor are in a block; all experts' blocks take the same for any number of them."""
+    return max(1, (_BLOCK if device == "cpu" else _DEVICE_BLOCK) // max(experts, 1))
 
 
 class Source(Protocol):
@@ -33,10 +34,17 @@ class Source(Protocol):
     experts: Sequence[str]
     has_base: bool
     seed: int
+    device: str
     store: FactorStore | None
 
     def read(self, origin: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a float tensor of an expert or `base`, in the dtype that is computed in."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is read as."""
+
+    def precision(self, name: str) -> torch.dtype:
+        """What sums of a tensor over experts are accumulated in."""
 
     def statistic(self, kind: str, key: str, start: int, stop: int) -> Tensor:
         """Elements of a tensor of the statistics `kind`; the key is `EXPERT INDEX/TENSOR`, or the tensor's name."""
@@ -59,9 +67,11 @@ class Experts(Sequence):
     def __len__(self) -> int:
         return self._count
 
+    def __iter__(self) -> Iterator[Tensor]:
+        # Not Sequence's own, which would take an IndexError of a method for its end.
+        return map(self.__getitem__, range(self._count))
+
     def __getitem__(self, t: int) -> Tensor:
-        if t >= self._count:
-            raise IndexError(t)
         if self._kept is None:
             return self._get(t)
         if self._kept[t] is None:
@@ -113,17 +123,39 @@ class Slot:
     @property
     def task_vectors(self) -> Tensor:
         """expert - base of all experts: (T, *X)."""
-        return self.remember("task_vectors", lambda: self.experts.stacked - self.base)
+
+        def subtract() -> Tensor:
+            base = self.base
+            tau_TX = base.new_empty((len(self.experts), *self.shape))
+            for t, expert in enumerate(self.experts):
+                torch.sub(expert, base, out=tau_TX[t])
+            return tau_TX
+
+        return self.remember("task_vectors", subtract)
 
     @property
     def elements(self) -> int:
         return prod(self.shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What tensors are read as: float32, or float64 if an input is."""
+        return self.view.source.dtype(self.name)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What sums over experts are accumulated in: float64, or float32 where all inputs have 16 bits."""
+        return self.view.source.precision(self.name)
+
     def remember(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, once a slot: what several points of a sweep share is computed once."""
+        """`make()`, once a slot."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+    def share(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, once a slot if several points of a sweep are merged from it; a single merge keeps nothing."""
+        return self.remember(key, make) if self.view.shared else make()
 
     def statistic(self, kind: str, expert: int | None = None) -> Tensor:
         """This block of a statistics tensor, of one expert or of all: (X)."""
@@ -155,8 +187,8 @@ class Slot:
 class View:
     """One tensor of a merge, to be read block by block as often as needed."""
 
-    def __init__(self, source: Source, name: str, shape: Sequence[int]):
-        self.source, self.name = source, name
+    def __init__(self, source: Source, name: str, shape: Sequence[int], shared: bool = False):
+        self.source, self.name, self.shared = source, name, shared
         self.shape = tuple(shape) or (1,)
 
     @property
@@ -171,7 +203,7 @@ class View:
             yield Slot(self, 0, self.shape, keep=False)
             return
         width = self.shape[-1] if unit == "row" else 1
-        step = max(1, block_elements(len(self.source.experts)) // width) * width
+        step = max(1, block_elements(len(self.source.experts), self.source.device) // width) * width
         for start in range(0, self.elements, step):
             size = min(step, self.elements - start)
             yield Slot(self, start, (size // width, width) if unit == "row" else (size,), keep=True)
@@ -181,7 +213,7 @@ class ChangedView(View):
     """A view whose blocks pass through `change` first."""
 
     def __init__(self, view: View, change: Callable[[Slot], Slot]):
-        super().__init__(view.source, view.name, view.shape)
+        super().__init__(view.source, view.name, view.shape, view.shared)
         self._view, self._change = view, change
 
     def blocks(self, unit: Unit) -> Iterator[Slot]:
@@ -189,10 +221,10 @@ class ChangedView(View):
 
 
 class Inputs:
-    """All float tensors that a merge merges: what a pre-pass may read, as often as it likes."""
+    """All float tensors that a merge merges, but empty ones: what a pre-pass may read, as often as it likes."""
 
     def __init__(self, views: Iterable[View], run: Callable[[Callable, Iterable], Iterable]):
-        self.views = list(views)
+        self.views = [view for view in views if view.elements]
         self._run = run
 
     @property

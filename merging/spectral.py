@@ -8,9 +8,11 @@ an accelerator torch's. Who calls them limits BLAS to one thread (`merging.engin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Sequence
+from math import acosh
+from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from merging.lazy import torch
+from merging.operators import on_cpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,47 +22,71 @@ if TYPE_CHECKING:
 _GPU_BLOCK = 256  # columns of a block of a Gram matrix on an accelerator
 _SMALL = 128  # sides below it are decomposed whole
 _DEFECT = 1e-11  # accepted residual (of the largest eigenvalue) and loss of orthogonality of an eigenvector
+_FILTERS = 60  # cycles after which an iteration that does not converge is given up
 _SINGULAR = 1e-13  # an eigenvalue of a Gram matrix, relative to its largest, too small for an inverse root
 
 
 # ---------------------------------------------------------------------------------------------- of slots
 
 
+def task_vector(x: Slot, t: int, start_MN: Tensor) -> Tensor:
+    """Expert t minus what task vectors are measured from: (M, N) float64."""
+    return x.experts[t].to(torch.float64, copy=True).sub_(start_MN)
+
+
 def directions(x: Slot, t: int, tau_MN: Tensor, reference: Any, rank: int | None) -> tuple[Tensor, Tensor]:
     """Squared singular values (L,) and singular vectors (R, L) of the smaller side of expert t's task vector.
 
-    The `rank` leading ones or more (None: all): L is one of three shares of R, so that nearby ranks find the very same
-    vectors. They are kept for the other points of a sweep and in the factor store. `reference` says, as JSON values,
-    what the task vector was measured from.
+    The `rank` leading ones or more (None: all), see `_count`. They are kept in the factor store, if there is one.
+    `reference` says, as JSON values, what the task vector was measured from.
     """
-    side = min(tau_MN.shape)
-    count = next(
-        (side // n for n in (8, 4) if side >= _SMALL and rank is not None and rank <= side // n), side
-    )
+    count = _count(x, rank)
 
     def make() -> dict[str, Tensor]:
         energy_L, q_RL = leading(gram(tau_MN), count)
         return {"energy": energy_L, "vectors": q_RL}
 
-    def recall() -> dict[str, Tensor]:
-        store = x.view.source.store
-        return (
-            store.recall({"directions": count, **_dependencies(x, t, reference)}, make) if store else make()
-        )
-
-    found = x.remember(("directions", count, t, str(reference)), recall)
+    store = x.view.source.store
+    found = store.recall({"directions": count, **_dependencies(x, t, reference)}, make) if store else make()
     return found["energy"].to(tau_MN.device), found["vectors"].to(tau_MN.device)
 
 
+def factors(
+    x: Slot, t: int, start_MN: Tensor, reference: Any, rank: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared singular values (L,), and factors (M, L) and (N, L) whose product is the task vector's leading part.
+
+    The product of their first k columns is P_k of it. Points of a sweep share them.
+    """
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        tau_MN = task_vector(x, t, start_MN)
+        energy_L, q_RL = directions(x, t, tau_MN, reference, rank)
+        wide = tau_MN.shape[0] < tau_MN.shape[1]
+        other_SL = (tau_MN.T if wide else tau_MN) @ q_RL
+        left_ML, right_NL = (q_RL, other_SL) if wide else (other_SL, q_RL)
+        return energy_L, left_ML.to(dtype), right_NL.to(dtype)
+
+    return x.share(("factors", _count(x, rank), t, str(reference), dtype), make)
+
+
+def _count(x: Slot, rank: int | None) -> int:
+    """How many directions are computed for a rank: one of three shares of R, so that nearby ranks find the same."""
+    side = min(x.shape)
+    return next(
+        (side // n for n in (8, 4) if side >= _SMALL and rank is not None and rank <= side // n), side
+    )
+
+
 def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any]:
-    """The digests of everything that the task vector of expert t depends on."""
+    """The shape, and the digests of everything that the task vector of expert t depends on."""
     source, name = x.view.source, x.name
-    own = source.digest(source.experts[t], name)
+    own = {"shape": x.shape, "reference": reference, "expert": source.digest(source.experts[t], name)}
     if reference == "pretrained":
-        return {"reference": reference, "expert": own, "base": source.digest("base", name)}
+        return own | {"base": source.digest("base", name)}
     base = source.digest("base", name) if reference != "mean" and source.has_base else None
     others = [source.digest(expert, name) for expert in source.experts]
-    return {"reference": reference, "expert": own, "experts": others, "base": base}
+    return own | {"experts": others, "base": base}
 
 
 # ---------------------------------------------------------------------------------------------- low rank
@@ -69,7 +95,7 @@ def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any]:
 def gram(a_MN: Tensor) -> Tensor:
     """Gram matrix of the smaller side, (R, R) float64; only its lower triangle is valid."""
     a_MR = a_MN.double() if a_MN.shape[0] >= a_MN.shape[1] else a_MN.double().T
-    if a_MR.device.type == "cpu":
+    if on_cpu(a_MR):
         from scipy.linalg import blas
 
         if a_MR.is_contiguous():
@@ -86,17 +112,18 @@ def gram(a_MN: Tensor) -> Tensor:
 def leading(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k leading eigenpairs of a symmetric float64 matrix: (K,), descending, and (R, K).
 
-    Reads the lower triangle. Up to k = R/3 on the CPU: reduction to tridiagonal form, all eigenvalues, inverse
-    iteration for k of them, back-transformation of these k (LAPACK Users' Guide, 3rd ed., section 2.4.4). As exact as
-    the full decomposition, which answers if a check fails.
+    Reads the lower triangle. Up to k = R/3 without the full decomposition, but as exact: on the CPU by reduction to
+    tridiagonal form, all eigenvalues, inverse iteration for k of them and back-transformation of these k (LAPACK
+    Users' Guide, 3rd ed., section 2.4.4); on an accelerator by products of matrices alone. Where their own checks fail,
+    the full decomposition answers.
     """
     side = gram_RR.shape[0]
-    if gram_RR.device.type == "cpu" and side >= _SMALL and 0 < 3 * k <= side:
-        pairs = _by_inverse_iteration(gram_RR, k)
+    if side >= _SMALL and 0 < 3 * k <= side:
+        pairs = (_by_inverse_iteration if on_cpu(gram_RR) else _by_filtering)(gram_RR, k)
         if pairs is not None:
             return pairs
     energy_R, q_RR = eigenpairs(gram_RR)
-    return energy_R[side - k :].flip(0).clamp(min=0), q_RR[:, side - k :].flip(1)
+    return energy_R[side - k :].flip(0).clamp(min=0), q_RR[:, side - k :].flip(1).contiguous()
 
 
 def _by_inverse_iteration(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -121,25 +148,58 @@ def _by_inverse_iteration(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor] | No
     if failed or astray or not exact:
         return None
     q_RK[1:], _, _ = lapack.dormqr("L", "N", reflectors_RR[1:, :-1], tau, q_RK[1:], 64 * k + 65 * 64)
-    return torch.from_numpy(energy_K[::-1].copy()).clamp_(min=0), torch.from_numpy(q_RK[:, ::-1].copy())
+    # In torch's own memory: the last bits of a product can depend on how its factors are aligned.
+    return torch.from_numpy(energy_K).flip(0).clamp_(min=0), torch.from_numpy(q_RK).flip(1).contiguous()
+
+
+def _by_filtering(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """`leading` by subspace iteration with Chebyshev filters (Zhou & Saad 2007); None if it does not converge.
+
+    A block of 1.6 k vectors, whose Ritz values below the kth bound what is damped, is filtered until the residual of
+    the k leading ones, over their distance to the block's last, is 1e-10.
+    """
+    gram_RR = gram_RR.tril() + gram_RR.tril(-1).T
+    width = min(len(gram_RR), int(1.6 * k) + 8)
+    start = torch.randn(len(gram_RR), width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_RP = _orthonormal(start.to(gram_RR.device))
+    for _ in range(_FILTERS):
+        product_RP = gram_RR @ x_RP
+        energy_P, turn_PP = torch.linalg.eigh(x_RP.T @ product_RP)
+        energy_P, turn_PP = energy_P.flip(0), turn_PP.flip(1)
+        x_RP, product_RP = x_RP @ turn_PP, product_RP @ turn_PP
+        damped, top, kth = energy_P[[-1, 0, k - 1]].tolist()
+        if not 0 < damped < kth:
+            return None
+        residual = float((product_RP - x_RP * energy_P)[:, :k].norm())
+        if residual <= 1e-10 * (kth - damped):
+            return energy_P[:k].clamp(min=0), x_RP[:, :k].contiguous()
+        # The degree that amplifies the first direction by no more than what Cholesky QR can undo.
+        degree = max(1, min(20, int(acosh(1e7) / acosh(max(2 * top / damped - 1, 1.0001)))))
+        before, after = x_RP, product_RP * (2 / damped) - x_RP
+        for _ in range(degree - 1):
+            before, after = after, (gram_RR @ after) * (4 / damped) - 2 * after - before
+        x_RP = _orthonormal(after / after.norm(dim=0))
+    return None
+
+
+def _orthonormal(x_RP: Tensor) -> Tensor:
+    """An orthonormal basis of the columns, by Cholesky QR twice (Yamamoto et al. 2015), or else by Householder."""
+    for _ in range(2):
+        lower_PP, failed = torch.linalg.cholesky_ex(x_RP.T @ x_RP)
+        if failed.item():
+            return torch.linalg.qr(x_RP).Q
+        x_RP = torch.linalg.solve_triangular(lower_PP.T, x_RP, upper=True, left=False)
+    return x_RP
 
 
 def eigenpairs(gram_RR: Tensor) -> tuple[Tensor, Tensor]:
     """All eigenpairs, ascending, of a symmetric float64 matrix, of which the lower triangle is read."""
-    if gram_RR.device.type != "cpu":
+    if not on_cpu(gram_RR):
         return torch.linalg.eigh(gram_RR)
     from scipy.linalg import eigh
 
     energy_R, q_RR = eigh(gram_RR.numpy(), driver="evd", check_finite=False)
     return torch.from_numpy(energy_R), torch.from_numpy(q_RR)
-
-
-def add_projection(total_MN: Tensor, a_MN: Tensor, q_RK: Tensor) -> Tensor:
-    """total += the part of `a` inside the span of `q`, singular vectors of its smaller side: P_k(a)."""
-    dtype = total_MN.dtype
-    if a_MN.shape[0] < a_MN.shape[1]:
-        return total_MN.addmm_(q_RK.to(dtype), (q_RK.T @ a_MN).to(dtype))
-    return total_MN.addmm_((a_MN @ q_RK).to(dtype), q_RK.T.to(dtype))
 
 
 def triplets(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +257,9 @@ def _outer(y_NN: Tensor) -> Tensor:
     return lower_NN.tril() + lower_NN.tril(-1).T
 
 
-def orthogonal_sum(factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def orthogonal_sum(factors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """TSV-M's sum: polar(U) diag(s) polar(V)^T of the concatenated factors U (M, K), s (K,), V (N, K) (2412.00081)."""
-    u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*factors))
-    return (polar(u) * s) @ polar(v).T
+    us, ss, vs = (list(parts) for parts in zip(*factors))
+    u, s, v = torch.cat(us, dim=-1), torch.cat(ss), torch.cat(vs, dim=-1)
+    del us, vs  # as large again as what they were made into
+    return polar(u).mul_(s) @ polar(v).T

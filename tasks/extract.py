@@ -1,20 +1,22 @@
-"""The extract step: what the task vectors look like, and the spectra that a search will need; no dense copy of them."""
+"""The extract step: what the task vectors look like, tensor by tensor; no copy of them."""
 
 from __future__ import annotations
 
-import re
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any
 
-from merging.checkpoint import open_checkpoint
-from merging.engine import FileInputs, one_thread
+from merging import operators as ops
+from merging import spectral
+from merging.engine import one_thread
 from merging.errors import UserError
 from merging.files import publish, staged, write_json
-from merging.methods import Slot
-from merging.methods.cart import is_matrix
+from merging.inputs import FileInputs
+from merging.keys import is_matrix
+from merging.lazy import torch
 from merging.plan import Plan, make_plan
-from merging.writer import CheckpointWriter, TensorSpec
+from merging.rules import block_of
+from merging.slots import Slot, View
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,97 +24,42 @@ if TYPE_CHECKING:
 # An expert whose weights point elsewhere than the base's was not fine-tuned from it; real experts stay above 0.9.
 _SAME_FAMILY = 0.5
 _SHARES = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
-_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def extract(base: Path, experts: dict[str, Path], out: Path, *, rank: float) -> None:
-    """Describe task vectors (expert - base) into `out`: description.json, and spectra in a folder `factors`.
+def extract(base: Path, experts: dict[str, Path], out: Path) -> None:
+    """Describe task vectors (expert - base) into `out/description.json`.
 
-    description.json: norm of every task vector, absolute and relative to the base, by tensor and by block; cosine
-    and sign-conflict matrices between experts; the share of energy in the leading singular directions of the
-    centred task vectors. Factors (float64, up to `rank` of full rank; 0 stores none) are read by `StoredFactors`.
+    Norm of every task vector, absolute and relative to the base, by tensor and by block; cosine and sign-conflict
+    matrices between experts; the share of energy in the leading singular directions of the centred task vectors.
 
     Raises:
         UserError: checkpoints that do not match, an expert that is not of this base, two experts with one content.
     """
     plan = make_plan({"method": "average", "base": base, "experts": experts})
     plan.check()
-    with staged(out) as partial, one_thread():
-        source = FileInputs(plan, "cpu")
-        statistics = _Statistics(plan)
-        store = _FactorWriter(plan, partial / "factors", rank)
-        for slot in source.slots():
-            statistics.add(slot)
-            store.add(slot, statistics)
-        store.finish()
+    statistics = _Statistics(plan)
+    with staged(out) as partial, one_thread(lapack=True), FileInputs(plan) as source:
+        for entry in plan.entries:
+            if entry.action == "merge":
+                view = source.view(entry)
+                statistics.add(view)
+                if is_matrix(view.name, view.shape, "block_linear"):
+                    statistics.add_spectra(_energies(next(view.blocks("tensor"))))
         write_json(partial / "description.json", statistics.describe())
         publish(partial, out)
 
 
-class StoredFactors:
-    """Spectra of the mean-centred task vectors that `extract` stored, tensor by tensor."""
-
-    def __init__(self, folder: Path):
-        self._store = open_checkpoint(folder / "factors") if (folder / "factors").exists() else None
-
-    def get(self, tensor: str) -> Sequence[tuple[Tensor, Tensor]] | None:
-        """Per expert, squared singular values (R,) and singular vectors (R, K) of the smaller side, or None."""
-        if self._store is None or f"{tensor}.vectors" not in self._store.tensors:
-            return None
-        return list(zip(self._store.read(f"{tensor}.energy"), self._store.read(f"{tensor}.vectors")))
-
-
-class _FactorWriter:
-    def __init__(self, plan: Plan, folder: Path, rank: float):
-        self._kept: dict[str, int] = {}
-        specs = []
-        for entry in plan.entries:
-            if (
-                rank
-                and entry.action == "merge"
-                and is_matrix(entry.name, len(entry.spec.shape), "block_linear")
-            ):
-                side = min(entry.spec.shape)
-                self._kept[entry.name] = kept = max(1, int(rank * side))
-                for suffix, shape in (
-                    ("energy", (len(plan.experts), side)),
-                    ("vectors", (len(plan.experts), side, kept)),
-                ):
-                    count = shape[0] * shape[1] * (shape[2] if len(shape) == 3 else 1)
-                    specs.append(TensorSpec(f"{entry.name}.{suffix}", "F64", shape, 8 * count))
-        self._writer = None
-        if specs:
-            folder.mkdir()
-            self._writer = CheckpointWriter(
-                folder, specs, {"content": "spectra of mean-centred task vectors"}, None
-            )
-
-    def add(self, slot: Slot, statistics: _Statistics) -> None:
-        if slot.name not in self._kept:
-            return
-        import torch
-
-        from merging import operators as ops
-
-        center = ops.mean(slot.experts)
-        spectra = [ops.spectrum(expert.double() - center) for expert in slot.experts]
-        energy_TR = torch.stack([energy for energy, _ in spectra])
-        vectors_TRK = torch.stack([vectors[:, : self._kept[slot.name]] for _, vectors in spectra])
-        self._writer.write(f"{slot.name}.energy", energy_TR)
-        self._writer.write(f"{slot.name}.vectors", vectors_TRK)
-        statistics.add_spectra(energy_TR)
-
-    def finish(self) -> None:
-        if self._writer:
-            self._writer.finish()
+def _energies(x: Slot) -> Tensor:
+    """The squared singular values, descending, of each expert's centred task vector: (T, R)."""
+    center_MN = ops.mean(x.experts)
+    grams = (spectral.gram(expert_MN.double() - center_MN) for expert_MN in x.experts)
+    return torch.stack([torch.linalg.eigvalsh(gram_RR).flip(0).clamp(min=0) for gram_RR in grams])
 
 
 class _Statistics:
     """Sums over tensors, from which the description is made."""
 
     def __init__(self, plan: Plan):
-        import torch
-
         self.experts = list(plan.experts)
         count = len(self.experts)
         self.gram_TT = torch.zeros(count, count, dtype=torch.float64)
@@ -126,8 +73,18 @@ class _Statistics:
         self.held = torch.zeros(count, len(_SHARES), dtype=torch.float64)
         self.total_T = torch.zeros(count, dtype=torch.float64)
 
-    def add(self, slot: Slot) -> None:
-        tau_TD = slot.task_vectors.reshape(len(self.experts), -1).double()
+    def add(self, view: View) -> None:
+        energy_T = torch.zeros(len(self.experts), dtype=torch.float64)
+        for x in view.blocks("element"):
+            gram_TT = self._add_block(x)
+            energy_T += gram_TT.diagonal()
+        self.tensors[view.name] = energy_T.sqrt().tolist()
+        block = block_of(view.name)
+        key = f"block {block[1]}" if block else "outside blocks"
+        self.blocks[key] = self.blocks.get(key, 0) + energy_T
+
+    def _add_block(self, x: Slot) -> Tensor:
+        tau_TD = x.task_vectors.double()
         gram_TT = tau_TD @ tau_TD.T
         self.gram_TT += gram_TT
         sign_TD = tau_TD.sign().float()
@@ -136,18 +93,14 @@ class _Statistics:
         both_TT = (nonzero_TD @ nonzero_TD.T).double()
         self.both_TT += both_TT
         self.conflicts_TT += (both_TT - products_TT) / 2
-        base_D = slot.base.reshape(-1).double()
+        base_D = x.base.double()
         self.base_all += float(base_D @ base_D)
-        if slot.base.ndim >= 2:
-            experts_TD = slot.experts.reshape(len(self.experts), -1).double()
+        if len(x.tensor_shape) >= 2:
+            experts_TD = x.experts.stacked.double()
             self.weights_T += experts_TD @ base_D
             self.expert_T += (experts_TD**2).sum(1)
             self.base += float(base_D @ base_D)
-        energy = gram_TT.diagonal()
-        self.tensors[slot.name] = [sqrt(e) for e in energy.tolist()]
-        block = _BLOCK.search(slot.name)
-        key = f"block {block.group(1)}" if block else "outside blocks"
-        self.blocks[key] = self.blocks.get(key, 0) + energy
+        return gram_TT
 
     def add_spectra(self, energy_TR: Tensor) -> None:
         held_TR = energy_TR.cumsum(1)

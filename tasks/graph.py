@@ -73,7 +73,7 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
         "extract",
         None,
         ("build/checkpoints", *source("merging", "tasks/extract.py")),
-        (*family, "extract"),
+        family,
         ("build/extract",),
     )
     baselines = Stage(
@@ -93,10 +93,9 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                 name,
                 (
                     "build/checkpoints",
-                    "build/extract",
                     "build/data",
                     "build/heads.safetensors",
-                    *source("merging", *_VISION, "tasks/extract.py", "tasks/search.py"),
+                    *source("merging", *_VISION, "tasks/search.py"),
                 ),
                 (*family, "seed", f"merges.{name}"),
                 (f"build/search/{name}.json",),

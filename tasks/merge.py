@@ -14,11 +14,14 @@ def merge_chosen(
     experts: dict[str, Path],
     out: Path,
     *,
+    factors: Path,
     dtype: str | None,
     seed: int,
     device: str,
 ) -> None:
     """Merge `experts` around `base` into the folder `out` as the search result `search` says.
+
+    `factors` is a folder that keeps spectral decompositions.
 
     Raises:
         UserError: as `merging.merge`.
@@ -32,4 +35,4 @@ def merge_chosen(
         "dtype": dtype,
         "seed": seed,
     }
-    merge(recipe, out, device=device, workers=1)
+    merge(recipe, out, device=device, workers=1, factors=factors)

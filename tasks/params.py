@@ -49,12 +49,6 @@ class Datasets(_Strict):
     uris: dict[Name, str]
 
 
-class Extract(_Strict):
-    """`rank` is the share of full rank up to which spectra of centred task vectors are stored for searches."""
-
-    rank: Annotated[float, Field(ge=0, le=1)]
-
-
 class Merge(_Strict):
     """One merge: fixed `params`, and a grid `search` whose best point on the validation split is taken."""
 
@@ -81,7 +75,6 @@ class Params(_Strict):
     experts: Annotated[list[str], Field(min_length=1)]
     datasets: Datasets
     suite: str
-    extract: Extract
     merges: Annotated[dict[Name, Merge], Field(min_length=1)]
     gates: Gates = Gates()
 
@@ -150,11 +143,6 @@ def _inconsistencies(params: Params) -> Iterator[tuple[list[Any], str]]:
             yield ["merges", name, "method"], str(error)
             continue
         for key in merge.search:
-            if key not in method.parameters:
-                yield (
-                    ["merges", name, "search", key],
-                    f"{method.id}: unknown parameter '{key}'{did_you_mean(key, method.parameters)}",
-                )
             if key in merge.params:
                 yield (
                     ["merges", name, "search", key],

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from merging.errors import UserError
 from tasks import register as registry
 from tasks import tracking
 
@@ -34,11 +33,13 @@ def publish(workspace: Workspace) -> Published:
     Raises:
         UserError: the pipeline has not run yet, or MLflow cannot be reached.
     """
-    load_leaderboard(workspace)
-    figures = draw_figures(workspace)
+    from evaluation.figures import draw_all
+
+    results = _results(workspace)
+    figures = draw_all(FIGURES, **results)
     run = tracking.publish(workspace.root, workspace.raw, figures)
-    registry.register(workspace.root, workspace.raw)
-    write_report(workspace)
+    registry.register(workspace.root, workspace.raw, run)
+    _write_report(workspace, results)
     tracking.attach(workspace.root, run, REPORT)
     return Published(run.run_id, _page(run))
 
@@ -55,41 +56,28 @@ def _page(run: tracking.PublishedRun) -> str | None:
 
 def write_report(workspace: Workspace) -> Path:
     """Write build/report.html from what the last run left; returns its path."""
-    from evaluation.report import render
-
-    render(
-        REPORT,
-        leaderboard=load_leaderboard(workspace),
-        searches={name: _read(Path("build/search") / f"{name}.json") for name in workspace.params.merges},
-        description=_read(Path("build/extract/description.json")),
-        costs=workspace.costs(),
-        verdict=load_verdict(workspace),
-    )
+    _write_report(workspace, _results(workspace))
     return REPORT
 
 
-def draw_figures(workspace: Workspace) -> list[Path]:
-    """The pictures of the report as PNG files, for MLflow and Prefect."""
-    from evaluation.figures import draw_all
+def _write_report(workspace: Workspace, results: dict[str, Any]) -> None:
+    from evaluation.report import render
 
-    return draw_all(
-        FIGURES,
-        leaderboard=load_leaderboard(workspace),
-        searches={name: _read(Path("build/search") / f"{name}.json") for name in workspace.params.merges},
-        description=_read(Path("build/extract/description.json")),
-    )
+    render(REPORT, **results, costs=workspace.costs(), verdict=load_verdict(workspace))
+
+
+def _results(workspace: Workspace) -> dict[str, Any]:
+    """What pictures and report show of the steps' outputs."""
+    return {
+        "leaderboard": tracking.read_leaderboard(workspace.root),
+        "searches": {name: _read(Path("build/search") / f"{name}.json") for name in workspace.params.merges},
+        "description": _read(Path("build/extract/description.json")),
+    }
 
 
 def figure(workspace: Workspace, name: str) -> Path:
     """One drawn figure."""
     return workspace.path(str(FIGURES / f"{name}.png"))
-
-
-def load_leaderboard(workspace: Workspace) -> dict[str, Any]:
-    path = workspace.path("build/leaderboard/leaderboard.json")
-    if not path.exists():
-        raise UserError(f"{path} is missing; run `mergeline run` or `dvc repro` first")
-    return _read(path)
 
 
 def load_verdict(workspace: Workspace) -> dict[str, Any] | None:

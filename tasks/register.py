@@ -77,17 +77,20 @@ class _Candidate:
         return f"build/evaluations/{self.name}/{tracking.PREDICTIONS}"
 
 
-def register(workspace: Path, params: dict[str, Any]) -> Registration:
-    """Publish the workspace, register the best merge, and make it champion if it passes the gates.
+def register(
+    workspace: Path, params: dict[str, Any], run: tracking.PublishedRun | None = None
+) -> Registration:
+    """Register the best merge, and make it champion if it passes the gates.
 
-    The outcome is also left in `.mergeline/verdict.json`. A candidate whose files do not have the digest of
-    its row in the leaderboard is not registered at all.
+    `run` is what `tracking.publish` returned; without it the workspace is published first. The outcome is also left
+    in `.mergeline/verdict.json`. A candidate whose files do not have the digest of its row in the leaderboard is not
+    registered at all.
 
     Raises:
         UserError: a step's output is missing, the gates are malformed, or MLflow does not answer.
     """
     gates = _gates(params)
-    candidate = _candidate(workspace, tracking.publish(workspace, params))
+    candidate = _candidate(workspace, run or tracking.publish(workspace, params))
     with tracking.locked(workspace):
         client = tracking.connect(workspace)
         before = _version_by_alias(client, params["name"], CHAMPION)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.vision import load_state
-from merging import merge_state_dicts
-from merging.engine import one_thread
+from merging.engine import merge_state_dicts_points, one_thread
+from merging.factors import FolderStore
 from merging.files import write_json
+from merging.sweep import in_batches
 from tasks.evaluate import make_evaluator
-from tasks.extract import StoredFactors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,39 +18,49 @@ if TYPE_CHECKING:
     from evaluation.vision import Evaluator
     from tasks.params import Merge
 
+_MERGED_BYTES = 1 << 29  # of merged models in memory at a time
+
 
 def search(
     grid: Merge,
     base: Path,
     experts: dict[str, Path],
-    extracted: Path,
     heads: Path,
     datasets: dict[str, Path],
     out: Path,
     *,
+    factors: Path,
     seed: int,
     device: str,
 ) -> None:
     """Write the validation accuracy of every point of `grid`, and the best setting, to the JSON file `out`.
 
     The test split is never read. Of equal points the first is taken. Without a grid there is nothing to score.
+    `factors` is a folder that keeps spectral decompositions for other searches and merges.
 
     Raises:
         UserError: as `merging.merge_state_dicts`.
     """
     points = list(grid.points)
-    scored: list[dict[str, Any]] = []
+    scores: dict[int, dict[str, Any]] = {}
     if grid.search:
         states = {name: load_state(folder) for name, folder in experts.items()}
         reference = load_state(base)
-        factors = StoredFactors(extracted)
+        size = sum(tensor.nbytes for tensor in next(iter(states.values())).values())
         with one_thread():
             evaluator = make_evaluator(base, heads, datasets, device)
-            for params in points:
-                merged = merge_state_dicts(
-                    grid.method, states, reference, params=params, seed=seed, factors=factors
+            for batch in in_batches(points, max(1, _MERGED_BYTES // size)):
+                merged = merge_state_dicts_points(
+                    grid.method,
+                    states,
+                    reference,
+                    points=[points[i] for i in batch],
+                    seed=seed,
+                    factors=FolderStore(factors),
                 )
-                scored.append({"params": params, **_accuracy(evaluator, merged, list(datasets))})
+                scores |= {i: _accuracy(evaluator, state, list(datasets)) for i, state in zip(batch, merged)}
+                del merged  # before the next batch is there
+    scored = [{"params": points[i], **scores[i]} for i in sorted(scores)]
     best = max(scored, key=lambda point: point["mean"])["params"] if scored else points[0]
     write_json(out, {"method": grid.method, "points": scored, "chosen": best})
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CHECKPOINTS = Path("build/checkpoints")
 DATA = Path("build/data")
 HEADS = Path("build/heads.safetensors")
-EXTRACT = Path("build/extract")
+FACTORS = Path(".mergeline/factors")
 
 
 def _fetch(ws: Workspace, stage: Stage) -> None:
@@ -49,7 +49,7 @@ def _heads(ws: Workspace, stage: Stage) -> None:
 def _extract(ws: Workspace, stage: Stage) -> None:
     from tasks.extract import extract
 
-    extract(CHECKPOINTS / ws.params.base, _experts(ws), Path(stage.out), rank=ws.params.extract.rank)
+    extract(CHECKPOINTS / ws.params.base, _experts(ws), Path(stage.out))
 
 
 def _search(ws: Workspace, stage: Stage) -> None:
@@ -59,10 +59,10 @@ def _search(ws: Workspace, stage: Stage) -> None:
         ws.params.merges[stage.item],
         CHECKPOINTS / ws.params.base,
         _experts(ws),
-        EXTRACT,
         HEADS,
         _datasets(ws),
         Path(stage.out),
+        factors=FACTORS,
         seed=ws.params.seed,
         device=ws.params.device,
     )
@@ -76,6 +76,7 @@ def _merge(ws: Workspace, stage: Stage) -> None:
         CHECKPOINTS / ws.params.base,
         _experts(ws),
         Path(stage.out),
+        factors=FACTORS,
         dtype=ws.params.merges[stage.item].dtype,
         seed=ws.params.seed,
         device=ws.params.device,

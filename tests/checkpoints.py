@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -72,16 +73,21 @@ def random_state(
 
 
 def save_family(
-    folder: Path, experts: int = 3, dtype: torch.dtype = torch.float32, **recipe: Any
+    folder: Path,
+    experts: int = 3,
+    dtype: torch.dtype = torch.float32,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    **recipe: Any,
 ) -> dict[str, Any]:
     """A base and its experts as files in `folder`; returns the recipe that averages them, and `recipe`."""
-    base = random_state(0, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    base = random_state(0, dtype, shapes)
     paths = {"base": folder / "base.safetensors"}
     save_file(base, paths["base"])
     for t in range(experts):
         name = "abcdefgh"[t]
         paths[name] = folder / f"{name}.safetensors"
-        tau = random_state(t + 1)
+        tau = random_state(t + 1, shapes=shapes)
         save_file({k: (v.float() + 0.1 * tau[k]).to(dtype) for k, v in base.items()}, paths[name])
     return {"method": "average", "base": paths.pop("base"), "experts": paths, **recipe}
 
@@ -118,6 +124,12 @@ def shard(state: State, folder: Path, parts: int) -> Path:
         weight_map |= dict.fromkeys(held, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by relative path; of a file, its own."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
 
 
 def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

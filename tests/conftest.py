@@ -67,7 +67,6 @@ def workspace(tmp_path: Path) -> Path:
             "uris": {},
         },
         "suite": str(samples / "suite.yaml"),
-        "extract": {"rank": 1.0},
         "merges": {
             "average": {"method": "average"},
             "cart": {"method": "cart", "search": {"rank": [0.1, 0.5], "scale": [1.0, 2.0]}},

@@ -61,6 +61,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
         "lacking": changed("lacking.safetensors", blocks__1__bias=None),
         "more": changed("more.safetensors", more=torch.ones(8)),
         "float8": changed("float8.safetensors", logit_scale=torch.tensor(1.0).to(torch.float8_e5m2)),
+        "quantised": changed("quantised.safetensors", blocks__0__mlp__qweight=torch.ones(2).int()),
         "integer": changed("integer.safetensors", blocks__1__bias=torch.ones(7, dtype=torch.int32)),
     }
 
@@ -99,6 +100,7 @@ FAMILIES = {
     "lacking": "'blocks.1.bias'",
     "more": "'more'",
     "float8": "F8_E5M2",
+    "quantised": "is quantised",
     "integer": "I32",
     "a": "the same checkpoint",
     "base": "the same checkpoint",
@@ -310,6 +312,16 @@ def test_a_workspace_in_use(workspace, refused):
 def test_a_damaged_dvc_file(workspace, refused):
     (workspace / "dvc.yaml").write_text("vars: [")
     assert "dvc.yaml:1: not valid YAML" in refused("fetch", "--params", workspace / "params.yaml")
+
+
+def test_names_from_the_input_cannot_command_the_terminal(files, refused):
+    edit(files["b"], **{"a\nb\x1b[2Jä": torch.ones(2)})
+    line = refused("diff", files["b"], files["missing"].with_name("a\nb"))
+    assert "a\\nb" in line
+    line = refused(
+        "merge", "--method", "average", "--expert", files["a"], "--expert", files["b"], "--out", "out"
+    )
+    assert "'a\\nb\\x1b[2Jä'" in line
 
 
 def test_a_process_of_its_own(files, tmp_path):

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import edit, same_tensors, save_family
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flows.cli import STEPS
-from merging import merge_state_dicts
+from merging import merge, merge_state_dicts
 from merging.checkpoint import open_checkpoint
 from merging.methods import catalogue
+from merging.recipe import load_recipe
 
 REPOSITORY = Path(__file__).parent.parent
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -52,6 +53,7 @@ def test_help_names_every_command(mergeline):
         "report",
         "serve",
         "merge",
+        "sweep",
         "plan",
         "methods",
         "inspect",
@@ -126,6 +128,191 @@ def test_options_reach_the_merge(mergeline, family, tmp_path):
     assert {t.dtype for t in open_checkpoint(tmp_path / "out").tensors.values()} == {"F16"}
 
 
+def test_patterns_statistics_and_factors_reach_the_merge(mergeline, family, tmp_path):
+    experts = [load_file(part.split("=")[1]) for part in map(str, family[3::2])]
+    masks = [{name: (t > 0).float() for name, t in state.items()} for state in experts]
+    statistics = []
+    for t, mask in enumerate(masks):
+        save_file(mask, tmp_path / f"{t}.safetensors")
+        statistics += ["--statistics", f"masks={tmp_path / f'{t}.safetensors'}"]
+    options = ["--set", "masks=given", *statistics, "--include", "blocks.0.*", "--include", "logit*"]
+    options += ["--exclude", "*.mlp.*", "--exclude", "*.none.*", "--out", tmp_path / "x.safetensors"]
+    outcome = mergeline("merge", "--method", "dare", *family, *options)
+    assert outcome.code == 0, outcome.err
+    base = load_file(family[1])
+    expected = merge_state_dicts(
+        "dare", dict(zip("abc", experts)), base, params={"masks": "given"}, statistics={"masks": masks}
+    )
+    kept = {name: base[name] for name in ("blocks.1.bias", "blocks.0.mlp.weight")}
+    assert same_tensors(load_file(tmp_path / "x.safetensors"), expected | kept)
+    factors = ["--factors", tmp_path / "factors", "--out", tmp_path / "out"]
+    assert mergeline("merge", "--method", "cart", *family, *factors).code == 0
+    assert any(f.is_file() for f in (tmp_path / "factors").rglob("*"))
+
+
+def test_a_merge_that_was_stopped_says_that_it_goes_on(mergeline, family, tmp_path):
+    paths = [Path(str(part).split("=")[-1]) for part in family[1::2]]
+    recipe = {"method": "average", "base": paths[0], "experts": dict(zip("abc", paths[1:]))}
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, tmp_path / "out", progress=stop)
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([line for line in lines if "tensor" not in line] + lines[-2:]) + "\n")
+    arguments = ["merge", "--method", "average", *family, "--out", tmp_path / "out"]
+    outcome = mergeline(*arguments)
+    assert outcome.code == 0 and outcome.err == "going on: 2 of 4 tensors are there\n"
+    assert mergeline(*arguments).err == ""
+
+
+# --------------------------------------------------------------------------------------- recipes in files
+
+
+@pytest.fixture
+def recipe_file(family, tmp_path: Path) -> Path:
+    """The family in a recipe in YAML, with paths relative to it."""
+    names = [Path(str(part).split("=")[-1]).name for part in family[1::2]]
+    lines = [
+        "method: cart",
+        "params:",
+        "  rank: 0.5",
+        "  keys: matrices",
+        f"base: {names[0]}",
+        "experts:",
+        *(f"  {name}: {file}" for name, file in zip("abc", names[1:])),
+        "rules:",
+        "  - match: '*.mlp.*'",
+        "    params: {rank: 0.9}",
+        "seed: 5",
+        "dtype: float16",
+    ]
+    path = tmp_path / "in" / "recipe.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_recipe_file_and_what_the_command_line_changes_in_it(mergeline, recipe_file, tmp_path):
+    assert mergeline("merge", "--recipe", recipe_file, "--out", tmp_path / "out").code == 0
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]
+    assert found["params"]["rank"] == 0.5 and found["rules"][0]["params"] == {"rank": 0.9}
+    assert found["seed"] == 5 and found["dtype"] == "float16" and found["shard_size"] is None
+    options = ["--set", "rank=0.25", "--seed", "0", "--dtype", "bfloat16", "--shard-size", "100B"]
+    options += ["--exclude", "*.bias", "--out", tmp_path / "other"]
+    assert mergeline("merge", "--recipe", recipe_file, *options).code == 0
+    found = json.loads((tmp_path / "other" / "manifest.json").read_text())["recipe"]
+    assert found["params"]["rank"] == 0.25 and found["params"]["keys"] == "matrices"
+    assert found["seed"] == 0 and found["dtype"] == "bfloat16" and found["shard_size"] == 100
+    assert found["exclude"] == ["*.bias"] and found["rules"][0]["params"] == {"rank": 0.9}
+
+
+def test_a_recipe_file_may_name_uris(mergeline, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "in" / "a.safetensors"
+    recipe_file.write_text(recipe_file.read_text().replace("a: a.safetensors", f"a: file://{source}"))
+    outcome = mergeline("merge", "--recipe", recipe_file, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    experts = json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]["experts"]
+    assert experts["a"]["digest"] == open_checkpoint(source).digest() and "cache" in experts["a"]["path"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "parts"),
+    [
+        ("seed: 5", "sead: 5", 13, ["sead", "unknown key", "did you mean 'seed'?"]),
+        ("  rank: 0.5", "  rnak: 0.5", 3, ["unknown parameter 'rnak'", "did you mean 'rank'?"]),
+        ("  rank: 0.5", "  rank: 5", 3, ["rank = 5"]),
+        ("{rank: 0.9}", "{rnak: 0.9}", 12, ["unknown parameter 'rnak'", "did you mean 'rank'?"]),
+        ("params: {rank: 0.9}", "gradient: {rnak: [1, 2]}", 12, ["unknown parameter 'rnak'"]),
+        ("match: '", "mach: '", 11, ["mach", "did you mean 'match'?"]),
+        ("method: cart", "method: crat", 1, ["unknown method 'crat'", "did you mean 'cart'?"]),
+        ("method: cart", "method: [", 3, ["not valid YAML"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_file_is_blamed_by_line(old, new, line, parts, mergeline, recipe_file):
+    text = recipe_file.read_text()
+    assert old in text
+    recipe_file.write_text(text.replace(old, new, 1))
+    outcome = mergeline("plan", "--recipe", recipe_file)
+    assert outcome.code == 2 and outcome.err.startswith(f"mergeline: {recipe_file}:{line}: ")
+    assert outcome.err.count("\n") == 1 and all(part in outcome.err for part in parts)
+
+
+def test_parameters_of_an_inner_method_are_known_in_a_recipe_file(mergeline, recipe_file):
+    text = recipe_file.read_text().replace("method: cart", "method: lines")
+    recipe_file.write_text(text.replace("  rank: 0.5\n  keys: matrices", "  inner: ties\n  density: 0.5"))
+    outcome = mergeline("plan", "--recipe", recipe_file)
+    assert f"{recipe_file}:12: " in outcome.err and "unknown parameter 'rank'" in outcome.err
+    recipe_file.write_text(recipe_file.read_text().replace("{rank: 0.9}", "{scale: 0.9}"))
+    assert mergeline("plan", "--recipe", recipe_file).out.startswith("method     lines ")
+
+
+def test_the_recipe_of_the_readme_is_right(tmp_path):
+    [text] = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml", Path)
+    assert recipe.base == tmp_path / "base" and recipe.rules[1].gradient == {"scale": [1.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "name --method and every --expert, or a --recipe"),
+        (["--method", "cart"], "name --method and every --expert, or a --recipe"),
+        (["--recipe", "x.yaml", "--method", "cart"], "leave out --method"),
+        (["--recipe", "x.yaml", "--expert", "a"], "leave out --method"),
+        (["--recipe", "x.yaml"], "x.yaml: No such file"),
+        (["--method", "cart", "--expert", "a", "--statistics", "masks"], "write KIND=P"),
+    ],
+)
+def test_what_names_no_recipe_is_refused(arguments, part, mergeline):
+    outcome = mergeline("plan", *arguments)
+    assert outcome.code == 2 and part in outcome.err and outcome.err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------- sweeps
+
+
+def test_sweep_prints_every_point(mergeline, family, tmp_path):
+    grid = ["--grid", "rank=0.2,0.6", "--grid", 'keys=["matrices"]', "--set", "scale=2"]
+    outcome = mergeline("sweep", "--method", "cart", *family, *grid, "--out", tmp_path / "out")
+    folders = [tmp_path / "out" / f"rank-{rank}_keys-matrices" for rank in (0.2, 0.6)]
+    lines = [f"{folder}  {open_checkpoint(folder).digest()}" for folder in folders]
+    assert outcome == (0, "\n".join(lines) + "\n", "")
+    expected = in_memory(family, "cart", rank=0.6, keys="matrices", scale=2)
+    assert same_tensors(load_file(folders[1] / "model.safetensors"), expected)
+
+
+def test_a_grid_takes_lists_and_words(mergeline, family, tmp_path):
+    grid = ["--grid", "weights=[[1,2,3],null]", "--grid", "variant=official,mergekit"]
+    outcome = mergeline("sweep", "--method", "ties", *family, *grid, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    points = json.loads((tmp_path / "out" / "sweep.json").read_text())["points"]
+    assert [p["params"] for p in points] == [
+        {"weights": w, "variant": v} for w in ([1, 2, 3], None) for v in ("official", "mergekit")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("grid", "part"),
+    [
+        (["rank=0.1", "rank=0.2"], "'rank' is given twice"),
+        (["scale=1"], "'scale' is given twice"),
+        (["rank="], "'rank' has no values"),
+        (["rank=[]"], "'rank' has no values"),
+        (["rank"], "write KEY=V1,V2"),
+        (["rnak=0.1"], "did you mean 'rank'?"),
+    ],
+)
+def test_bad_grids_are_refused(grid, part, mergeline, family, tmp_path):
+    options = [part for text in grid for part in ("--grid", text)] + ["--set", "scale=2"]
+    outcome = mergeline("sweep", "--method", "cart", *family, *options, "--out", tmp_path / "out")
+    assert outcome.code == 2 and part in outcome.err and outcome.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_expert_without_a_name_takes_its_file_name(mergeline, family, tmp_path):
     paths = [part.split("=")[1] for part in family[3::2]]
     experts = [part for path in paths for part in ("--expert", path)]
@@ -165,6 +352,23 @@ def test_plan_writes_nothing(mergeline, family, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_plan_shows_what_becomes_of_every_tensor(mergeline, recipe_file):
+    arguments = ["plan", "--recipe", recipe_file, "--exclude", "*.bias", "--set", "scale=2", "--table"]
+    lines = [line.split() for line in mergeline(*arguments).out.splitlines()[-4:]]
+    assert lines == [
+        ["blocks.0.attn.weight", "6x4", "merge", "cart"],
+        ["blocks.0.mlp.weight", "3x5", "merge", "cart", "rank=0.9"],
+        ["blocks.1.bias", "7", "copy"],
+        ["logit_scale", "scalar", "merge", "cart"],
+    ]
+    found = json.loads(mergeline(*arguments, "--json").out)
+    assert found["problems"] == [] and [row["tensor"] for row in found["table"]] == [
+        line[0] for line in lines
+    ]
+    assert found["table"][1]["params"]["rank"] == 0.9 and found["table"][1]["params"]["scale"] == 2
+    assert "table" not in json.loads(mergeline(*arguments[:-1], "--json").out)
+
+
 # --------------------------------------------------------------------------------------- looking
 
 
@@ -175,6 +379,23 @@ def test_methods_lists_the_catalogue(mergeline):
     [ties] = json.loads(mergeline("methods", "ties", "--json").out)
     assert ties["parameters"]["density"] == 0.2 and ties["needs_base"] is True
     assert "density" in mergeline("methods", "ties").out
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("ties", ["unit element", "needs the base", "density 0.2"]),
+        ("slerp", ["needs 2 experts", "t 0.5"]),
+        ("model_stock", ["needs 2 experts or more; the base"]),
+        ("cart", ["unit tensor", "needs experts alone", 'origin "mean"']),
+        ("dare", ["statistics", 'inner "task_arithmetic"', "and those of its inner method"]),
+        ("average", ["parameters none"]),
+    ],
+)
+def test_a_method_says_what_it_needs(method, words, mergeline):
+    text = " ".join(mergeline("methods", method).out.split())
+    assert all(part in text for part in words), text
+    assert ("inner method" in text) == catalogue()[method].wraps
 
 
 def test_inspect(mergeline, family):

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import torch
-from checkpoints import another_process, edit, random_state, refused, same_tensors, save_family, shard
+from checkpoints import (
+    SHAPES,
+    another_process,
+    edit,
+    file_hashes,
+    random_state,
+    refused,
+    same_tensors,
+    save_family,
+    shard,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merging import merge, merge_state_dicts
 from merging.checkpoint import INDEX, open_checkpoint
+from merging.engine import merge_points
+from merging.factors import FolderStore
+from merging.methods import catalogue
 from merging.plan import make_plan
+from merging.recipe import Recipe
+from merging.slots import block_elements
 from merging.verify import verify
 
 
@@ -88,6 +106,8 @@ def test_the_recipe_digest_ignores_paths_but_not_content(recipe, tmp_path):
     recipe["experts"]["a"].rename(moved)
     recipe["experts"]["a"] = moved
     assert merge(recipe, tmp_path / "out")["recipe_digest"] == first["recipe_digest"]
+    backwards = {**recipe, "experts": dict(reversed(recipe["experts"].items()))}
+    assert merge(backwards, tmp_path / "out")["recipe_digest"] != first["recipe_digest"]
     edit(moved, logit_scale=torch.tensor(9.0))
     assert merge(recipe, tmp_path / "out")["recipe_digest"] != first["recipe_digest"]
 
@@ -310,6 +330,11 @@ def test_an_overflow_is_refused(recipe, tmp_path):
         edit(path, logit_scale=torch.tensor(1e5))
     with refused("'logit_scale'", "overflows", "float16"):
         merge({**recipe, "dtype": "float16"}, tmp_path / "out")
+    edit(recipe["base"], extra=torch.tensor(1e5))
+    for path in recipe["experts"].values():
+        edit(path, logit_scale=torch.tensor(1.0))
+    with refused("'extra'", "overflows", "float16"):  # it is copied
+        merge({**recipe, "dtype": "float16"}, tmp_path / "out")
     assert left_over(tmp_path) == []
     merge({**recipe, "dtype": "bfloat16"}, tmp_path / "out")
 
@@ -339,8 +364,11 @@ def test_any_exception_leaves_what_was_there(out, error, recipe, tmp_path):
     edit(recipe["experts"]["a"], logit_scale=torch.tensor(3.0))
     with pytest.raises(error):
         merge(recipe, tmp_path / out, progress=fail)
-    assert left_over(tmp_path) == before
+    assert left_over(tmp_path) == [f".{out}.partial", *before]  # for the next run
     assert open_checkpoint(tmp_path / out).digest() == digest
+    manifest = merge(recipe, tmp_path / out)
+    assert left_over(tmp_path) == before
+    assert open_checkpoint(tmp_path / out).digest() == manifest["output"]["digest"] != digest
 
 
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
@@ -417,6 +445,302 @@ def test_a_second_writer_is_refused(recipe, tmp_path):
     assert left_over(tmp_path) == ["out"]
 
 
+# --------------------------------------------------------------------------------------- the same bytes
+
+# Every weight is several blocks of three experts, and no whole number of them.
+LARGE = {
+    "blocks.0.attn.weight": (700, 900),
+    "blocks.0.norm.weight": (900,),
+    "blocks.1.mlp.weight": (450, 410),
+    "head": (400_003,),
+    "logit_scale": (),
+}
+METHODS = {
+    "average": ("average", {}),
+    "ties": ("ties", {}),
+    "dare": ("dare", {"drop_rate": 0.3}),
+    "dare of ties": ("dare", {"drop_rate": 0.3, "inner": "ties"}),
+    "della": ("della", {}),
+    "breadcrumbs": ("breadcrumbs", {}),
+    "breadcrumbs by tensor": ("breadcrumbs", {"scope": "tensor"}),
+    "sce": ("sce", {"density": 0.3}),
+    "karcher": ("karcher", {}),
+    "model_stock": ("model_stock", {}),
+    "cart": ("cart", {}),
+    "tsv_merge": ("tsv_merge", {}),
+    "iso_c": ("iso_c", {}),
+    "lines of cart": ("lines", {"inner": "cart"}),
+}
+
+
+def test_large_tensors_are_several_blocks():
+    shapes = [shape for shape in LARGE.values() if len(shape) == 2 or shape > (1000,)]
+    assert len(shapes) == 3 and all(prod(shape) > block_elements(3) for shape in shapes)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], tuple[Path, Path]]:
+    """Two folders with the same family of LARGE under `in/`: as single files, and as shards."""
+
+    @cache
+    def make(dtype: torch.dtype) -> tuple[Path, Path]:
+        root = tmp_path_factory.mktemp("large")
+        family = save_family(root / "files", shapes=LARGE, dtype=dtype)
+        for name, path in {**family["experts"], "base": family["base"]}.items():
+            for parts, tree in enumerate(("single", "sharded"), 1):
+                shard(load_file(path), root / tree / "in" / name, parts)
+        return root / "single", root / "sharded"
+
+    return make
+
+
+def family_of(tree: Path, method: str, params: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A recipe of the checkpoints under `in/`."""
+    experts = {name: tree / "in" / name for name in "abc"}
+    return {"method": method, "params": params, "base": tree / "in" / "base", "experts": experts, **more}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", METHODS)
+def test_bytes_do_not_depend_on_how_they_are_made(kind, dtype, large, tmp_path):
+    single, sharded = large(dtype)
+    recipe, of_shards = (family_of(tree, *METHODS[kind]) for tree in (single, sharded))
+    least = make_plan(recipe).peak_bytes
+    ways = [
+        (single, recipe, {"workers": 1}),
+        (sharded, of_shards, {"workers": 2, "memory": least, "factors": tmp_path / "factors"}),
+        (single, recipe, {"workers": 4, "memory": 4 * least, "factors": tmp_path / "factors"}),
+    ]
+    hashes = []
+    for tree, given, how in ways:
+        merge(given, tree / "out", **how)
+        hashes.append(file_hashes(tree / "out"))
+    assert hashes[0].keys() >= {"model.safetensors", "manifest.json", "README.md"}
+    assert hashes[1] == hashes[0] and hashes[2] == hashes[0]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_a_factor_store_gives_back_memory_like_any_other(length, tmp_path):
+    """Matrix products depend, in their last bits, on the alignment of what they multiply."""
+    made = {"q" * length: torch.ones(3, 5, dtype=torch.float64)}
+    FolderStore(tmp_path).recall("key", lambda: made)
+    found = FolderStore(tmp_path).recall("key", dict)["q" * length]
+    assert torch.equal(found, made["q" * length])
+    assert found.data_ptr() % 64 == torch.ones(3, 5).data_ptr() % 64 == 0
+
+
+def test_bytes_do_not_depend_on_the_hash_seed(recipe, tmp_path):
+    recipes = {}
+    for kind, (method, params) in METHODS.items():
+        recipes[kind] = Recipe.of({**recipe, "method": method, "params": params}).model_dump(mode="json")
+        merge(recipes[kind], tmp_path / "here" / kind)
+    code = (
+        "import json, sys; from merging import merge\n"
+        "for kind, recipe in json.loads(sys.argv[1]).items(): merge(recipe, f'{sys.argv[2]}/{kind}')"
+    )
+    command = [sys.executable, "-c", code, json.dumps(recipes), tmp_path / "there"]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}  # this process has another, or a random one
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent, env=environment)
+    assert file_hashes(tmp_path / "here") == file_hashes(tmp_path / "there")
+
+
+# --------------------------------------------------------------------------------------- points of a sweep
+
+POINTS = [
+    *({"method": method, "params": params} for method, params in METHODS.values()),
+    {"method": "cart", "params": {"rank": 0.5, "scale": 2.0}},
+    {"method": "cart", "params": {"rank": 0.5, "scale": 3.0}},
+    {"method": "cart", "params": {"rank_rule": "energy"}},
+    {"method": "cart", "params": {"reduce": "tsv"}},
+    {"method": "cart", "params": {"origin": "task_arithmetic"}},
+    {"method": "cart", "params": {"origin": "tsv_merge"}},
+    {"method": "cart", "params": {"origin": "cart"}},
+    {"method": "tsv_merge", "params": {"orthogonalize": False}},
+    {"method": "iso_c", "params": {"keys": "block_linear"}},
+    {"method": "ties", "params": {"density": 0.5}},
+    {"method": "ties", "params": {"reduce": "max"}},
+    {"method": "ties", "params": {"variant": "mergekit"}},
+    {"method": "sce", "params": {"density": 0.8}},
+    {"method": "karcher", "params": {"weights": [1, 2, 3]}},
+    {"method": "lines", "params": {"inner": "ties"}},
+    {"method": "average", "dtype": "float16", "shard_size": 100},
+    {"method": "task_arithmetic", "rules": [{"match": "*mlp*", "params": {"scale": 0.9}}]},
+]
+
+
+@pytest.mark.parametrize("store", [None, "factors"])
+def test_points_of_a_sweep_have_the_bytes_of_single_merges(store, recipe, tmp_path):
+    for t, path in enumerate((recipe["base"], *recipe["experts"].values())):
+        edit(path, ids=torch.arange(3), outside=random_state(t)["blocks.0.mlp.weight"])
+    points = [({**recipe, "exclude": "*attn*", **p}, tmp_path / "all" / str(i)) for i, p in enumerate(POINTS)]
+    manifests = merge_points(points, workers=2, factors=store and tmp_path / store)
+    for (point, out), manifest in zip(points, manifests):
+        assert merge(point, tmp_path / "single" / out.name) == manifest
+    assert file_hashes(tmp_path / "all") == file_hashes(tmp_path / "single")
+
+
+def test_points_of_a_sweep_read_the_same_inputs(recipe, tmp_path):
+    backwards = dict(reversed(recipe["experts"].items()))
+    for other in ({"seed": 1}, {"exclude": "*attn*"}, {"base": None}, {"experts": backwards}):
+        with refused("the same " + next(iter(other)), "one by one"):
+            merge_points([(recipe, tmp_path / "one"), ({**recipe, **other}, tmp_path / "two")])
+    assert left_over(tmp_path) == []
+
+
+# --------------------------------------------------------------------------------------- what there is to merge
+
+
+@pytest.fixture
+def masked(recipe) -> dict[str, Any]:
+    """DARE with given masks, one file an expert."""
+    masks = []
+    for t in range(3):
+        masks.append(recipe["base"].with_name(f"masks-{t}.safetensors"))
+        save_file({name: (v > 0).float() for name, v in random_state(10 + t).items()}, masks[t])
+    return {**recipe, "method": "dare", "params": {"masks": "given"}, "statistics": {"masks": masks}}
+
+
+def test_statistics_are_part_of_the_recipe_and_the_manifest(masked, tmp_path):
+    manifest = merge(masked, tmp_path / "out")
+    masks = masked["statistics"]["masks"]
+    assert manifest["recipe"]["statistics"] == {
+        "masks": [{"path": f"../in/{p.name}", "digest": open_checkpoint(p).digest()} for p in masks]
+    }
+    states = {name: load_file(path) for name, path in masked["experts"].items()}
+    expected = merge_state_dicts(
+        "dare",
+        states,
+        load_file(masked["base"]),
+        params=masked["params"],
+        statistics={"masks": [load_file(p) for p in masks]},
+    )
+    assert same_tensors(load_file(tmp_path / "out" / "model.safetensors"), expected)
+    one = tmp_path / "in" / "masks.safetensors"
+    save_file({f"{t}/{name}": v for t, p in enumerate(masks) for name, v in load_file(p).items()}, one)
+    of_one = merge({**masked, "statistics": {"masks": one}}, tmp_path / "of_one")
+    assert of_one["output"] == manifest["output"]
+    assert of_one["recipe_digest"] != manifest["recipe_digest"]
+    moved = [masks[0].rename(tmp_path / "in" / "moved.safetensors"), *masks[1:]]
+    masked["statistics"]["masks"] = moved
+    assert merge(masked, tmp_path / "moved")["recipe_digest"] == manifest["recipe_digest"]
+    edit(masks[1], logit_scale=1 - load_file(masks[1])["logit_scale"])
+    changed = merge(masked, tmp_path / "changed")
+    assert changed["recipe_digest"] != manifest["recipe_digest"]
+    assert changed["output"]["digest"] != manifest["output"]["digest"]
+
+
+def test_verify_knows_statistics(masked, tmp_path):
+    masks = masked["statistics"]["masks"]
+    merge(masked, tmp_path / "out")
+    assert "bit-identical" in verify(tmp_path / "out")
+    edit(masks[1], logit_scale=1 - load_file(masks[1])["logit_scale"])
+    with refused("masks-1.safetensors", "no longer the 'masks'"):
+        verify(tmp_path / "out")
+
+
+def test_statistics_that_do_not_fit(masked, tmp_path):
+    masks = masked["statistics"]["masks"]
+
+    def given(**statistics: Any) -> dict[str, Any]:
+        return {**masked, "statistics": statistics}
+
+    for out, recipe, parts in (
+        ("out", given(), ["needs the statistics 'masks'"]),
+        ("out", given(masks=masks, fisher=masks), ["takes no statistics 'fisher'"]),
+        ("out", given(masks=masks[:2]), ["2 files for 3 experts"]),
+        ("out", given(masks=[*masks[:2], tmp_path / "none"]), ["'masks'", "no such file"]),
+        ("in/masks-1.safetensors", masked, ["holds the input", "masks-1.safetensors"]),
+    ):
+        with refused(*parts):
+            merge(recipe, tmp_path / out)
+    edit(masks[2], blocks__1__bias=torch.ones(3))
+    with refused("'masks'", "'blocks.1.bias'", "masks-2.safetensors", "[3]", "[7]"):
+        merge(masked, tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
+def test_verify_knows_rules_and_exclusions(recipe, tmp_path):
+    rules = [
+        {"match": "*attn*", "params": {"rank": 0.9}},
+        {"layers": [0, 1], "gradient": {"scale": [0.5, 2.0]}},
+    ]
+    rich = {**recipe, "method": "cart", "rules": rules, "exclude": ["*scale"], "excluded": "average"}
+    manifest = merge(rich, tmp_path / "out")
+    assert manifest["recipe"]["rules"][0]["match"] == ["*attn*"]
+    assert manifest["recipe"]["exclude"] == ["*scale"]
+    assert "bit-identical" in verify(tmp_path / "out")
+    plain = merge({**recipe, "method": "cart"}, tmp_path / "plain")
+    assert plain["output"]["digest"] != manifest["output"]["digest"]
+    manifest["recipe"]["rules"] = []
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with refused("tensor(s) differ"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "ending", ["qweight", "qzeros", "SCB", "weight_packed", "weight_scale", "weight.absmax"]
+)
+def test_quantised_checkpoints_are_refused(ending, recipe, tmp_path):
+    edit(recipe["experts"]["b"], **{f"blocks__0__attn__{ending}": torch.ones(4, dtype=torch.int32)})
+    with refused("b: is quantised", f"'blocks.0.attn.{ending}'", "float16"):
+        merge(recipe, tmp_path / "out")
+    assert left_over(tmp_path) == []
+
+
+ODD_SHAPES = {
+    **SHAPES,
+    "a/b c\n\"'ä\\𝄞": (3, 4),
+    "../../etc/passwd": (2,),
+    "модель.0.вес": (4, 5),
+    "": (2, 2),
+    "\x1b[31mred\u202e": (1,),
+    "x" * 5000: (3,),
+    "blocks.2.empty": (0, 3),
+    "blocks.2.hollow": (3, 0, 2),
+    "none": (0,),
+    "scalar": (),
+    "blocks.2.one.weight": (1, 1),
+}
+
+
+@pytest.mark.parametrize("method", sorted(catalogue()))
+def test_names_and_shapes_of_all_kinds(method, tmp_path):
+    recipe = save_family(tmp_path / "in", experts=2 if method == "slerp" else 3, shapes=ODD_SHAPES)
+    merge({**recipe, "method": method}, tmp_path / "out", factors=tmp_path / "factors")
+    states = {name: load_file(path) for name, path in recipe["experts"].items()}
+    expected = merge_state_dicts(method, states, load_file(recipe["base"]))
+    assert same_tensors(load_file(tmp_path / "out" / "model.safetensors"), expected)
+    assert all(p.name in ("in", "out", "factors") for p in tmp_path.iterdir())
+    if method == "cart":
+        merge({**recipe, "method": method, "shard_size": 50}, tmp_path / "sharded")
+        assert open_checkpoint(tmp_path / "sharded").digest() == open_checkpoint(tmp_path / "out").digest()
+        assert "bit-identical" in verify(tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("method", sorted(catalogue()))
+def test_a_family_without_anything_to_merge(method, tmp_path):
+    recipe = save_family(tmp_path / "in", experts=2 if method == "slerp" else 3, shapes={"none": (0,)})
+    ids = {"ids": torch.arange(3)}
+    for path in (recipe["base"], *recipe["experts"].values()):
+        edit(path, **ids)
+    merge({**recipe, "method": method}, tmp_path / "out.safetensors")
+    assert same_tensors(load_file(tmp_path / "out.safetensors"), load_file(recipe["base"]))
+
+
+def test_tied_weights_stay_tied(recipe, tmp_path):
+    shapes = {**SHAPES, "lm_head.weight": SHAPES["blocks.0.mlp.weight"]}
+    recipe = save_family(tmp_path / "in", shapes=shapes)
+    for path in (recipe["base"], *recipe["experts"].values()):
+        edit(path, lm_head__weight=load_file(path)["blocks.0.mlp.weight"].clone())
+    for method in ("ties", "karcher", "sce"):
+        merge({**recipe, "method": method}, tmp_path / "out.safetensors")
+        merged = load_file(tmp_path / "out.safetensors")
+        assert torch.equal(merged["lm_head.weight"], merged["blocks.0.mlp.weight"])
+    edit(recipe["experts"]["b"], lm_head__weight=None)  # as it is saved where it is tied
+    with refused("'b' lacks 1 tensor", "'lm_head.weight'"):
+        merge(recipe, tmp_path / "other")
+
+
 # --------------------------------------------------------------------------------------- signals
 
 
@@ -452,7 +776,7 @@ def interrupted(tmp_path: Path) -> Callable[[int], subprocess.CompletedProcess]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        while not (tmp_path / ".out.partial" / "model.safetensors").exists():
+        while not (tmp_path / ".out.partial" / "out" / "model.safetensors").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         process.send_signal(number)
@@ -463,11 +787,13 @@ def interrupted(tmp_path: Path) -> Callable[[int], subprocess.CompletedProcess]:
     return send
 
 
-def test_control_c_leaves_nothing(interrupted, tmp_path):
+def test_control_c_keeps_what_was_finished(interrupted, tmp_path):
     done = interrupted(signal.SIGINT)
     assert done.returncode == 130
     assert done.stderr.startswith("mergeline: stopped") and done.stderr.count("\n") == 1
-    assert left_over(tmp_path) == []
+    assert left_over(tmp_path) == [".out.partial"]
+    merge(interrupted.recipe, tmp_path / "out", workers=2)
+    assert left_over(tmp_path) == ["out"]
 
 
 def test_a_killed_merge_is_in_nobodys_way(interrupted, tmp_path):

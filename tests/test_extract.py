@@ -1,4 +1,4 @@
-"""The extract step: numbers against their definitions, and stored spectra that change nothing."""
+"""The extract step: numbers against their definitions, and refusals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_state, refused, same_tensors, save_family
+from checkpoints import random_state, refused, save_family
 from safetensors.torch import load_file, save_file
 
-from merging import merge_state_dicts
-from tasks.extract import StoredFactors, extract
+from merging import slots
+from tasks.extract import extract
 
 MATRICES = ("blocks.0.attn.weight", "blocks.0.mlp.weight")
-SHAPES = {"blocks.0.wide": (12, 40), "blocks.1.tall": (40, 12), "blocks.2.square": (24, 24), "head": (9, 9)}
 
 
 @pytest.fixture
@@ -23,15 +22,18 @@ def family(tmp_path: Path) -> dict[str, Any]:
     return save_family(tmp_path)
 
 
-def run(family: dict[str, Any], out: Path, rank: float = 1.0) -> dict[str, Any]:
-    extract(family["base"], family["experts"], out, rank=rank)
+def run(family: dict[str, Any], out: Path) -> dict[str, Any]:
+    extract(family["base"], family["experts"], out)
     return json.loads((out / "description.json").read_text())
 
 
 # --------------------------------------------------------------------------------------- description
 
 
-def test_the_description_agrees_with_definitions(family, tmp_path):
+@pytest.mark.parametrize("block", [1 << 19, 12])
+def test_the_description_agrees_with_definitions(block, family, tmp_path, monkeypatch):
+    """Whether a tensor is one block or many."""
+    monkeypatch.setattr(slots, "_BLOCK", block)
     found = run(family, tmp_path / "out")
     base = load_file(family["base"])
     names = sorted(base)
@@ -80,49 +82,6 @@ def test_the_same_inputs_give_the_same_bytes(family, tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
 
 
-# --------------------------------------------------------------------------------------- factors
-
-
-@pytest.mark.parametrize("stored", [0.0, 0.3, 1.0])
-def test_stored_factors_change_no_byte(stored, tmp_path):
-    """Also where a search asks for more than was stored."""
-    base = random_state(0, shapes=SHAPES)
-    experts = {}
-    for t, name in enumerate("abc"):
-        tau = random_state(t + 1, shapes=SHAPES)
-        experts[name] = {k: v + 0.1 * tau[k] for k, v in base.items()}
-        save_file(experts[name], tmp_path / f"{name}.safetensors")
-    save_file(base, tmp_path / "base.safetensors")
-    paths = {name: tmp_path / f"{name}.safetensors" for name in experts}
-    extract(tmp_path / "base.safetensors", paths, tmp_path / "out", rank=stored)
-    factors = StoredFactors(tmp_path / "out")
-    assert (factors.get("blocks.0.wide") is not None) == (stored > 0)
-    assert factors.get("head") is None  # no block matrix
-    for params in (
-        {"rank": 0.1},
-        {"rank": 0.5},
-        {"rank": 1.0, "scale": 3.0},
-        {"rank_rule": "energy", "energy": 0.6},
-        {"rank": 0.25, "reduce": "tsv"},
-        {"rank": 0.25, "keys": "matrices"},
-        {"rank": 0.25, "origin": "task_arithmetic"},
-    ):
-        fresh = merge_state_dicts("cart", experts, base, params=params)
-        assert same_tensors(
-            merge_state_dicts("cart", experts, base, params=params, factors=factors), fresh
-        ), params
-
-
-def test_stored_factors_are_used(family, tmp_path):
-    """Factors of another family change the result, so those of this one were read above."""
-    run(family, tmp_path / "out")
-    experts = {e: load_file(p) for e, p in family["experts"].items()}
-    stranger = {e: {k: -v.flip(0) if v.ndim else v for k, v in s.items()} for e, s in experts.items()}
-    params = {"rank": 0.3}
-    wrong = merge_state_dicts("cart", stranger, params=params, factors=StoredFactors(tmp_path / "out"))
-    assert not same_tensors(wrong, merge_state_dicts("cart", stranger, params=params))
-
-
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -138,7 +97,5 @@ def test_experts_that_cannot_be(family, tmp_path):
         "stranger": ["'stranger' was not fine-tuned from this base", "cosine"],
     }.items():
         with refused(*parts):
-            extract(
-                family["base"], {"a": one, name: tmp_path / f"{name}.safetensors"}, tmp_path / "out", rank=1.0
-            )
+            extract(family["base"], {"a": one, name: tmp_path / f"{name}.safetensors"}, tmp_path / "out")
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))

@@ -2,48 +2,70 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import State, same_tensors, shard
 from safetensors.torch import load_file
 
 from merging import merge, merge_state_dicts
+from merging.methods import catalogue
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = json.loads((GOLDENS / "cases.json").read_text())["cases"]
 
-pytestmark = pytest.mark.parametrize("case", CASES, ids=[c["case"] for c in CASES])
+
+def each(kind: str) -> pytest.MarkDecorator:
+    cases = [case for case in CASES if case["kind"] == kind]
+    return pytest.mark.parametrize("case", cases, ids=[case["case"] for case in cases])
 
 
 def path_of(case: dict[str, Any], stem: str) -> Path:
     return GOLDENS / "inputs" / case["input_set"] / f"{stem}.safetensors"
 
 
-def inputs(case: dict[str, Any]) -> tuple[dict[str, State], State | None]:
-    experts = {stem: load_file(path_of(case, stem)) for stem in case["experts"]}
-    return experts, load_file(path_of(case, case["base"])) if case["base"] else None
-
-
 def recipe(case: dict[str, Any]) -> dict[str, Any]:
+    def paths(files: str | list[str]) -> Path | list[Path]:
+        return [GOLDENS / file for file in files] if isinstance(files, list) else GOLDENS / files
+
     return {
         "method": case["method"],
         "params": case["params"],
         "experts": {stem: path_of(case, stem) for stem in case["experts"]},
         "base": path_of(case, case["base"]) if case["base"] else None,
+        "statistics": {kind: paths(files) for kind, files in case["statistics"].items()},
     }
 
 
-def in_memory(case: dict[str, Any]) -> State:
-    experts, base = inputs(case)
-    return merge_state_dicts(case["method"], experts, base, params=case["params"])
+def loaded(case: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `merge_state_dicts`."""
+
+    def load(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: load(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [load(inner) for inner in value]
+        return load_file(value) if isinstance(value, Path) else value
+
+    return load(recipe(case))
 
 
+@cache
+def in_memory(name: str) -> State:
+    return merge_state_dicts(**loaded(next(case for case in CASES if case["case"] == name)))
+
+
+def test_every_method_has_a_case():
+    assert {case["method"] for case in CASES} == set(catalogue())
+
+
+@each("merge")
 def test_equals_the_reference(case):
-    merged, expected = in_memory(case), load_file(GOLDENS / case["expected"])
+    merged, expected = in_memory(case["case"]), load_file(GOLDENS / case["expected"])
     wrong = 0
     for key in case["expected_keys"]:
         a, b = merged[key].double(), expected[key].double()
@@ -53,30 +75,74 @@ def test_equals_the_reference(case):
     assert wrong <= case["max_mismatch_elements"]
 
 
+@each("merge")
 def test_inputs_are_not_modified(case):
-    experts, base = inputs(case)
-    merge_state_dicts(case["method"], experts, base, params=case["params"])
-    experts_again, base_again = inputs(case)
-    assert all(same_tensors(experts[stem], experts_again[stem]) for stem in experts)
-    assert base is None or same_tensors(base, base_again)
+    given, again = loaded(case), loaded(case)
+    merge_state_dicts(**given)
+    assert all(same_tensors(given["experts"][stem], again["experts"][stem]) for stem in case["experts"])
+    assert given["base"] is None or same_tensors(given["base"], again["base"])
+    assert all(
+        same_tensors(given["statistics"][kind], again["statistics"][kind]) for kind in case["statistics"]
+    )
 
 
-def test_files_give_what_memory_gives_with_any_number_of_workers(case, tmp_path):
-    shas = set()
-    for workers in (1, 2):
-        out = tmp_path / f"{workers}.safetensors"
-        merge(recipe(case), out, workers=workers)
-        shas.add(hashlib.sha256(out.read_bytes()).hexdigest())
-        assert same_tensors(load_file(out), in_memory(case))
-    assert len(shas) == 1
-
-
-def test_sharded_inputs_give_the_same(case, tmp_path):
-    whole = merge(recipe(case), tmp_path / "whole.safetensors", workers=1)
-    sharded = recipe(case)
+@each("merge")
+def test_files_give_what_memory_gives_in_any_shards_and_with_any_number_of_workers(case, tmp_path):
     first = case["experts"][0]
+    sharded = recipe(case)
     sharded["experts"] |= {first: shard(load_file(path_of(case, first)), tmp_path / "shards", 3)}
-    again = merge(sharded, tmp_path / "again.safetensors", workers=1)
-    assert again["output"] == whole["output"]
-    assert again["recipe_digest"] == whole["recipe_digest"]
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    manifests, files = [], []
+    for number, (made_of, workers) in enumerate([(recipe(case), 1), (recipe(case), 2), (sharded, 1)]):
+        out = tmp_path / f"{number}.safetensors"
+        manifests.append(merge(made_of, out, workers=workers))
+        files.append(out.read_bytes())
+        assert same_tensors(load_file(out), in_memory(case["case"]))
+    assert files[0] == files[1] == files[2]
+    for key in ("output", "recipe_digest"):
+        assert manifests[0][key] == manifests[1][key] == manifests[2][key]
+
+
+@each("stochastic")
+def test_draws_over_many_seeds_follow_the_stated_distribution(case):
+    name, expected = case["tensor"], case["expected_statistics"]
+    given = loaded(case)
+    [expert] = given["experts"].values()
+    tau_MN = expert[name] - given["base"][name]  # around zero: no rounding between it and what comes out
+    params, zero = {**case["params"], "scale": 1.0}, torch.zeros_like(tau_MN)
+    seeds = expected["measured"]["seeds"]
+    out_SMN = torch.stack(
+        [
+            merge_state_dicts(case["method"], {"e": {name: tau_MN}}, {name: zero}, params=params, seed=seed)[
+                name
+            ]
+            for seed in range(seeds)
+        ]
+    )
+    kept_SMN = out_SMN != 0
+
+    # The probability of each entry: the same for all (dare), or growing with the rank in the row (della).
+    if "keep_prob_min" in expected:
+        ranks_MN = tau_MN.abs().argsort(-1).argsort(-1).double()
+        low, high = expected["keep_prob_min"], expected["keep_prob_max"]
+        keep_MN = low + (high - low) * ranks_MN / (tau_MN.shape[-1] - 1)
+        factors, zeros = expected["rescale_factor_range"], expected["expected_zero_fraction_per_row"]
+    else:
+        keep_MN = torch.full_like(tau_MN, 1 - expected["expected_zero_fraction"], dtype=torch.float64)
+        factors, zeros = [expected["rescale_factor"]] * 2, expected["expected_zero_fraction"]
+
+    # How often each was kept, in standard deviations: of mean 0 and deviation 1 over the entries.
+    deviation_MN = (keep_MN * (1 - keep_MN) / seeds).sqrt()
+    score_MN = (kept_SMN.double().mean(0) - keep_MN) / deviation_MN
+    assert abs(score_MN.mean()) < 4 / score_MN.numel() ** 0.5
+    assert abs(score_MN.std() - 1) < 4 / (2 * score_MN.numel()) ** 0.5
+    zeros_S = (~kept_SMN).double().mean((1, 2))
+    deviation = (keep_MN * (1 - keep_MN)).sum().sqrt().item() / keep_MN.numel()
+    assert zeros_S.mean().item() == pytest.approx(zeros, abs=4 * deviation / seeds**0.5)
+    assert zeros_S.std().item() == pytest.approx(deviation, rel=4 / (2 * seeds) ** 0.5)
+
+    # Survivors are rescaled by exactly one over their probability, so that the mean over seeds is the task vector.
+    ratio_SMN = (out_SMN / tau_MN).double()
+    assert torch.allclose(ratio_SMN[kept_SMN], (1 / keep_MN).expand_as(ratio_SMN)[kept_SMN], rtol=1e-5)
+    assert ratio_SMN[kept_SMN].aminmax() == pytest.approx(factors, rel=1e-5)
+    bias = (out_SMN.double().mean(0) - tau_MN).abs().mean() / tau_MN.abs().mean()
+    assert bias.item() == pytest.approx(expected["measured"]["rel_mean_abs_bias"], rel=0.05)

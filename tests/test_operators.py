@@ -1,6 +1,8 @@
-"""The algebra against plain definitions: torch.kthvalue, a float64 SVD, loops."""
+"""The algebra against plain definitions: torch.kthvalue, stable sorts, loops."""
 
 from __future__ import annotations
+
+from typing import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -8,144 +10,184 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch import Tensor
 
 from merging import operators as ops
 
-SIDES = st.integers(1, 12)
-
-
-def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
-    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-# --------------------------------------------------------------------------------------- thresholds
-
-
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 60)), elements=FINITE), st.data())
-def test_kth_magnitudes_is_kthvalue_in_any_chunking(values, data):
-    x_TN = torch.from_numpy(values)
-    kth = data.draw(st.integers(1, x_TN.shape[1]))
-    cuts = sorted(data.draw(st.sets(st.integers(0, x_TN.shape[1]), max_size=4)))
-    chunks = list(torch.tensor_split(x_TN, cuts, dim=1))
-    found = ops.kth_magnitudes(lambda: chunks, kth)
-    assert torch.equal(found, x_TN.abs().kthvalue(kth, dim=1).values)
-
-
-def test_kth_magnitudes_over_tensors_of_all_shapes():
-    tensors = [
-        torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-        for shape in ((50, 4), (9,), (2, 3, 4))
-    ]
-    flat_TN = torch.cat([t.reshape(2, -1) for t in tensors], dim=1).abs()
-    for kth in (1, 100, flat_TN.shape[1]):
-        assert torch.equal(ops.kth_magnitudes(lambda: tensors, kth), flat_TN.kthvalue(kth, dim=1).values)
-
-
-@given(hnp.arrays(np.float32, (2, 12), elements=st.sampled_from([0, 1, -1, 2, -2, 3])), st.floats(0.01, 1))
-def test_keep_largest_keeps_exactly_so_many(values, density):
-    x_TN = torch.from_numpy(values)
-    kept_TN = ops.keep_largest(x_TN, density)
-    count = max(1, int(density * 12))
-    for row, kept in zip(x_TN, kept_TN):
-        assert torch.equal(kept.abs().sort().values[-count:], row.abs().sort().values[-count:])
-        assert (kept != 0).sum() <= count
-        assert torch.equal(kept[kept != 0], row[kept != 0])
-
-
-def test_keep_at_least_keeps_equals():
-    x_TN = torch.tensor([[1.0, -2.0, 2.0, 3.0], [1.0, -2.0, 2.0, 3.0]])
-    kept = ops.keep_at_least(x_TN, torch.tensor([2.0, 3.0]))
-    assert kept.tolist() == [[0, -2, 2, 3], [0, 0, 0, 3]]
+SMALL = st.integers(-3, 3).map(float)  # many ties, zeros and sums that cancel
+STACKS = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 8)), elements=SMALL)
+SIGNS = st.sampled_from([-1.0, 0.0, 1.0])
+WEIGHTS = st.lists(st.sampled_from([-1.0, 0.5, 1.0, 2.0]), min_size=4, max_size=4)
 
 
 # --------------------------------------------------------------------------------------- combining
 
 
-@given(
-    hnp.arrays(np.float32, (3, 8), elements=st.integers(-3, 3).map(float)), st.sampled_from([-1.0, 0.0, 1.0])
-)
-def test_elect_signs(values, zero):
-    expected = [np.sign(column.sum()) or zero for column in values.T]
-    assert ops.elect_signs(torch.from_numpy(values), zero).tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("reduce", "expected"), [("mean", [2.0, 0.0, -1.0]), ("sum", [4.0, 0.0, -1.0]), ("max", [3.0, 0.0, -1.0])]
-)
-def test_disjoint_merge(reduce, expected):
-    x_TN = torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, -1.0]])
-    assert ops.disjoint_merge(x_TN, reduce).tolist() == expected
-
-
 def test_weighted_sum_adds_in_float64():
-    x_TN = torch.tensor([[1.0], [1e-9], [-1.0]])
-    assert ops.weighted_sum(x_TN, [1.0, 2.0, 1.0]).item() == pytest.approx(2e-9, rel=1e-6)
-    assert ops.weighted_sum(x_TN, None).item() == pytest.approx(1e-9, rel=1e-6)
+    tensors = [torch.tensor([1.0]), torch.tensor([1e-9]), torch.tensor([-1.0])]
+    assert ops.weighted_sum(tensors, [1.0, 2.0, 1.0]).item() == pytest.approx(2e-9, rel=1e-6)
+    assert ops.weighted_sum(tensors).item() == pytest.approx(1e-9, rel=1e-6)
+    assert ops.weighted_sum(iter(tensors)).dtype == torch.float64
+    assert ops.weighted_sum(tensors, None, torch.float32).dtype == torch.float32
+    assert [t.item() for t in tensors] == pytest.approx([1.0, 1e-9, -1.0])  # not added into the first
 
 
-# --------------------------------------------------------------------------------------- spectral
+@given(hnp.arrays(np.float32, 5, elements=FINITE), st.integers(1, 9))
+def test_the_mean_of_copies_is_the_copy(values, count):
+    x = torch.from_numpy(values)
+    assert torch.equal(ops.mean([x] * count).float(), x)
+    short = x.clamp(-1e37, 1e37).bfloat16()  # its sums are exact in float32
+    assert torch.equal(ops.mean([short] * count, torch.float32).bfloat16(), short)
 
 
-@given(SIDES, SIDES, st.integers(0, 99), st.data())
-def test_projection_on_the_leading_directions_is_the_truncated_svd(rows, columns, seed, data):
-    a = matrix(rows, columns, seed)
-    k = data.draw(st.integers(1, min(rows, columns)))
-    u, s, vh = torch.linalg.svd(a, full_matrices=False)
-    energy, vectors = ops.spectrum(a)
-    assert torch.allclose(energy, s**2, atol=1e-10)
-    assert torch.allclose(vectors.T @ vectors, torch.eye(len(energy), dtype=torch.float64), atol=1e-10)
-    truncated = (u[:, :k] * s[:k]) @ vh[:k]
-    assert torch.allclose(ops.project(a, vectors[:, :k]), truncated, atol=1e-7)
-    u_K, s_K, v_K = ops.leading_triplets(a, vectors[:, :k])
-    assert torch.allclose((u_K * s_K) @ v_K.T, truncated, atol=1e-7)
+@given(STACKS, WEIGHTS)
+def test_total_is_the_weighted_sum_in_the_tensors_own_dtype(values, weights):
+    tau_TX = torch.from_numpy(values)
+    before = tau_TX.clone()
+    weights = weights[: len(values)]
+    assert np.array_equal(ops.total(tau_TX), values.sum(0))
+    assert np.array_equal(ops.total(list(tau_TX), weights), np.array(weights, np.float32) @ values)
+    assert ops.total(tau_TX.double()).dtype == torch.float64 and torch.equal(tau_TX, before)
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
-def test_spectrum_of_a_matrix_of_deficient_rank(shape):
-    a = matrix(shape[0], 1, 0) @ matrix(1, shape[1], 1)
-    energy, vectors = ops.spectrum(a)
-    assert energy[0] > 0 and (energy >= 0).all() and (energy[1:] < 1e-12 * energy[0]).all()
-    assert torch.allclose(ops.project(a, vectors[:, :1]), a, atol=1e-12)
-    assert (ops.spectrum(torch.zeros(shape))[0] == 0).all()
+@given(STACKS, WEIGHTS, SIGNS)
+def test_elect_signs(values, weights, zero):
+    tau_TX = torch.from_numpy(values)
+    weights = weights[: len(values)]
+    assert ops.elect_signs(tau_TX, None, zero).tolist() == [np.sign(c.sum()) or zero for c in values.T]
+    expected = [np.sign(np.dot(weights, column)) or zero for column in values.T]
+    assert ops.elect_signs(tau_TX, weights, zero).tolist() == expected
 
 
-@given(SIDES, SIDES, st.integers(0, 99))
-def test_polar_is_the_orthogonal_factor(rows, columns, seed):
-    x = matrix(rows, columns, seed)
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    assert torch.allclose(ops.polar(x), u @ vh, atol=1e-5)
+@given(STACKS, st.lists(SIGNS, min_size=8, max_size=8), st.none() | WEIGHTS)
+def test_orthant_sum_takes_what_agrees_with_the_sign(values, signs, weights):
+    tau_TX, sign_X = torch.from_numpy(values), torch.tensor(signs[: values.shape[1]])
+    sums, counts = [], []
+    for column, sign in zip(values.T, sign_X.tolist()):
+        weighted = [(w * v, w) for v, w in zip(column, weights or [1.0] * 4) if w * v * sign > 0]
+        sums.append(sum(v for v, _ in weighted))
+        counts.append(sum(w for _, w in weighted))
+    sum_X, count_X = ops.orthant_sum(tau_TX, sign_X, weights)
+    assert sum_X.tolist() == sums and count_X.tolist() == counts
+    assert np.array_equal(tau_TX, values) and sign_X.tolist() == signs[: values.shape[1]]
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_polar_is_orthogonal_where_the_matrix_is_singular(rank):
-    x = matrix(6, rank, 0) @ matrix(rank, 4, 1)
-    q = ops.polar(x)
-    assert torch.allclose(q.T @ q, torch.eye(4, dtype=torch.float64), atol=1e-10)
+@given(STACKS, st.lists(SIGNS, min_size=8, max_size=8))
+def test_largest_aligned(values, signs):
+    sign_X = torch.tensor(signs[: values.shape[1]])
+    expected = [
+        max([v for v in column if v * sign > 0], key=abs, default=0.0)
+        for column, sign in zip(values.T, sign_X.tolist())
+    ]
+    assert ops.largest_aligned(torch.from_numpy(values), sign_X).tolist() == expected
 
 
-def test_orthogonal_sum_of_orthogonal_factors_is_their_sum():
-    q, _ = torch.linalg.qr(matrix(6, 4, 0))
-    p, _ = torch.linalg.qr(matrix(5, 4, 1))
-    s = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
-    factors = [(q[:, :2], s[:2], p[:, :2]), (q[:, 2:], s[2:], p[:, 2:])]
-    assert torch.allclose(ops.orthogonal_sum(factors), (q * s) @ p.T, atol=1e-12)
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (2, 1, 3, 1), (0,)])
+def test_gram_holds_all_inner_products_in_float64(shape):
+    tensors = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    rows_TN = tensors.double().reshape(3, tensors[0].numel())
+    gram_TT = ops.gram(list(tensors))
+    assert gram_TT.dtype == torch.float64 and torch.equal(gram_TT, gram_TT.T)
+    assert torch.allclose(gram_TT, rows_TN @ rows_TN.T, rtol=1e-14)
 
 
-@pytest.mark.parametrize(
-    ("fraction", "side", "rank"),
-    [(0.29, 100, 28), (0.57, 100, 56), (0.12, 4, 1), (0.001, 9, 1), (0.5, 7, 3), (1.0, 7, 7)],
+# --------------------------------------------------------------------------------------- thresholds
+
+
+class Chunks:
+    """A view whose blocks are given: (T, n) each."""
+
+    def __init__(self, blocks: Sequence[Tensor]):
+        self._blocks = blocks
+
+    def blocks(self, unit: str) -> Iterator[Tensor]:
+        assert unit == "row"
+        return iter(self._blocks)
+
+
+def kth_smallest(views: Sequence[Sequence[Tensor]], kth_T: Sequence[int]) -> list[float]:
+    return ops.kth_smallest(lambda f: (f(Chunks(blocks)) for blocks in views), list, "row", kth_T)
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 60)),
+        elements=FINITE | SMALL | st.sampled_from([-0.0, 1e-45, 3.4e38]),
+    ),
+    st.data(),
 )
-def test_rank_of_truncates_as_the_official_code(fraction, side, rank):
-    assert ops.rank_of(fraction, (side, side + 3)) == ops.rank_of(fraction, (side + 3, side)) == rank
+def test_kth_smallest_is_kthvalue_in_any_chunking(values, data):
+    x_TN = torch.from_numpy(values)
+    count = x_TN.shape[1]
+    kth_T = [data.draw(st.integers(1, count)) for _ in x_TN]
+    cuts = sorted(data.draw(st.sets(st.integers(0, count), max_size=4)))
+    blocks = torch.tensor_split(x_TN, cuts, dim=1)  # some of them empty
+    first = data.draw(st.integers(1, len(blocks)))
+    found = kth_smallest([views for views in (blocks[:first], blocks[first:]) if views], kth_T)
+    assert found == [row.abs().kthvalue(kth).values.item() for row, kth in zip(x_TN, kth_T)]
 
 
-@pytest.mark.parametrize(("share", "rank"), [(0.1, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.9, 3), (1.0, 3)])
-def test_rank_for_energy(share, rank):
-    assert ops.rank_for_energy(torch.tensor([2.0, 1.0, 1.0, 0.0], dtype=torch.float64), share) == rank
+def test_kth_smallest_of_many_in_one_bin():
+    """Values whose upper halves agree are told apart by their lower ones."""
+    x_1N = (torch.arange(5000).flip(0) % 700 + 0x3F800000).to(torch.int32).view(torch.float32)[None]
+    order = x_1N[0].sort().values.tolist()
+    for kth in (1, 2, 700, 2500, 5000):
+        assert kth_smallest([[x_1N[:, :1234], x_1N[:, 1234:]]], [kth]) == [order[kth - 1]]
 
 
-def test_rank_for_energy_of_nothing_is_one_at_most_full():
-    assert 1 <= ops.rank_for_energy(torch.zeros(3, dtype=torch.float64), 0.8) <= 3
+def test_kth_smallest_over_tensors_of_all_shapes():
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(2, *shape, generator=generator) for shape in ((50, 4), (9,), (2, 3, 4))]
+    flat_TN = torch.cat([t.reshape(2, -1) for t in tensors], dim=1).abs()
+    for kth in (1, 100, flat_TN.shape[1]):
+        assert kth_smallest([[t] for t in tensors], [kth, kth]) == flat_TN.kthvalue(kth).values.tolist()
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 30), elements=FINITE | SMALL), st.data())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keep_at_least_keeps_equals(dtype, values, data):
+    threshold = abs(float(data.draw(st.sampled_from(list(values)) | FINITE)))
+    x_X = torch.from_numpy(values).to(dtype)
+    kept_X = ops.keep_at_least(x_X, threshold)
+    assert kept_X.dtype == dtype
+    assert kept_X.tolist() == [v if abs(v) >= threshold else 0.0 for v in values.tolist()]
+    assert np.array_equal(x_X, values)
+
+
+def test_thresholds_are_compared_in_float32():
+    """A threshold is a float32; a float64 that rounds to it is its equal."""
+    x_X = torch.tensor([1 / 3, -1 / 3], dtype=torch.float64)
+    threshold = x_X.float().abs()[0].item()
+    assert threshold > 1 / 3
+    assert torch.equal(ops.keep_at_least(x_X, threshold), x_X)
+    assert torch.equal(ops.keep_between(x_X, threshold, threshold), x_X)
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 30), elements=SMALL), st.integers(0, 3), st.integers(0, 3))
+@pytest.mark.parametrize("bound", [float, torch.tensor])
+def test_keep_between_keeps_equals(bound, values, least, most):
+    kept_X = ops.keep_between(torch.from_numpy(values), bound(float(least)), bound(float(most)))
+    assert kept_X.tolist() == [v if least <= abs(v) <= most else 0.0 for v in values.tolist()]
+
+
+ROWS = hnp.arrays(
+    np.float32, st.tuples(st.integers(1, 4), st.integers(1, 12)), elements=SMALL | FINITE | st.just(-0.0)
+)
+
+
+@given(ROWS)
+def test_row_ranks_are_those_of_a_stable_sort(values):
+    order = np.argsort(np.abs(values), axis=-1, kind="stable")
+    expected = np.empty_like(order)
+    np.put_along_axis(expected, order, np.arange(values.shape[1])[None].repeat(len(values), 0), -1)
+    assert np.array_equal(ops.row_ranks(torch.from_numpy(values)), expected)
+
+
+@given(ROWS, st.data())
+def test_row_order_is_the_sorted_magnitudes(values, data):
+    places = data.draw(st.lists(st.integers(0, values.shape[1] - 1), min_size=1, max_size=3))
+    found = ops.row_order(torch.from_numpy(values), places)
+    for place, column in zip(places, found, strict=True):
+        assert np.array_equal(column, np.sort(np.abs(values), axis=-1)[:, place : place + 1])

@@ -37,7 +37,6 @@ merges:
 gates:
   minimum_mean: 0.5
 seed: 7
-extract: {rank: 0.5}
 """
 
 
@@ -51,7 +50,7 @@ def write(folder: Path, old: str = "", new: str = "") -> Path:
 def test_what_is_right_is_read(tmp_path):
     params = load_params(write(tmp_path))
     assert list(params.sources) == ["base", "a", "b"] and params.tasks == ["digits"]
-    assert params.seed == 7 and params.extract.rank == 0.5
+    assert params.seed == 7
     assert list(params.merges["soup"].points) == [{}]
     assert list(params.merges["grid"].points) == [
         {"scale": 1.0, "rank": rank, "keys": keys}
@@ -124,7 +123,7 @@ def test_raw_params_are_plain(tmp_path):
         ("base: base\n", "base: base\nbase: a\n", 8, ["not valid YAML", "duplicate"]),
         ("  soup:", "  grid:", 18, ["not valid YAML", "duplicate"]),
         ("experts: [a, b]", "experts: [a, b", 9, ["not valid YAML"]),
-        ("name: small", "name: 'small", 28, ["not valid YAML"]),
+        ("name: small", "name: 'small", 27, ["not valid YAML"]),
         ("name: small", "name: *nowhere", 1, ["not valid YAML"]),
         ("name: small", "\tname: small", 1, ["not valid YAML"]),
         (LINES, "- a list\n", 1, ["the file"]),

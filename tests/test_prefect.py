@@ -73,7 +73,8 @@ def test_bad_input_fails_in_one_line(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "command, sign_of_work", [("run", ".mergeline/digests.sqlite"), ("serve", ".mergeline/prefect/server.json")]
+    "command, sign_of_work",
+    [("run", ".mergeline/digests.sqlite"), ("serve", ".mergeline/prefect/server.json")],
 )
 def test_the_server_ends_with_its_owner(command: str, sign_of_work: str, tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path)

@@ -83,6 +83,14 @@ def test_the_story_of_a_champion(workspace, request, monkeypatch, where):
     assert aliases(workspace)["champion"] == "1"
 
 
+def test_what_is_published_is_not_published_again(workspace, monkeypatch):
+    workspace.add("cart", GOOD)
+    run = tracking.publish(workspace.root, PARAMS)
+    monkeypatch.delattr(tracking, "publish")
+    register(workspace.root, PARAMS, run)
+    assert versions(workspace)[0].run_id == run.merges["cart"]
+
+
 def test_a_version_refers_to_its_files_and_to_its_run(workspace):
     workspace.add("cart", GOOD)
     register(workspace.root, PARAMS)

@@ -32,6 +32,9 @@ def verdict(passed=True, **changes):
     } | changes
 
 
+PASSED = verdict()
+
+
 class Page(HTMLParser):
     """Checks that tags are balanced, and gathers tags with their attributes and the visible text."""
 
@@ -61,7 +64,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path):
-    def rendered(results=None, costs=COSTS, verdict=verdict()):
+    def rendered(results=None, costs=COSTS, verdict=PASSED):
         path = tmp_path / "build" / "report.html"
         render(path, **(results or made_up()), costs=costs, verdict=verdict)
         assert os.listdir(path.parent) == ["report.html"]
@@ -131,6 +134,23 @@ def test_searches_say_what_was_chosen_and_where_the_grid_ended(page):
         "Mean validation accuracy of cart by rank",
         "Mean validation accuracy of cart by scale",
     ]
+
+
+def test_a_curve_far_below_the_best_does_not_flatten_the_picture(page):
+    results = made_up()
+    worst = results["searches"]["cart"]["points"][0]
+    assert worst["params"] == {"rank": 0.04, "scale": 1.0}
+    worst["mean"] = 0.01  # rank 0.04 has a better point, at scale 2
+    ticks = re.findall(r'"end">(0\.\d\d)</text>', page(results).html)
+    assert ticks and min(map(float, ticks)) > 0.4
+
+
+def test_a_search_over_two_parameters_is_shown_as_a_grid(page):
+    found = page()
+    grid = "rank 1 2 0.04 0.588 0.688 0.16 0.600 0.700 0.64 0.552 0.652 Rows: rank. Columns: scale."
+    assert grid in found.text and "All points of cart" not in found.text
+    assert "<strong>0.700</strong></td></tr>" in found.html  # the chosen point
+    assert "All points of ties" in found.text
 
 
 def test_costs_are_summed_by_step(page):

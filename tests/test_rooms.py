@@ -89,6 +89,10 @@ COMMANDS = {
     "merge --help": [["merge", "--help"]],
     "methods": [["methods"], ["methods", "cart", "--json"]],
     "plan": [["plan", "--method", "cart", "--expert", "{a}", "--expert", "{b}", "--base", "{base}"]],
+    "plan --recipe": [
+        ["plan", "--recipe", "{recipe}", "--table"],
+        ["plan", "--recipe", "{recipe}", "--json"],
+    ],
     "inspect": [["inspect", "{a}"]],
 }
 
@@ -96,7 +100,9 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_small_commands_import_nothing_heavy(command, tmp_path):
     recipe = save_family(tmp_path)
-    names = {"base": recipe["base"], **recipe["experts"]}
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: lines\nbase: base.safetensors\nexperts: {a: a.safetensors, b: b.safetensors}\n")
+    names = {"base": recipe["base"], "recipe": file, **recipe["experts"]}
     lines = [
         "import sys",
         "from flows.cli import main",
@@ -110,7 +116,7 @@ def test_small_commands_import_nothing_heavy(command, tmp_path):
     ]
     argv = [[str(part).format(**names) for part in arguments] for arguments in COMMANDS[command]]
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), repr(argv), repr(HEAVY)],
+        [sys.executable, "-c", "\n".join(lines), repr(argv), repr(HEAVY | {"numpy", "scipy"})],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

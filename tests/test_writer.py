@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from checkpoints import State, random_state, same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +80,64 @@ def test_shards_of_a_largest_size(shard_size, count, tmp_path):
         assert index["metadata"]["total_size"] == 188 and index["weight_map"].keys() == state.keys()
         assert {tmp_path / name for name in index["weight_map"].values()} == set(files)
     assert same_tensors({n: open_checkpoint(tmp_path).read(n) for n in state}, state)
+
+
+SPECS = [TensorSpec(name, "F32", tuple(t.shape), t.nbytes) for name, t in random_state(0).items()]
+
+
+def test_pieces_make_the_same_file(tmp_path):
+    state = random_state(0)
+    [whole] = write(state, tmp_path / "whole")
+    writer = CheckpointWriter(tmp_path / "pieces", SPECS, {"format": "pt"}, None)
+    for name, tensor in state.items():
+        piecewise = writer.open(name)
+        for piece in tensor.reshape(-1).split(5):
+            piecewise.append(piece)
+        hash = piecewise.close()
+        assert hash == writer.hashes[name] == writer.stored_hash(name)
+    writer.finish()
+    [pieces] = (tmp_path / "pieces").glob("*")
+    assert pieces.read_bytes() == whole.read_bytes()
+    assert writer.hashes == open_checkpoint(pieces).tensor_hashes
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({}, True),
+        ({"metadata": {"format": "np"}}, False),
+        ({"tensors": SPECS[1:]}, False),
+        ({"tensors": [TensorSpec("more", "F32", (1,), 4), *SPECS]}, False),
+    ],
+)
+def test_files_of_the_same_header_are_kept(change, kept, tmp_path):
+    given = {"tensors": SPECS, "metadata": {"format": "pt"}, "shard_size": None}
+    write(random_state(0), tmp_path)
+    writer = CheckpointWriter(tmp_path, **{**given, **change}, resume=True)
+    name = "blocks.1.bias"
+    assert (writer.stored_hash(name) == tensor_hash(random_state(0)[name])) == kept
+    writer.write(name, torch.zeros(7))
+    assert writer.stored_hash(name) == tensor_hash(torch.zeros(7))
+    writer.close()
+    assert torch.equal(open_checkpoint(tmp_path).read(name), torch.zeros(7))
+    with pytest.raises(FileExistsError):
+        CheckpointWriter(tmp_path, **given)
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    return blake3(tensor.numpy().tobytes()).hexdigest()
+
+
+def test_a_tensor_of_too_few_or_many_elements_is_our_fault(tmp_path):
+    writer = CheckpointWriter(tmp_path, SPECS, {}, None)
+    for size in (6, 8):
+        piecewise = writer.open("blocks.1.bias")
+        piecewise.append(torch.ones(size))
+        with pytest.raises(AssertionError):
+            piecewise.close()
+    with pytest.raises(AssertionError):
+        writer.open("blocks.1.bias").append(torch.ones(7, dtype=torch.float64))
+    writer.close()
 
 
 def test_a_tensor_that_was_not_announced_is_our_fault(tmp_path):

@@ -115,6 +115,10 @@ class Method:
         inner = get_method(resolved["inner"])
         if inner.wraps:
             raise UserError(f"{self.id}: wraps {inner.id}, which wraps another method; name a plain method")
+        known = [*self.parameters, *map(self._flat_name, inner.parameters)]
+        for name in params:
+            if name not in known:
+                raise UserError(f"{self.id}: unknown parameter '{name}'{did_you_mean(name, known)}")
         rest = {k: v for k, v in self.inner_defaults.items() if k in inner.parameters}
         rest |= {self._inner_name(k): v for k, v in params.items() if k not in own}
         return resolved | {self._flat_name(k): v for k, v in inner.resolve(rest).items()}
@@ -198,6 +202,8 @@ class Bound:
 
     def prepass(self, inputs: Inputs) -> Any:
         """What must be known of the whole model, as plain JSON values; None if nothing."""
+        if not inputs.views:
+            return None
         method = self.method
         wanted = method.prepass and (method.prepass_if is None or method.prepass_if(self.params))
         if not self.inner:
@@ -208,7 +214,9 @@ class Bound:
         return found if any(value is not None for value in found.values()) else None
 
     def measure(self, view: View, facts: Any) -> Any:
-        """What must be known of one tensor before its blocks are merged."""
+        """What must be known of one tensor before its blocks are merged; nothing, if it has none."""
+        if not view.elements:
+            return None
         if self.inner:
             own = self._own_measure(view)
             return {"own": own, "inner": self.inner.measure(self._changed(view, own), _part(facts, "inner"))}

@@ -15,4 +15,4 @@ if TYPE_CHECKING:
 @method(paper="2203.05482", code="yule-BUAA/MergeLM@6d49ad96", reference="mean")
 def average(x: Slot) -> Tensor:
     """The mean of the experts."""
-    return ops.mean(x.experts)
+    return ops.mean(x.experts, x.precision)

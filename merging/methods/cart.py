@@ -59,9 +59,7 @@ def cart(
     `reduce: tsv` orthogonalises the factors before summing.
     """
     reference = "mean" if origin == "mean" else [origin, origin_scale, origin_rank, keys]
-    start = x.remember(
-        ("origin", str(reference)), lambda: _origin(x, origin, origin_scale, origin_rank, keys)
-    )
+    start = x.share(("origin", str(reference)), lambda: _origin(x, origin, origin_scale, origin_rank, keys))
     if not is_matrix(x.name, x.shape, keys):
         if origin == "mean":
             return start
@@ -71,26 +69,28 @@ def cart(
         return low_rank_sum(x, start, reference, None if rank_rule == "energy" else rank, energy, reduce)
 
     setting = ("cart", str(reference), rank if rank_rule == "fraction" else energy, rank_rule, reduce)
-    return torch.add(start, x.remember(setting, update), alpha=scale)
+    return torch.add(start, x.share(setting, update), alpha=scale)
 
 
 def low_rank_sum(
     x: Slot, start: Tensor, reference: Any, rank: float | None, energy: float, reduce: str = "sum"
 ) -> Tensor:
     """Sum over experts of the rank-k part of (expert - start), k by `rank` or, if that is None, by `energy`: (M, N)."""
-    total: Tensor | None = None
-    factors = []
-    for t, expert_MN in enumerate(x.experts):
-        tau_MN = expert_MN.double() - start
-        k = None if rank is None else spectral.rank_of(rank, tau_MN.shape)
-        energy_L, q_RL = spectral.directions(x, t, tau_MN, reference, k)
-        q_RK = q_RL[:, : k or spectral.rank_for_energy(energy_L, energy)]
+    k = None if rank is None else spectral.rank_of(rank, x.shape)
+    total_MN = torch.zeros_like(start, dtype=x.dtype)
+    triplets = []
+    for t in range(len(x.experts)):
         if reduce == "tsv":
-            factors.append(spectral.triplets(tau_MN, q_RK))
+            tau_MN = spectral.task_vector(x, t, start)
+            energy_L, q_RL = spectral.directions(x, t, tau_MN, reference, k)
+            triplets.append(
+                spectral.triplets(tau_MN, q_RL[:, : k or spectral.rank_for_energy(energy_L, energy)])
+            )
         else:
-            total = torch.zeros_like(expert_MN) if total is None else total
-            spectral.add_projection(total, tau_MN, q_RK)
-    return total if reduce == "sum" else spectral.orthogonal_sum(factors)
+            energy_L, left_ML, right_NL = spectral.factors(x, t, start, reference, k, x.dtype)
+            kept = k or spectral.rank_for_energy(energy_L, energy)
+            total_MN.addmm_(left_ML[:, :kept], right_NL[:, :kept].T)
+    return spectral.orthogonal_sum(triplets) if reduce == "tsv" else total_MN
 
 
 def _origin(x: Slot, origin: str, scale: float, rank: float, keys: Keys) -> Tensor:

@@ -45,9 +45,8 @@ def cart_indexing(
 ) -> Tensor:
     """mean + scale * the rank-k part of (expert number `task` - mean); tensors that are no block matrices in full."""
     start = ops.mean(x.experts)
-    tau_X = x.experts[task].double() - start
     if not is_matrix(x.name, x.shape, keys):
-        return start + scale * tau_X
-    k = spectral.rank_of(rank, tau_X.shape)
-    _, q_RL = spectral.directions(x, task, tau_X, "mean", k)
-    return start + scale * spectral.add_projection(torch.zeros_like(tau_X), tau_X, q_RL[:, :k])
+        return start + scale * spectral.task_vector(x, task, start)
+    k = spectral.rank_of(rank, x.shape)
+    _, left_ML, right_NL = spectral.factors(x, task, start, "mean", k, torch.float64)
+    return start + scale * left_ML[:, :k] @ right_NL[:, :k].T

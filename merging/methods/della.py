@@ -28,7 +28,7 @@ def keep_probability(tau_MN: Tensor, density: float, epsilon: float) -> Tensor:
     last = tau_MN.shape[-1] - 1
     if last == 0:
         return torch.full_like(tau_MN, density)
-    return ops.row_ranks(tau_MN).to(tau_MN).mul_(2 * epsilon / last).add_(density - epsilon)
+    return ops.row_ranks(tau_MN).mul_(2 * epsilon / last).add_(density - epsilon)
 
 
 def l1_ratios(
@@ -78,7 +78,7 @@ def della(
     tau_TMN = []
     for t, tau_MN in enumerate(x.task_vectors):
         keep_MN = keep_probability(tau_MN, density, epsilon)
-        survivors_MN = kept(x, t, keep_MN, masks).mul_(tau_MN)
+        survivors_MN = kept(x, t, keep_MN, masks).to(tau_MN).mul_(tau_MN)
         if x.measured:
             survivors_MN *= x.measured[t]
         elif rescale:

@@ -38,4 +38,4 @@ def iso_c(x: Slot, *, scale: float = 1.0, keys: Keys = "matrices") -> Tensor:
         polar_MN = spectral.partial_polar(total_X)
         return polar_MN.mul_((polar_MN * total_X).sum() / min(total_X.shape))
 
-    return torch.add(base, x.remember("iso_c", update), alpha=scale)
+    return torch.add(base, x.share(("iso_c", keys), update), alpha=scale)

@@ -72,11 +72,10 @@ def karcher(
 
     With a base, of the task vectors. Tensors of norm up to `tolerance` have no direction, but count in the norm.
     """
-    mean = ops.weighted_sum(x.experts, x.measured)
+    mean = ops.weighted_sum(x.experts, x.measured, x.precision)
     if x.base is None:
         return mean
-    base = x.base.double()
-    return mean.add_(base, alpha=1 - sum(x.measured))
+    return mean.add_(x.base, alpha=1 - sum(x.measured))
 
 
 def _vectors(x: Slot) -> Any:

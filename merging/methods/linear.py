@@ -15,5 +15,5 @@ if TYPE_CHECKING:
 @method(paper="2203.05482", code="arcee-ai/mergekit@a6e40288", reference="none")
 def linear(x: Slot, *, weights: list[float] | None = None, normalize: bool = True) -> Tensor:
     """The sum of weight * expert, by default over the sum of the weights."""
-    total = ops.weighted_sum(x.experts, weights)
+    total = ops.weighted_sum(x.experts, weights, x.precision)
     return total / (sum(weights) if weights else len(x.experts)) if normalize else total

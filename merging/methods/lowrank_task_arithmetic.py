@@ -30,5 +30,5 @@ def lowrank_task_arithmetic(
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
         return base + scale * (ops.weighted_sum(x.experts) - len(x.experts) * base)
-    update = x.remember(("lowrank", rank), lambda: low_rank_sum(x, base, "pretrained", rank, 1.0))
+    update = x.share(("lowrank", rank), lambda: low_rank_sum(x, base, "pretrained", rank, 1.0))
     return torch.add(base, update, alpha=scale)

@@ -54,8 +54,8 @@ def model_stock(
     if scope == "row":
         gram_MTT = torch.einsum("imn,jmn->mij", x.task_vectors.double(), x.task_vectors.double())
         t = _ratio(_mean_cosine(gram_MTT), len(x.experts))[:, None]
-    base = x.base.double()
-    return ops.mean(x.experts).sub_(base).mul_(t).add_(base)
+    base = x.base.to(x.precision)
+    return ops.mean(x.experts, x.precision).sub_(base).mul_(t).add_(base)
 
 
 def _mean_cosine(gram_TT: Tensor) -> Tensor:

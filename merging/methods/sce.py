@@ -19,7 +19,17 @@ _SMALL = 1e-6  # of sums of weights, as in the official code
 
 def _variance(x: Slot) -> Tensor:
     """Population variance over the experts: (X)."""
-    return x.task_vectors.var(0, correction=0)
+
+    def compute() -> Tensor:
+        tau_TX = x.task_vectors
+        mean_X = ops.total(tau_TX).div_(len(tau_TX))
+        variance_X = torch.zeros_like(mean_X)
+        for tau_X in tau_TX:
+            apart_X = tau_X - mean_X
+            variance_X.addcmul_(apart_X, apart_X)
+        return variance_X.div_(len(tau_TX))
+
+    return x.remember("variance", compute)
 
 
 def selection(view: View, *, density: float, **_: Any) -> dict[str, Any]:
@@ -69,5 +79,7 @@ def sce(
 def _selected(x: Slot, tau_X: Tensor, threshold: float) -> Tensor:
     if threshold <= 0:
         return tau_X
-    chosen_X = x.remember("selected", lambda: (_variance(x).float() >= threshold).to(tau_X.dtype))
+    chosen_X = x.remember(
+        ("selected", threshold), lambda: (_variance(x).float() >= threshold).to(tau_X.dtype)
+    )
     return tau_X * chosen_X

@@ -20,7 +20,7 @@ def arc(view: View, *, t: float, dot_threshold: float, **_: Any) -> tuple[float,
     gram_TT = sum(ops.gram(x.experts) for x in view.blocks("element"))
     norms = [sqrt(n) if sqrt(n) > 1e-8 else 1.0 for n in gram_TT.diagonal().tolist()]
     cosine = max(-1.0, min(1.0, float(gram_TT[0, 1]) / (norms[0] * norms[1])))
-    if abs(cosine) > dot_threshold:
+    if abs(cosine) >= dot_threshold:
         return 1 - t, t
     angle = acos(cosine)
     return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
@@ -45,4 +45,4 @@ def slerp(
 
     The angle is that of the flattened tensors; the sines multiply the tensors as they are, not made unit vectors.
     """
-    return ops.weighted_sum(x.experts, x.measured)
+    return ops.weighted_sum(x.experts, x.measured, x.precision)

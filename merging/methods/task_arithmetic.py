@@ -26,6 +26,6 @@ def task_arithmetic(
     weights = weights or [1.0] * len(x.experts)
     if normalize:
         scale = scale / sum(weights)
-    base = x.base.double()
-    total = ops.weighted_sum(x.experts, weights)
+    base = x.base.to(x.precision)
+    total = ops.weighted_sum(x.experts, weights, x.precision)
     return total.sub_(base, alpha=sum(weights)).mul_(scale).add_(base)

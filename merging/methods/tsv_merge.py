@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Iterator, Literal
 
 from annotated_types import Gt, Le
 
@@ -44,14 +44,15 @@ def tsv_merge(
     count = len(x.experts)
     k = int(min(x.shape) * (1 / count)) if rank == "1/T" else spectral.rank_of(rank, x.shape)
 
-    def update() -> Tensor:
-        factors = []
-        for t, expert_MN in enumerate(x.experts):
-            tau_MN = expert_MN.double() - base
+    def factors() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for t in range(count):
+            tau_MN = spectral.task_vector(x, t, base)
             q_RK = spectral.directions(x, t, tau_MN, "pretrained", k)[1][:, :k]
-            factors.append(spectral.triplets(tau_MN, q_RK))
-        if orthogonalize:
-            return spectral.orthogonal_sum(factors)
-        return sum((u * s) @ v.T for u, s, v in factors)
+            yield spectral.triplets(tau_MN, q_RK)
 
-    return torch.add(base, x.remember(("tsv", k, orthogonalize), update), alpha=scale) if k else base
+    def update() -> Tensor:
+        if orthogonalize:
+            return spectral.orthogonal_sum(factors())
+        return sum((u * s) @ v.T for u, s, v in factors())
+
+    return torch.add(base, x.share(("tsv", k, orthogonalize), update), alpha=scale) if k else base

@@ -1,0 +1,162 @@
+"""Sweeps: a merge at every point of a grid of parameters, from as few readings of the inputs as memory allows."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+from merging.engine import Progress, merge_points
+from merging.errors import UserError
+from merging.files import write_json
+from merging.methods import get_method
+from merging.plan import Plan, make_plan
+from merging.recipe import Recipe, canonical_json, text_digest
+
+Point = dict[str, Any]
+
+_POINTS = 64  # merged at a time: each keeps some files open
+_LONGEST_NAME = 100  # of a point's folder
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.,+-]+")
+
+
+def sweep(
+    recipe: Recipe | Mapping[str, Any],
+    grid: Mapping[str, Sequence[Any]],
+    out: str | os.PathLike,
+    *,
+    device: str = "cpu",
+    memory: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    factors: str | os.PathLike | None = None,
+) -> list[dict[str, Any]]:
+    """Merge every combination of the values of `grid` into a folder of its own in `out`.
+
+    Folders are named after their point, `rank-0.08_scale-1.5`, and hold the same bytes as a single merge there; the
+    grid wins over the recipe's own parameters. `out/sweep.json` lists the points, as does what is returned: folder,
+    params, digest, recipe_digest. The other arguments, and how a killed sweep goes on, are those of `merging.merge`.
+
+    Raises:
+        UserError: as `merging.merge`; a grid that is empty or names an unknown parameter, a wrong or repeated value.
+    """
+    recipe, out = Recipe.of(recipe), Path(out)
+    if out.suffix == ".safetensors":
+        raise UserError(f"{out}: a sweep makes many checkpoints; name a folder")
+    points = grid_points(recipe, grid)
+    names = _names(points)
+    recipes = [recipe.model_copy(update={"params": {**recipe.params, **point}}) for point in points]
+    plan = make_plan(recipes[0])
+    plan.check()
+    workers, settings = _shares(plan, memory, workers)
+    batches = list(in_batches(points, _POINTS, settings))
+    manifests: dict[int, Any] = {}
+    for number, batch in enumerate(batches):
+        merged = merge_points(
+            [(recipes[i], out / names[i]) for i in batch],
+            device=device,
+            memory=memory,
+            workers=workers,
+            progress=progress and _part(progress, number, len(batches)),
+            factors=factors,
+        )
+        manifests |= dict(zip(batch, merged))
+    rows = [
+        {
+            "folder": name,
+            "params": point,
+            "digest": manifests[i]["output"]["digest"],
+            "recipe_digest": manifests[i]["recipe_digest"],
+        }
+        for i, (name, point) in enumerate(zip(names, points))
+    ]
+    write_json(
+        out / "sweep.json",
+        {"method": recipe.method, "params": recipe.params, "grid": dict(grid), "points": rows},
+    )
+    return rows
+
+
+def grid_points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """Every combination of the grid's values, the last parameter's first.
+
+    Raises:
+        UserError: the recipe's method does not take them.
+    """
+    method = get_method(recipe.method)
+    if not grid:
+        raise UserError("the grid is empty; name a parameter and its values")
+    for key, values in grid.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise UserError(f"grid: '{key}' has no values; list some")
+    points = [dict(zip(grid, values)) for values in product(*grid.values())]
+    for point in points:
+        params = method.resolve({**recipe.params, **point})
+        for misuse in method.misuses(params, len(recipe.experts), recipe.base is not None, recipe.statistics):
+            raise UserError(misuse)
+    for key, values in grid.items():
+        if len(set(map(canonical_json, values))) < len(values):
+            raise UserError(f"grid: '{key}' lists a value twice")
+    return points
+
+
+def in_batches(
+    points: Sequence[Point], most_points: int, most_settings: int | None = None
+) -> Iterator[list[int]]:
+    """The points' indexes in batches; points that differ in `scale` alone, a setting, are neighbours.
+
+    Methods compute the update of a setting once for all scales, and remember it.
+    """
+    settings: dict[str, list[int]] = {}
+    for i, point in enumerate(points):
+        setting = canonical_json({key: value for key, value in point.items() if key != "scale"})
+        settings.setdefault(setting, []).append(i)
+    batch: list[int] = []
+    held = 0
+    for indexes in settings.values():
+        for start in range(0, len(indexes), most_points):
+            part = indexes[start : start + most_points]
+            if batch and (len(batch) + len(part) > most_points or held == most_settings):
+                yield batch
+                batch, held = [], 0
+            batch = batch + part
+            held += 1
+    yield batch
+
+
+def _shares(plan: Plan, memory: int | None, workers: int | None) -> tuple[int | None, int | None]:
+    """How many workers, and how many settings at a time, fit into memory: each worker remembers their updates."""
+    peak = plan.peak_bytes
+    whole = [entry for entry in plan.entries if entry.bound and entry.bound.unit == "tensor"]
+    if not whole:
+        return workers, None
+    update = max(8 * prod(entry.spec.shape) for entry in whole)
+    if memory is None:
+        room = 2 * peak
+    else:
+        workers = max(1, min(workers or os.cpu_count() or 1, memory // (2 * peak)))
+        room = memory // workers
+    return workers, max(1, 1 + (room - peak) // max(update, 1))
+
+
+def _part(progress: Progress, number: int, count: int) -> Callable[[int, int], None]:
+    """The progress of one of several merges of the same tensors."""
+    return lambda done, total: progress(number * total + done, count * total)
+
+
+def _names(points: Sequence[Point]) -> list[str]:
+    """A readable folder name for each point."""
+    names = ["_".join(f"{key}-{_text(value)}" for key, value in point.items()) for point in points]
+    return [
+        name
+        if len(name) <= _LONGEST_NAME and names.count(name) == 1
+        else f"{name[:_LONGEST_NAME]}_{text_digest(point)[-8:]}"
+        for name, point in zip(names, points)
+    ]
+
+
+def _text(value: Any) -> str:
+    return _UNSAFE.sub("", value if isinstance(value, str) else canonical_json(value))

@@ -1,0 +1,38 @@
+"""The torch-only branches that an accelerator takes, run on the CPU: the same results within rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import random_state
+
+from merging import merge_state_dicts, operators, spectral
+from merging.methods import catalogue
+
+SHAPES = {"blocks.0.attn.weight": (160, 140), "blocks.1.mlp.weight": (130, 200), "blocks.1.bias": (300,)}
+PARAMS = {
+    "breadcrumbs": {"density": 0.5, "outlier_rate": 0.1},
+    "della": {"density": 0.5, "epsilon": 0.2},
+    "ties": {"density": 0.3},
+    "sce": {"density": 0.3},
+    "lines": {"inner": "cart"},
+}
+
+
+@pytest.mark.parametrize("method", catalogue())
+def test_every_method_gives_the_same(method, monkeypatch):
+    base = random_state(0, shapes=SHAPES)
+    count = catalogue()[method].maximum_experts or 3
+    experts = {
+        f"e{t}": {n: v + 0.1 * random_state(t + 1, shapes=SHAPES)[n] for n, v in base.items()}
+        for t in range(count)
+    }
+    expected = merge_state_dicts(method, experts, base, params=PARAMS.get(method))
+    seen = []
+    for module in (operators, spectral):
+        monkeypatch.setattr(module, "on_cpu", lambda tensor: seen.append(tensor) or False)
+    merged = merge_state_dicts(method, experts, base, params=PARAMS.get(method))
+    for name, value in expected.items():
+        assert torch.allclose(merged[name], value, rtol=1e-5, atol=1e-5), name
+    if catalogue()[method].spectral or method in ("ties", "della", "breadcrumbs", "sce", "slerp", "karcher"):
+        assert seen

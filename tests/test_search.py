@@ -1,0 +1,62 @@
+"""The search step: batches and stored factors change nothing; the merge step takes what it chose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.vision import load_state
+from merging import merge
+from tasks import search as steps
+from tasks.evaluate import make_evaluator
+
+EXPERTS = ("digits", "shapes", "textures")
+
+
+@pytest.fixture
+def ready(workspace: Path, mergeline: Any) -> Path:
+    """The workspace with everything that a search needs."""
+    for step in ("fetch", "data", "heads"):
+        assert mergeline(step, "--params", workspace / "params.yaml").code == 0
+    return workspace
+
+
+def stored(workspace: Path) -> list[Path]:
+    return sorted(f for f in (workspace / ".mergeline" / "factors").rglob("*") if f.is_file())
+
+
+def test_batches_and_stored_factors_change_no_byte(ready, mergeline, monkeypatch):
+    params, out = ready / "params.yaml", ready / "build" / "search" / "cart.json"
+    results = []
+    for bytes_at_a_time in (1, 1 << 29):  # point by point with an empty store; all at once with a full one
+        monkeypatch.setattr(steps, "_MERGED_BYTES", bytes_at_a_time)
+        assert mergeline("search", "--params", params, "cart").code == 0
+        results.append((out.read_bytes(), stored(ready)))
+    assert results[0] == results[1] and results[0][1]
+
+
+def test_what_was_scored_is_what_is_merged(ready, mergeline, tmp_path, monkeypatch):
+    """Points are scored as single merges, in the grid's order; the best one is merged with the stored factors."""
+    params, build = ready / "params.yaml", ready / "build"
+    mergeline("search", "--params", params, "cart")
+    found = json.loads((build / "search" / "cart.json").read_text())
+    points, chosen = found["points"], found["chosen"]
+    assert [p["params"] for p in points] == [{"rank": r, "scale": s} for r in (0.1, 0.5) for s in (1.0, 2.0)]
+    assert chosen == max(points, key=lambda p: p["mean"])["params"]
+
+    base, *experts = (build / "checkpoints" / name for name in ("base", *EXPERTS))
+    recipe = {"method": "cart", "base": base, "experts": dict(zip(EXPERTS, experts))}
+    alone = merge({**recipe, "params": chosen}, tmp_path / "alone")
+    monkeypatch.delattr("merging.spectral.leading")
+    assert mergeline("merge-all", "--params", params, "cart").code == 0
+    manifest = json.loads((build / "merges" / "cart" / "manifest.json").read_text())
+    assert manifest["output"] == alone["output"]
+
+    data = {task: build / "data" / task for task in EXPERTS}
+    evaluator = make_evaluator(base, build / "heads.safetensors", data, "cpu")
+    predicted = evaluator.predict(load_state(tmp_path / "alone"), "val", list(data))
+    accuracy = {t: float((predicted[t] == evaluator.data[t].split("val")[1]).mean()) for t in data}
+    assert next(p for p in points if p["params"] == chosen)["tasks"] == accuracy

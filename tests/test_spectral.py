@@ -1,0 +1,299 @@
+"""The spectral pieces against a float64 SVD and eigh of torch, also where matrices are singular or zero."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merging import spectral
+from merging.inputs import MemoryInputs
+from merging.slots import Slot, View
+
+SIDES = st.integers(1, 12)
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(matrix(rows, columns, seed))[0]
+
+
+def of_rank(rank: int, rows: int, columns: int) -> Tensor:
+    return matrix(rows, rank, 1) @ matrix(rank, columns, 2)
+
+
+def close(a: Tensor, b: Tensor, atol: float = 1e-12) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=atol)
+
+
+def is_orthonormal(q_RK: Tensor) -> bool:
+    return close(q_RK.T @ q_RK, torch.eye(q_RK.shape[1], dtype=torch.float64), 1e-10)
+
+
+# --------------------------------------------------------------------------------------- eigenvectors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4), (1, 7), (7, 1)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gram_of_the_smaller_side(shape, dtype, transposed):
+    a_MN = matrix(*shape).to(dtype)
+    a_MN = a_MN.T.contiguous().T if transposed else a_MN  # laid out by columns
+    wide_MN = a_MN.double()
+    expected_RR = wide_MN.T @ wide_MN if shape[0] >= shape[1] else wide_MN @ wide_MN.T
+    gram_RR = spectral.gram(a_MN)
+    assert gram_RR.dtype == torch.float64 and close(gram_RR.tril(), expected_RR.tril())
+
+
+def spectra(side: int) -> dict[str, Tensor]:
+    """Gram matrices by what may go wrong with them."""
+    q_RR = orthonormal(side, side)
+    two = torch.where(torch.arange(side) % 2 == 0, 1.0, 2.0).double()
+    return {
+        "random": spectral.gram(matrix(side + 9, side)),
+        "rank deficient": spectral.gram(of_rank(7, side + 9, side)),
+        "zero": torch.zeros(side, side, dtype=torch.float64),
+        "identity": torch.eye(side, dtype=torch.float64),
+        "two eigenvalues": (q_RR * two) @ q_RR.T,
+        "clustered": (q_RR * (1 + 1e-14 * torch.arange(side))) @ q_RR.T,
+        "from 1 to 1e-300": torch.diag(torch.logspace(0, -300, side, dtype=torch.float64)),
+        "tiny": spectral.gram(1e-150 * matrix(side + 9, side)),
+        "huge": spectral.gram(1e150 * matrix(side + 9, side)),
+    }
+
+
+@pytest.mark.parametrize("name", spectra(3))
+@pytest.mark.parametrize(
+    ("side", "k"),
+    [(1, 1), (9, 3), (127, 42), (128, 1), (128, 16), (128, 42), (128, 43), (129, 43), (200, 66), (200, 200)],
+)
+def test_leading_pairs_are_those_of_eigh(side, k, name):
+    gram_RR = spectra(side)[name]
+    full_RR = gram_RR.tril() + gram_RR.tril(-1).T
+    scale = max(full_RR.abs().max().item(), 1e-300)
+    energy_K, q_RK = spectral.leading(gram_RR.clone(), k)
+    assert energy_K.shape == (k,) and q_RK.shape == (side, k)
+    assert close(energy_K / scale, torch.linalg.eigvalsh(full_RR / scale).flip(0)[:k].clamp(min=0))
+    assert (energy_K >= 0).all() and (energy_K.diff() <= 0).all()
+    assert is_orthonormal(q_RK)
+    assert close(full_RR / scale @ q_RK, q_RK * energy_K / scale, 1e-11)
+
+
+def test_leading_reads_the_lower_triangle_alone():
+    gram_RR = spectral.gram(matrix(150, 140)).tril()
+    above_RR = gram_RR + torch.full_like(gram_RR, torch.nan).triu(1)
+    for k in (10, 140):
+        for ours, theirs in zip(spectral.leading(above_RR.clone(), k), spectral.leading(gram_RR, k)):
+            assert torch.equal(ours, theirs)
+
+
+def test_few_leading_pairs_of_a_large_matrix_need_no_full_decomposition(monkeypatch):
+    def fail(_: Tensor) -> None:
+        raise AssertionError("decomposed in full")
+
+    gram_RR = spectral.gram(matrix(150, 140))
+    expected_RK = spectral.leading(gram_RR, 140)[1][:, :46]
+    monkeypatch.setattr(spectral, "eigenpairs", fail)
+    _, q_RK = spectral.leading(gram_RR, 46)
+    assert close(q_RK @ q_RK.T, expected_RK @ expected_RK.T, 1e-10)
+    for arguments in ((gram_RR, 47), (gram_RR[:127, :127], 3)):
+        with pytest.raises(AssertionError, match="in full"):
+            spectral.leading(*arguments)
+
+
+@given(st.integers(128, 150), st.data())
+def test_vectors_that_cannot_be_certified_are_not_taken(side, data):
+    """LAPACK's inverse iteration finds vectors of one cluster that are not orthogonal, or finds none."""
+    gap = data.draw(st.sampled_from([0.0, 1e-17, 1e-15, 1e-13, 1e-11]))
+    k = data.draw(st.integers(1, side // 3))
+    q_RR = orthonormal(side, side)
+    gram_RR = (q_RR * (1 + gap * torch.arange(side))) @ q_RR.T
+    assert is_orthonormal(spectral.leading(gram_RR, k)[1])
+
+
+# --------------------------------------------------------------------------------------- low rank
+
+
+@given(SIDES, SIDES, st.integers(0, 99), st.data())
+def test_projection_on_the_leading_directions_is_the_truncated_svd(rows, columns, seed, data):
+    a_MN = matrix(rows, columns, seed)
+    k = data.draw(st.integers(1, min(rows, columns)))
+    u, s, vh = torch.linalg.svd(a_MN, full_matrices=False)
+    energy_K, q_RK = spectral.leading(spectral.gram(a_MN), k)
+    truncated_MN = (u[:, :k] * s[:k]) @ vh[:k]
+    assert close(energy_K, s[:k] ** 2, 1e-10)
+    assert close(spectral.add_projection(torch.zeros_like(a_MN), a_MN, q_RK), truncated_MN, 1e-7)
+    u_MK, s_K, v_NK = spectral.triplets(a_MN, q_RK)
+    assert close(s_K, s[:k], 1e-7) and close((u_MK * s_K) @ v_NK.T, truncated_MN, 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_projections_are_added(shape, dtype):
+    a_MN, q_RK = matrix(*shape), orthonormal(3, 2)
+    before_MN = matrix(*shape, seed=1).to(dtype)
+    projector = q_RK @ q_RK.T
+    expected_MN = before_MN + (projector @ a_MN if shape[0] < shape[1] else a_MN @ projector)
+    total_MN = before_MN.clone()
+    assert spectral.add_projection(total_MN, a_MN, q_RK) is total_MN and total_MN.dtype == dtype
+    assert torch.allclose(
+        total_MN.double(), expected_MN.double(), atol=1e-6 if dtype == torch.float32 else 1e-12
+    )
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4)])
+def test_matrices_of_deficient_rank(shape):
+    a_MN = of_rank(1, *shape)
+    energy_R, q_RR = spectral.leading(spectral.gram(a_MN), 3)
+    assert energy_R[0] > 0 and (energy_R[1:] < 1e-12 * energy_R[0]).all()
+    assert close(spectral.add_projection(torch.zeros_like(a_MN), a_MN, q_RR[:, :1]), a_MN)
+    for part in spectral.triplets(torch.zeros_like(a_MN), q_RR):
+        assert torch.isfinite(part).all()
+
+
+@pytest.mark.parametrize(
+    ("fraction", "side", "rank"),
+    [(0.29, 100, 28), (0.57, 100, 56), (0.12, 4, 1), (0.001, 9, 1), (0.5, 7, 3), (1.0, 7, 7)],
+)
+def test_rank_of_truncates_as_the_official_code(fraction, side, rank):
+    assert spectral.rank_of(fraction, (side, side + 3)) == rank
+    assert spectral.rank_of(fraction, (side + 3, side)) == rank
+
+
+@pytest.mark.parametrize(("share", "rank"), [(0.1, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.9, 3), (1.0, 3)])
+def test_rank_for_energy(share, rank):
+    assert spectral.rank_for_energy(torch.tensor([2.0, 1.0, 1.0, 0.0], dtype=torch.float64), share) == rank
+
+
+def test_rank_for_energy_of_nothing_is_one_at_most_full():
+    assert 1 <= spectral.rank_for_energy(torch.zeros(3, dtype=torch.float64), 0.8) <= 3
+
+
+# --------------------------------------------------------------------------------------- of slots
+
+
+@pytest.fixture
+def slot() -> Callable[..., Slot]:
+    """Makes the slot of two experts of one matrix, with a factor store if one is given."""
+
+    def make(shape: tuple[int, int], store: object = None) -> Slot:
+        experts = {name: {"w": matrix(*shape, seed)} for seed, name in enumerate("ab")}
+        view = View(MemoryInputs(experts, {"w": torch.zeros(shape)}, {}, 0, store), "w", shape)
+        return next(view.blocks("tensor"))
+
+    return make
+
+
+class Kept(dict):
+    """A factor store in memory that counts what had to be made."""
+
+    made = 0
+
+    def recall(self, key, make):
+        if str(key) not in self:
+            self.made += 1
+            self[str(key)] = {name: tensor.clone() for name, tensor in make().items()}
+        return self[str(key)]
+
+
+@pytest.mark.parametrize("shape", [(160, 128), (128, 160), (9, 6)])
+def test_nearby_ranks_find_the_very_same_vectors(shape, slot, monkeypatch):
+    x, tau_MN = slot(shape), matrix(*shape)
+    side = min(shape)
+    eighth, quarter = (side // 8, side // 4) if side >= 128 else (side, side)
+    exact_RR = torch.linalg.eigh(tau_MN @ tau_MN.T if shape[0] < shape[1] else tau_MN.T @ tau_MN)[1].flip(1)
+    lengths = {1: eighth, max(1, side // 8): eighth, side // 8 + 1: quarter, side // 4: quarter}
+    lengths |= {side // 4 + 1: side, side: side, None: side}
+    for rank, length in lengths.items():
+        energy_L, q_RL = spectral.directions(slot(shape), 0, tau_MN, "pretrained", rank)
+        assert energy_L.shape == (length,) and q_RL.shape == (side, length)
+        assert q_RL.is_contiguous()  # as it comes from a file: products depend on how a matrix is laid out
+        assert close(q_RL @ q_RL.T, exact_RR[:, :length] @ exact_RR[:, :length].T, 1e-9)
+        again = spectral.directions(slot(shape), 0, tau_MN, "pretrained", length)
+        assert torch.equal(again[0], energy_L) and torch.equal(again[1], q_RL)
+
+    # In one slot, as the points of a sweep share it, they are computed once.
+    first = spectral.directions(x, 0, tau_MN, "pretrained", 1)
+    monkeypatch.setattr(spectral, "leading", None)
+    assert torch.equal(spectral.directions(x, 0, tau_MN, "pretrained", max(1, side // 8))[1], first[1])
+
+
+def test_a_store_gives_the_very_same_vectors(slot):
+    tau_MN, store = matrix(40, 30), Kept()
+    without = spectral.directions(slot((40, 30)), 0, tau_MN, "pretrained", 3)
+    for _ in range(2):
+        found = spectral.directions(slot((40, 30), store), 0, tau_MN, "pretrained", 3)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, without))
+    assert store.made == 1
+
+
+def test_other_experts_and_references_have_their_own_vectors(slot):
+    store = Kept()
+    for t in range(2):
+        for reference in ("pretrained", "mean", ["task_arithmetic", 0.3], ["task_arithmetic", 0.4]):
+            spectral.directions(slot((40, 30), store), t, matrix(40, 30, t), reference, 3)
+    assert store.made == 8
+    x = slot((40, 30))  # which points of a sweep share
+    found = [
+        spectral.directions(x, t, matrix(40, 30, seed), reference, 3)[1]
+        for seed, (t, reference) in enumerate(
+            [(0, "pretrained"), (1, "pretrained"), (0, "mean"), (0, ["cart", 1.0])]
+        )
+    ]
+    for seed, q_RL in enumerate(found):
+        assert torch.equal(q_RL, spectral.leading(spectral.gram(matrix(40, 30, seed)), 30)[1])
+
+
+# --------------------------------------------------------------------------------------- polar factors
+
+
+@given(SIDES, SIDES, st.integers(0, 99))
+def test_polar_is_the_orthogonal_factor(rows, columns, seed):
+    a_MN = matrix(rows, columns, seed)
+    u, _, vh = torch.linalg.svd(a_MN, full_matrices=False)
+    assert close(spectral.polar(a_MN), u @ vh, 1e-5)
+    assert close(spectral.partial_polar(a_MN), u @ vh, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_polar_is_orthogonal_where_the_matrix_is_singular(rank, shape):
+    a_MN = of_rank(rank, *shape)
+    q_MN = spectral.polar(a_MN)
+    assert is_orthonormal(q_MN if shape[0] > shape[1] else q_MN.T)
+    u, _, vh = torch.linalg.svd(a_MN, full_matrices=False)
+    assert close(q_MN @ vh[:rank].T, u[:, :rank], 1e-7)  # on what the matrix says
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+@pytest.mark.parametrize("rank", [0, 1, 3, 4])
+def test_partial_polar_leaves_out_what_is_numerically_zero(rank, shape):
+    a_MN = of_rank(rank, *shape)
+    u, _, vh = torch.linalg.svd(a_MN, full_matrices=False)
+    for scale in (1.0, 1e-100, 1e100):
+        assert close(spectral.partial_polar(scale * a_MN), u[:, :rank] @ vh[:rank], 1e-7)
+
+
+def test_orthogonal_sum_of_orthogonal_factors_is_their_sum():
+    q, p = orthonormal(6, 4), orthonormal(5, 4, 1)
+    s = torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    factors = [(q[:, :2], s[:2], p[:, :2]), (q[:, 2:], s[2:], p[:, 2:])]
+    assert close(spectral.orthogonal_sum(factors), (q * s) @ p.T)
+
+
+@given(st.integers(0, 99), st.integers(1, 3))
+def test_orthogonal_sum_uses_the_nearest_orthonormal_factors(seed, k):
+    factors = []
+    for t in range(2):
+        u, s, vh = torch.linalg.svd(matrix(8, 7, seed + 1000 * t), full_matrices=False)
+        factors.append((u[:, :k], s[:k], vh[:k].T))
+    u, s, v = (torch.cat(parts, -1) for parts in zip(*factors))
+    (pu, _, qu), (pv, _, qv) = (torch.linalg.svd(part, full_matrices=False) for part in (u, v))
+    assert close(spectral.orthogonal_sum(factors), pu @ qu @ torch.diag(s) @ (pv @ qv).T, 1e-7)
