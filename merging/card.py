@@ -22,7 +22,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
         f"# Merged by {method.id}",
         "",
-        f"{method.summary} Paper: arXiv {method.paper}.",
+        f"{method.summary} Paper: {method.citation}.",
         "",
         "| checkpoint | role | digest |",
         "|---|---|---|",

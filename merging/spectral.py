@@ -47,7 +47,10 @@ def directions(x: Slot, t: int, tau_MN: Tensor, reference: Any, rank: int | None
         return {"energy": energy_L, "vectors": q_RL}
 
     store = x.view.source.store
-    found = store.recall({"directions": count, **_dependencies(x, t, reference)}, make) if store else make()
+    if store is None:
+        found = make()
+    else:
+        found = store.recall({"directions": count, **_dependencies(x, t, reference)}, make)
     return found["energy"].to(tau_MN.device), found["vectors"].to(tau_MN.device)
 
 
@@ -158,7 +161,10 @@ def _by_filtering(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     A block of 1.6 k vectors, whose Ritz values below the kth bound what is damped, is filtered until the residual of
     the k leading ones, over their distance to the block's last, is 1e-10.
     """
-    gram_RR = gram_RR.tril() + gram_RR.tril(-1).T
+    scale = float(gram_RR.diagonal().max())
+    if not 0 < scale < float("inf"):
+        return None
+    gram_RR = (gram_RR.tril() + gram_RR.tril(-1).T) / scale
     width = min(len(gram_RR), int(1.6 * k) + 8)
     start = torch.randn(len(gram_RR), width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x_RP = _orthonormal(start.to(gram_RR.device))
@@ -172,7 +178,7 @@ def _by_filtering(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
             return None
         residual = float((product_RP - x_RP * energy_P)[:, :k].norm())
         if residual <= 1e-10 * (kth - damped):
-            return energy_P[:k].clamp(min=0), x_RP[:, :k].contiguous()
+            return energy_P[:k] * scale, x_RP[:, :k].contiguous()
         # The degree that amplifies the first direction by no more than what Cholesky QR can undo.
         degree = max(1, min(20, int(acosh(1e7) / acosh(max(2 * top / damped - 1, 1.0001)))))
         before, after = x_RP, product_RP * (2 / damped) - x_RP

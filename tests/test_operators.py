@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Iterator, Sequence
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +21,16 @@ SMALL = st.integers(-3, 3).map(float)  # many ties, zeros and sums that cancel
 STACKS = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 8)), elements=SMALL)
 SIGNS = st.sampled_from([-1.0, 0.0, 1.0])
 WEIGHTS = st.lists(st.sampled_from([-1.0, 0.5, 1.0, 2.0]), min_size=4, max_size=4)
+
+
+@contextmanager
+def computed(way: str) -> Iterator[None]:
+    """As on the CPU, by NumPy; or as on an accelerator, by torch."""
+    with patch.object(ops, "on_cpu", lambda _: way == "numpy"):
+        yield
+
+
+both_ways = pytest.mark.parametrize("way", ["numpy", "torch"])
 
 
 # --------------------------------------------------------------------------------------- combining
@@ -84,10 +96,12 @@ def test_largest_aligned(values, signs):
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (2, 1, 3, 1), (0,)])
-def test_gram_holds_all_inner_products_in_float64(shape):
+@both_ways
+def test_gram_holds_all_inner_products_in_float64(way, shape):
     tensors = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     rows_TN = tensors.double().reshape(3, tensors[0].numel())
-    gram_TT = ops.gram(list(tensors))
+    with computed(way):
+        gram_TT = ops.gram(list(tensors))
     assert gram_TT.dtype == torch.float64 and torch.equal(gram_TT, gram_TT.T)
     assert torch.allclose(gram_TT, rows_TN @ rows_TN.T, rtol=1e-14)
 
@@ -118,14 +132,16 @@ def kth_smallest(views: Sequence[Sequence[Tensor]], kth_T: Sequence[int]) -> lis
     ),
     st.data(),
 )
-def test_kth_smallest_is_kthvalue_in_any_chunking(values, data):
+@both_ways
+def test_kth_smallest_is_kthvalue_in_any_chunking(way, values, data):
     x_TN = torch.from_numpy(values)
     count = x_TN.shape[1]
     kth_T = [data.draw(st.integers(1, count)) for _ in x_TN]
     cuts = sorted(data.draw(st.sets(st.integers(0, count), max_size=4)))
     blocks = torch.tensor_split(x_TN, cuts, dim=1)  # some of them empty
     first = data.draw(st.integers(1, len(blocks)))
-    found = kth_smallest([views for views in (blocks[:first], blocks[first:]) if views], kth_T)
+    with computed(way):
+        found = kth_smallest([views for views in (blocks[:first], blocks[first:]) if views], kth_T)
     assert found == [row.abs().kthvalue(kth).values.item() for row, kth in zip(x_TN, kth_T)]
 
 
@@ -178,16 +194,20 @@ ROWS = hnp.arrays(
 
 
 @given(ROWS)
-def test_row_ranks_are_those_of_a_stable_sort(values):
+@both_ways
+def test_row_ranks_are_those_of_a_stable_sort(way, values):
     order = np.argsort(np.abs(values), axis=-1, kind="stable")
     expected = np.empty_like(order)
     np.put_along_axis(expected, order, np.arange(values.shape[1])[None].repeat(len(values), 0), -1)
-    assert np.array_equal(ops.row_ranks(torch.from_numpy(values)), expected)
+    with computed(way):
+        assert np.array_equal(ops.row_ranks(torch.from_numpy(values)), expected)
 
 
 @given(ROWS, st.data())
-def test_row_order_is_the_sorted_magnitudes(values, data):
+@both_ways
+def test_row_order_is_the_sorted_magnitudes(way, values, data):
     places = data.draw(st.lists(st.integers(0, values.shape[1] - 1), min_size=1, max_size=3))
-    found = ops.row_order(torch.from_numpy(values), places)
+    with computed(way):
+        found = ops.row_order(torch.from_numpy(values), places)
     for place, column in zip(places, found, strict=True):
         assert np.array_equal(column, np.sort(np.abs(values), axis=-1)[:, place : place + 1])

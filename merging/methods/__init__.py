@@ -58,6 +58,11 @@ class Method:
         return (inspect.getdoc(self.function) or "").split("\n")[0]
 
     @property
+    def citation(self) -> str:
+        """The paper, by its arXiv id if it has one."""
+        return f"arXiv {self.paper}" if self.paper[:4].isdecimal() else self.paper
+
+    @property
     def wraps(self) -> bool:
         """Whether it is a wrapper: its second argument is the inner method."""
         return (
