@@ -28,5 +28,5 @@ def uniform(seed: int, expert: str, tensor: str, start: int, count: int) -> Tens
     words = -(-(start + count) // _PER_COUNT) - first
     drawn = generator.random_raw(words * _PER_COUNT // 2).view(np.uint32)
     offset = start - first * _PER_COUNT
-    numbers = torch.from_numpy((drawn[offset : offset + count] >> 8).astype(np.float32))
-    return numbers.mul_(2.0**-24)
+    drawn >>= 8
+    return torch.from_numpy(drawn.view(np.int32)[offset : offset + count]).float().mul_(2.0**-24)

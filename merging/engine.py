@@ -195,7 +195,7 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not the GNU C library
         return
-    for option, value in ((_MMAP_THRESHOLD, 16 << 20), (_TRIM_THRESHOLD, 64 << 20)):
+    for option, value in ((_MMAP_THRESHOLD, 16 << 20), (_TRIM_THRESHOLD, 16 << 20)):
         mallopt(option, value)
 
 
@@ -246,10 +246,11 @@ class Output:
             self.journal.add_facts(self.plan.bound.prepass(Inputs(views, run)))
 
 
-def _writer(plan: Plan, folder: Path) -> CheckpointWriter:
+def _writer(plan: Plan, folder: Path, join: bool = False) -> CheckpointWriter:
+    """The files in a staging folder; `join` only opens what another process made."""
     specs = [entry.spec for entry in plan.entries]
     return CheckpointWriter(
-        folder / "out", specs, checkpoint_metadata(plan), plan.recipe.shard_size, resume=True
+        folder / "out", specs, checkpoint_metadata(plan), plan.recipe.shard_size, resume=True, join=join
     )
 
 
@@ -330,7 +331,10 @@ def merge_unit(address: Address, names: list[str]) -> list[Finished]:
     with ExitStack() as stack:
         stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
         source = stack.enter_context(FileInputs(plans[0], device))
-        writers = [stack.enter_context(closing(_writer(p, Path(f)))) for p, (_, f, _) in zip(plans, points)]
+        writers = [
+            stack.enter_context(closing(_writer(p, Path(f), join=True)))
+            for p, (_, f, _) in zip(plans, points)
+        ]
         return Job(source, plans, writers, [facts for _, _, facts in points]).merge(names)
 
 

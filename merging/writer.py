@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.checkpoint import DTYPES, INDEX, WEIGHTS, hasher
+from merging.errors import UserError
 from merging.files import sync
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class CheckpointWriter:
     """Pre-sized safetensors files in `folder`, into which tensors are written at their final offsets, from any thread.
 
     Tensors are laid out as the safetensors library does: larger elements first, then by name. With `resume`, files
-    that already lie there with the very same header are opened as they are, whoever made them.
+    that already lie there with the very same header are opened as they are, whoever made them; with `join`, they must.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class CheckpointWriter:
         metadata: dict[str, str],
         shard_size: int | None,
         resume: bool = False,
+        join: bool = False,
     ):
-        self.folder = folder
+        self.folder, self._join = folder, join
         self.specs = {t.name: t for t in tensors}
         self.hashes: dict[str, str] = {}
         self._handles: list[int] = []
@@ -54,7 +56,7 @@ class CheckpointWriter:
         try:
             for name, shard in zip(self.files, shards):
                 self._create(folder / name, shard, metadata, resume)
-            if len(shards) > 1:
+            if len(shards) > 1 and not join:
                 self._write_index(shards)
         except BaseException:
             self.close()
@@ -73,9 +75,11 @@ class CheckpointWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         text = len(text).to_bytes(8, "little") + text
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL), 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | (0 if resume or self._join else os.O_EXCL), 0o666)
         self._handles.append(handle)
         if os.pread(handle, len(text), 0) != text or os.fstat(handle).st_size != len(text) + offset:
+            if self._join:
+                raise UserError(f"{path}: another merge took its place; this one cannot go on")
             os.ftruncate(handle, 0)
             os.posix_fallocate(handle, 0, len(text) + offset)  # a full disk shows here, not after an hour
             os.pwrite(handle, text, 0)

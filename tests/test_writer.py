@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
-from checkpoints import State, random_state, same_tensors
+from checkpoints import State, random_state, refused, same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -147,3 +147,13 @@ def test_a_tensor_that_was_not_announced_is_our_fault(tmp_path):
     with pytest.raises(AssertionError):
         writer.finish()  # w was never written
     writer.close()
+
+
+def test_who_joins_a_merge_does_not_replace_its_files(tmp_path):
+    specs = [TensorSpec("a", "F32", (2,), 8)]
+    CheckpointWriter(tmp_path, specs, {}, None).close()
+    CheckpointWriter(tmp_path, specs, {}, None, join=True).close()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with refused("another merge took its place"):
+        CheckpointWriter(tmp_path, [TensorSpec("b", "F32", (3,), 12)], {}, None, resume=True, join=True)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
