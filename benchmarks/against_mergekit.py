@@ -65,6 +65,7 @@ JOBS = {
         "della", "della",
         {"variant": "mergekit", "density": 0.5, "epsilon": 0.1, "weights": _WEIGHTS, "scale": 1.0},
         {"weight": WEIGHT, "density": 0.5, "epsilon": 0.1}, random=True,
+        default={"density": 0.5, "epsilon": 0.1, "weights": _WEIGHTS, "scale": 1.0},
     ),
     "dare": Job(
         "dare_linear", "dare", {"variant": "mergekit", "drop_rate": 0.5, "scale": WEIGHT},

@@ -2,25 +2,26 @@
 
     python against_naive_cart.py --inputs DATA/clip
 
-Then Mergeline merges again at other (rank, scale) points in the same folder, where what was factored may be
-used again, and, where `mergeline sweep` exists, runs all points in one command. Writes results/cart.json.
+Then Mergeline merges at other (rank, scale) points with the factors that the first merge stored, and makes a whole grid
+in one `mergeline sweep`, whose cost beyond a first merge is divided by the number of further points. Writes
+results/cart.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from compare import difference
-from measure import Cost, alternate, figures, find_mergeline, merge_command, run, save, table
+from measure import Cost, alternate, figures, merge_command, run, save, table
 
 FIRST = (0.12, 1.0)  # rank, scale
-NEXT = [(0.12, 2.0), (0.08, 1.5), (0.04, 3.0)]
+NEXT = [(0.12, 2.0), (0.08, 1.5)]
+GRID = {"rank": [0.04, 0.08, 0.12], "scale": [1.0, 2.0, 3.0]}
 
 
 def run_naive(inputs: Path, out: Path, threads: int | None) -> Cost:
@@ -32,19 +33,24 @@ def run_naive(inputs: Path, out: Path, threads: int | None) -> Cost:
 def run_ours(inputs: Path, out: Path, threads: int | None, point: tuple[float, float]) -> Cost:
     rank, scale = point
     command = merge_command("cart", sorted(inputs.glob("expert*")), out, rank=rank, scale=scale)
-    return run(command, threads=threads, cwd=out.parent)
+    return run([*command, "--factors", out.parent / "factors"], threads=threads)
 
 
-def run_sweep(inputs: Path, work: Path, threads: int | None) -> Cost | None:
-    """All points by `mergeline sweep`; None where there is no such command."""
-    help = subprocess.run([find_mergeline(), "sweep", "--help"], capture_output=True, text=True)
-    if help.returncode:
-        return None
-    ranks, scales = (sorted({point[i] for point in (FIRST, *NEXT)}) for i in (0, 1))
+def run_sweep(inputs: Path, work: Path, threads: int | None) -> Cost:
+    """All points of the grid by `mergeline sweep`, without stored factors."""
     command = merge_command("cart", sorted(inputs.glob("expert*")), work / "sweep")
     command[1] = "sweep"
-    command += ["--set", f"rank={json.dumps(ranks)}", "--set", f"scale={json.dumps(scales)}"]
-    return run(command, threads=threads, cwd=work)
+    for name, values in GRID.items():
+        command += ["--grid", f"{name}={json.dumps(values)}"]
+    return run(command, threads=threads)
+
+
+def each_further_point(first: Cost, sweep: Cost) -> Cost:
+    """What a point of the sweep costs beside the first."""
+    further = len(GRID["rank"]) * len(GRID["scale"]) - 1
+    return replace(
+        sweep, cpu_s=(sweep.cpu_s - first.cpu_s) / further, wall_s=(sweep.wall_s - first.wall_s) / further
+    )
 
 
 def bench(a: argparse.Namespace, threads: int | None) -> None:
@@ -65,8 +71,8 @@ def bench(a: argparse.Namespace, threads: int | None) -> None:
                 out = outputs["mergeline"].with_name(f"next{i}.safetensors")
                 costs[f"mergeline next {point}"] = run_ours(a.inputs, out, threads, point)
             sweep = run_sweep(a.inputs, Path(tempfile.mkdtemp(dir=folder)), threads)
-            if sweep:
-                costs["mergeline sweep"] = sweep
+            costs["mergeline sweep"] = sweep
+            costs["mergeline sweep, each further point"] = each_further_point(costs["mergeline"], sweep)
         label = threads or "default"
         rows = [{"job": "cart", "side": s, "threads": label, **figures(c)} for s, c in costs.items()]
         save("cart", rows, ("job", "side", "threads"))

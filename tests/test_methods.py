@@ -492,6 +492,15 @@ def test_sce_is_its_three_steps(seed, count, density, size):
     assert torch.allclose(found.double(), expected_N, rtol=1e-4, atol=1e-6 * size)
 
 
+def test_sce_at_the_edges_of_the_official_code():
+    # A sum of zero counts as positive.
+    base, experts = around_zero([[1.0, 2.0], [-1.0, 2.0]])
+    assert merged("sce", experts, base)["w"].tolist() == pytest.approx([1.0, 2.0])
+    # Where only an expert of weight 1e-8 has an entry, the sum of weights counts as 1e-6.
+    base, experts = around_zero([[1.0, 0.0], [0.0, 1e-4]])
+    assert merged("sce", experts, base)["w"].tolist() == pytest.approx([1.0, 1e-6])
+
+
 def test_sce_that_selects_nothing_is_the_base():
     base, experts = around_zero([[1.0, 2.0, 5.0], [1.0, 2.0, 6.0]])
     assert torch.equal(merged("sce", experts, base, density=0.4)["w"], base["w"])
