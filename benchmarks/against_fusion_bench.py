@@ -3,8 +3,8 @@
     python against_fusion_bench.py --inputs DATA/clip --peer PEERS/fusion_bench
     python against_fusion_bench.py ... --methods ties      # FusionBench's is stopped at --memory (14 GiB)
 
-After tsv_merge, Mergeline merges again with another scale in the same folder: what the next point of a search
-costs. Writes results/fusion_bench.json and results/fusion_bench_outputs.json.
+After tsv_merge, Mergeline sweeps over three scales, whose cost beyond the first merge is divided by two. Writes
+results/fusion_bench.json and results/fusion_bench_outputs.json.
 """
 
 from __future__ import annotations
@@ -16,14 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from compare import difference
-from measure import Cost, alternate, figures, merge_command, run, save, table
+from measure import (
+    Cost,
+    alternate,
+    each_further_point,
+    figures,
+    merge_command,
+    run,
+    save,
+    sweep_command,
+    table,
+)
 
 JOBS: dict[str, dict[str, Any]] = {
     "iso_c": {"scale": 1.0},
     "tsv_merge": {"scale": 1.0},
     "ties": {"scale": 0.3, "density": 0.2, "reduce": "sum"},
 }
-NEXT = {"tsv_merge": {"scale": 0.7}}
+SWEEPS = {"tsv_merge": {"scale": [1.0, 0.7, 1.3]}}
 
 
 def run_peer(method: str, inputs: Path, peer: Path, work: Path, threads: int | None, memory: float) -> Cost:
@@ -35,10 +45,11 @@ def run_peer(method: str, inputs: Path, peer: Path, work: Path, threads: int | N
 def run_ours(
     method: str, inputs: Path, work: Path, out: str, threads: int | None, parameters: dict[str, Any]
 ) -> Cost:
-    command = merge_command(
-        method, sorted(inputs.glob("expert*")), work / out, base=inputs / "base", **parameters
-    )
-    return run(command, threads=threads, cwd=work)
+    return run(our_command(method, inputs, work / out, parameters), threads=threads)
+
+
+def our_command(method: str, inputs: Path, out: Path, parameters: dict[str, Any]) -> list[str]:
+    return merge_command(method, sorted(inputs.glob("expert*")), out, base=inputs / "base", **parameters)
 
 
 def bench(a: argparse.Namespace, method: str, threads: int | None) -> None:
@@ -56,9 +67,12 @@ def bench(a: argparse.Namespace, method: str, threads: int | None) -> None:
             "mergeline": lambda: run_ours(method, a.inputs, fresh("ours"), "merged", threads, JOBS[method]),
         }
         costs = alternate({side: job for side, job in sides.items() if side in a.sides}, a.repeats)
-        if method in NEXT and "ours" in latest:
-            costs["mergeline next"] = run_ours(
-                method, a.inputs, latest["ours"], "next", threads, NEXT[method]
+        if method in SWEEPS and "mergeline" in costs:
+            grid, out = SWEEPS[method], Path(tempfile.mkdtemp(dir=folder), "sweep")
+            sweep = run(sweep_command(our_command(method, a.inputs, out, {}), grid), threads=threads)
+            costs["mergeline sweep"] = sweep
+            costs["mergeline sweep, each further point"] = each_further_point(
+                costs["mergeline"], sweep, len(grid["scale"])
             )
         rows = [
             {"job": method, "side": s, "threads": threads or "default", **figures(c)}

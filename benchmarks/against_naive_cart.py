@@ -10,14 +10,23 @@ results/cart.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from compare import difference
-from measure import Cost, alternate, figures, merge_command, run, save, table
+from measure import (
+    Cost,
+    alternate,
+    each_further_point,
+    figures,
+    merge_command,
+    run,
+    save,
+    sweep_command,
+    table,
+)
 
 FIRST = (0.12, 1.0)  # rank, scale
 NEXT = [(0.12, 2.0), (0.08, 1.5)]
@@ -39,18 +48,7 @@ def run_ours(inputs: Path, out: Path, threads: int | None, point: tuple[float, f
 def run_sweep(inputs: Path, work: Path, threads: int | None) -> Cost:
     """All points of the grid by `mergeline sweep`, without stored factors."""
     command = merge_command("cart", sorted(inputs.glob("expert*")), work / "sweep")
-    command[1] = "sweep"
-    for name, values in GRID.items():
-        command += ["--grid", f"{name}={json.dumps(values)}"]
-    return run(command, threads=threads)
-
-
-def each_further_point(first: Cost, sweep: Cost) -> Cost:
-    """What a point of the sweep costs beside the first."""
-    further = len(GRID["rank"]) * len(GRID["scale"]) - 1
-    return replace(
-        sweep, cpu_s=(sweep.cpu_s - first.cpu_s) / further, wall_s=(sweep.wall_s - first.wall_s) / further
-    )
+    return run(sweep_command(command, GRID), threads=threads)
 
 
 def bench(a: argparse.Namespace, threads: int | None) -> None:
@@ -72,7 +70,9 @@ def bench(a: argparse.Namespace, threads: int | None) -> None:
                 costs[f"mergeline next {point}"] = run_ours(a.inputs, out, threads, point)
             sweep = run_sweep(a.inputs, Path(tempfile.mkdtemp(dir=folder)), threads)
             costs["mergeline sweep"] = sweep
-            costs["mergeline sweep, each further point"] = each_further_point(costs["mergeline"], sweep)
+            costs["mergeline sweep, each further point"] = each_further_point(
+                costs["mergeline"], sweep, len(GRID["rank"]) * len(GRID["scale"])
+            )
         label = threads or "default"
         rows = [{"job": "cart", "side": s, "threads": label, **figures(c)} for s, c in costs.items()]
         save("cart", rows, ("job", "side", "threads"))

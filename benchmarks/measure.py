@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,22 @@ def merge_command(
     for name, value in parameters.items():
         command += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return command
+
+
+def sweep_command(command: Sequence[str], grid: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The `mergeline sweep` of a grid, from the `mergeline merge` of one point."""
+    options = [
+        part for name, values in grid.items() for part in ("--grid", f"{name}={json.dumps(list(values))}")
+    ]
+    return [command[0], "sweep", *command[2:], *options]
+
+
+def each_further_point(first: Cost, sweep: Cost, points: int) -> Cost:
+    """What a point of a sweep costs beside the first."""
+    further = points - 1
+    return replace(
+        sweep, cpu_s=(sweep.cpu_s - first.cpu_s) / further, wall_s=(sweep.wall_s - first.wall_s) / further
+    )
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def targets() -> list[Row]:
             karcher.get("error_mergeline"), ""),
         against_fusion("iso_c", 10, "iso_c, 8 × ViT-B/32"),
         against_fusion("tsv_merge", 60, "tsv_merge, same"),
-        against_fusion("tsv_merge", 5, "tsv_merge, next scale", "mergeline next"),
+        against_fusion("tsv_merge", 5, "tsv_merge, next scale, in a sweep", "mergeline sweep, each further point"),
         Row("cart, same", cart.get("cart", "naive"), 60, cart.get("cart", "mergeline"),
             apart=cart.apart("cart", "naive", "mergeline")),
         Row("cart, each next (rank, scale), in a sweep", cart.get("cart", "naive"), 5,
