@@ -45,11 +45,14 @@ def run_peer(method: str, inputs: Path, peer: Path, work: Path, threads: int | N
 def run_ours(
     method: str, inputs: Path, work: Path, out: str, threads: int | None, parameters: dict[str, Any]
 ) -> Cost:
-    return run(our_command(method, inputs, work / out, parameters), threads=threads)
+    return run(our_command(method, inputs, work / out, threads, parameters), threads=threads)
 
 
-def our_command(method: str, inputs: Path, out: Path, parameters: dict[str, Any]) -> list[str]:
-    return merge_command(method, sorted(inputs.glob("expert*")), out, base=inputs / "base", **parameters)
+def our_command(
+    method: str, inputs: Path, out: Path, threads: int | None, parameters: dict[str, Any]
+) -> list[str]:
+    experts = sorted(inputs.glob("expert*"))
+    return merge_command(method, experts, out, base=inputs / "base", threads=threads, **parameters)
 
 
 def bench(a: argparse.Namespace, method: str, threads: int | None) -> None:
@@ -69,7 +72,7 @@ def bench(a: argparse.Namespace, method: str, threads: int | None) -> None:
         costs = alternate({side: job for side, job in sides.items() if side in a.sides}, a.repeats)
         if method in SWEEPS and "mergeline" in costs:
             grid, out = SWEEPS[method], Path(tempfile.mkdtemp(dir=folder), "sweep")
-            sweep = run(sweep_command(our_command(method, a.inputs, out, {}), grid), threads=threads)
+            sweep = run(sweep_command(our_command(method, a.inputs, out, threads, {}), grid), threads=threads)
             costs["mergeline sweep"] = sweep
             costs["mergeline sweep, each further point"] = each_further_point(
                 costs["mergeline"], sweep, len(grid["scale"])

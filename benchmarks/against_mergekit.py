@@ -104,7 +104,7 @@ def run_ours(job: Job, family: Path, out: Path, threads: int | None, parameters:
     if job.base == "input":
         experts.insert(0, family / "base")
     base = family / "base" if job.base == "reference" else None
-    command = merge_command(job.method, experts, out, base=base, **parameters)
+    command = merge_command(job.method, experts, out, base=base, threads=threads, **parameters)
     return run([*command, "--dtype", "bfloat16"], threads=threads)
 
 

@@ -41,13 +41,15 @@ def run_naive(inputs: Path, out: Path, threads: int | None) -> Cost:
 
 def run_ours(inputs: Path, out: Path, threads: int | None, point: tuple[float, float]) -> Cost:
     rank, scale = point
-    command = merge_command("cart", sorted(inputs.glob("expert*")), out, rank=rank, scale=scale)
+    command = merge_command(
+        "cart", sorted(inputs.glob("expert*")), out, threads=threads, rank=rank, scale=scale
+    )
     return run([*command, "--factors", out.parent / "factors"], threads=threads)
 
 
 def run_sweep(inputs: Path, work: Path, threads: int | None) -> Cost:
     """All points of the grid by `mergeline sweep`, without stored factors."""
-    command = merge_command("cart", sorted(inputs.glob("expert*")), work / "sweep")
+    command = merge_command("cart", sorted(inputs.glob("expert*")), work / "sweep", threads=threads)
     return run(sweep_command(command, GRID), threads=threads)
 
 

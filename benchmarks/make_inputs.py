@@ -75,9 +75,11 @@ def llama(
     return Family("llama", shapes, dtype, config, shard_mib << 20, vocab, rank=rank)
 
 
-def clip(*, layers: int = 12, dtype: torch.dtype = torch.float32, rank: int = 16) -> Family:
-    """The vision tower of CLIP ViT-B/32 (87 M parameters), named as transformers names it."""
-    width, inter, patch, positions = 768, 3072, 32, 50
+def clip(
+    *, layers: int = 12, width: int = 768, inter: int = 3072, patch: int = 32, positions: int = 50, heads: int = 12,
+    dtype: torch.dtype = torch.float32, rank: int = 16,
+) -> Family:  # fmt: skip
+    """The vision tower of a CLIP, by default ViT-B/32 (87 M parameters), named as transformers names it."""
     shapes: dict[str, Shape] = {
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, 3, patch, patch),
@@ -97,7 +99,7 @@ def clip(*, layers: int = 12, dtype: torch.dtype = torch.float32, rank: int = 16
             shapes |= {f"{block}{part}.weight": (width,), f"{block}{part}.bias": (width,)}
     config = {
         "architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "hidden_size": width,
-        "intermediate_size": inter, "num_hidden_layers": layers, "num_attention_heads": 12,
+        "intermediate_size": inter, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_channels": 3, "patch_size": patch, "image_size": 224, "projection_dim": 512,
         "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "torch_dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip

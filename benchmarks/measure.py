@@ -176,10 +176,18 @@ def find_mergeline() -> str:
 
 
 def merge_command(
-    method: str, experts: Sequence[Path], out: Path, *, base: Path | None = None, **parameters: Any
+    method: str,
+    experts: Sequence[Path],
+    out: Path,
+    *,
+    base: Path | None = None,
+    threads: int | None = None,
+    **parameters: Any,
 ) -> list[str]:
-    """`mergeline merge` with these checkpoints; experts are named a0, a1, ..."""
+    """`mergeline merge` with these checkpoints, on as many workers as threads; experts are named a0, a1, ..."""
     command = [find_mergeline(), "merge", "--method", method, "--out", str(out)]
+    if threads is not None:
+        command += ["--workers", str(threads)]
     if base is not None:
         command += ["--base", str(base)]
     for i, expert in enumerate(experts):

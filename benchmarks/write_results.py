@@ -136,6 +136,15 @@ def outputs() -> str:
     return table(header, rows)
 
 
+def accelerator() -> str:
+    """Merges on an accelerator beside its limits."""
+    rows = load("gpu")
+    if not rows:
+        return "Not measured: no accelerator could be had. `on_gpu.py` measures it."
+    keys = ["device", "family", "side", "wall_s", "cpu_s", "peak_mib", "relative", "failed"]
+    return table(keys, [[row.get(key) for key in keys] for row in rows])
+
+
 def machines() -> str:
     """What each results file was measured on."""
     lines = []
@@ -173,6 +182,8 @@ def document() -> str:
         "![CPU-seconds by bytes read](plots/cost_by_size.png)\n"
         "![Memory by experts](plots/memory_by_experts.png)",
         table(growth, [[row.get(key) for key in growth] for row in load("growth")]),
+        "## On an accelerator",
+        accelerator(),
         "## Limits of the machine",
         table(["limit, of one CPU", "value"], [[row["limit"], row["value"]] for row in load("limits")]),
         "## Machine",

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         print(f"mergeline: {error}", file=sys.stderr)
         return 2
@@ -42,6 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def command() -> NoReturn:
+    """What `mergeline` runs: `main`, and the end of the process."""
+    code = main()
+    if "torch" in sys.modules and not {"mlflow", "prefect"} & sys.modules.keys():
+        # Taking torch down takes half a second and 120 MB; nothing but text is left to be written here.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,6 +159,14 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     command.add_argument("--seed", type=int, help="default: 0")
     command.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="split the output, such as 5GiB")
+    command.add_argument(
+        "--vocabulary",
+        choices=["donor", "union"],
+        help="the tokens of the merge, where they differ (default: donor)",
+    )
+    command.add_argument(
+        "--donor", metavar="NAME", help="whose configuration and tokenizer are carried (default: base)"
+    )
     command.add_argument(
         "--allow-pickle", action="store_true", help="convert pickle checkpoints of the sources"
     )
@@ -274,6 +294,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "dtype": args.dtype,
         "seed": args.seed,
         "shard_size": args.shard_size,
+        "donor": args.donor,
+        "vocabulary": args.vocabulary,
     }
     given = {key: value for key, value in options.items() if value is not None}
     return Recipe.of({**written, **given, "params": {**written.get("params", {}), **_settings(args)}})
@@ -468,7 +490,7 @@ def _described(entry: Method) -> dict[str, Any]:
         "paper": entry.paper,
         "code": entry.code,
         "reference": entry.reference,
-        "unit": entry.bind(entry.resolve({})).unit,
+        "unit": entry.bind(entry.resolve({})).own_unit,
         "needs_base": entry.needs_base,
         "minimum_experts": entry.minimum_experts,
         "maximum_experts": entry.maximum_experts,
@@ -526,4 +548,4 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

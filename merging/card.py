@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from merging.companions import hub_id
 from merging.methods import get_method
 
 
@@ -12,8 +13,11 @@ def model_card(manifest: dict[str, Any]) -> str:
     """Markdown with YAML front matter: what was merged, how, and the digests that prove it."""
     recipe = manifest["recipe"]
     method = get_method(recipe["method"])
+    origins = [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values()]
+    models = [name for name in (hub_id(origin.get("source")) for origin in origins) if name]
     lines = [
         "---",
+        *(["base_model:", *(f"- {name}" for name in models), "base_model_relation: merge"] if models else []),
         "tags:",
         "- merge",
         "- mergeline",

@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from merging.errors import UserError
 
@@ -63,6 +63,10 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
+    def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
+        """Elements [start, stop), flattened; `elements` reads what is stored."""
+        return elements(self, start, stop)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -75,6 +79,16 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def stored(self) -> Checkpoint:
+        """What lies in its own files."""
+        return self
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in its stored dtype, as a fresh copy.
@@ -117,13 +131,14 @@ class Checkpoint:
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:
         """The hash of the bytes of every tensor. Reads the whole checkpoint, once."""
-        hashes = {}
-        for name in self.tensors:
-            hash = hasher()
-            for chunk in self.chunks(name):
-                hash.update(chunk)
-            hashes[name] = hash.hexdigest()
-        return hashes
+        return {name: self.tensor_hash(name) for name in self.tensors}
+
+    def tensor_hash(self, name: str) -> str:
+        """The hash of the bytes of a tensor, which are read."""
+        hash = hasher()
+        for chunk in self.chunks(name):
+            hash.update(chunk)
+        return hash.hexdigest()
 
     def digest(self) -> str:
         """The digest of the content; the same for one file or many shards."""

@@ -169,8 +169,9 @@ def merge_state_dicts_points(
 def merged_blocks(view: View, bounds: Sequence[Bound], facts: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
     """All blocks of a tensor as each point merges them, with the point's index; points of one unit share slots."""
     view.shared = len(bounds) > 1
-    for unit in sorted({bound.unit for bound in bounds}):
-        measured = {i: b.measure(view, facts[i]) for i, b in enumerate(bounds) if b.unit == unit}
+    units = [bound.unit(view.name, view.shape) for bound in bounds]
+    for unit in sorted(set(units)):
+        measured = {i: b.measure(view, facts[i]) for i, b in enumerate(bounds) if units[i] == unit}
         for x in view.blocks(unit):
             for i, found in measured.items():
                 yield i, bounds[i](x, facts[i], found)
@@ -195,7 +196,7 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not the GNU C library
         return
-    for option, value in ((_MMAP_THRESHOLD, 16 << 20), (_TRIM_THRESHOLD, 16 << 20)):
+    for option, value in ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20)):
         mallopt(option, value)
 
 
@@ -228,6 +229,9 @@ class Output:
         except BaseException:
             self.journal.close()
             raise
+        if out.suffix == ".safetensors" and len(self.writer.files) > 1:
+            self.__exit__()
+            raise UserError(f"{out}: --shard-size makes several files; name a folder instead")
         self.journal.keep_verified(self.writer)
 
     def __enter__(self) -> Output:

@@ -6,7 +6,7 @@ Everything is hashed, and looked at for NaN and Inf, the first time it is read f
 from __future__ import annotations
 
 import os
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
@@ -149,7 +149,7 @@ class FileInputs(_Source):
         return View(self, entry.name, entry.spec.shape)
 
     def stored(self, origin: str, name: str, start: int, stop: int) -> Tensor:
-        return self._elements(self._checkpoints[origin].tensors[name], start, stop)
+        return self._checkpoints[origin].tensors[name].read(self._elements, start, stop)
 
     def statistic(self, kind: str, key: str, start: int, stop: int) -> Tensor:
         return self._elements(self.plan.statistic(kind, key), start, stop).to(self.device)
@@ -159,8 +159,7 @@ class FileInputs(_Source):
         return key in checkpoint.tensors
 
     def length(self, origin: str, name: str) -> int:
-        info = self._checkpoints[origin].tensors[name]
-        return info.nbytes // DTYPES[info.dtype][1]
+        return prod(self._checkpoints[origin].tensors[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
         return torch.float64 if "F64" in self._dtypes[name] else torch.float32
@@ -197,9 +196,12 @@ class FileInputs(_Source):
     def checkpoint_digest(self, origin: str) -> str:
         """The digest of a whole checkpoint, of which everything was read."""
         checkpoint: Checkpoint = self._checkpoints[origin]
+        stored = checkpoint.stored
         return content_digest(
-            (t.name, t.dtype, t.shape, self.digest(origin, t.name)) for t in checkpoint.tensors.values()
-        )
+            (t.name, t.dtype, t.shape,
+             self.digest(origin, name) if checkpoint.tensors.get(name) is t else stored.tensor_hash(name))
+            for name, t in stored.tensors.items()
+        )  # fmt: skip
 
 
 class MemoryInputs(_Source):

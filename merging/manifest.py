@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from merging.adapters import ADAPTER_CONFIG
 from merging.card import model_card
-from merging.checkpoint import CONFIG_FILES, content_digest
+from merging.checkpoint import content_digest
+from merging.companions import TOKENIZER, carry, source_of
 from merging.errors import UserError
 from merging.files import publish, write_json
 from merging.inputs import FileInputs
@@ -46,7 +47,9 @@ def identity(plan: Plan, device: str) -> str:
         *([plan.base] if plan.base else []),
         *sum(plan.statistics.values(), []),
     ]
-    files = sorted({info.file for c in checkpoints for info in c.tensors.values()})
+    beside = (c.folder / name for c in checkpoints for name in (ADAPTER_CONFIG, TOKENIZER))
+    files = {info.file for c in checkpoints for info in c.stored.tensors.values()}
+    files = sorted(files.union(path for path in beside if path.is_file()))
     stats = [(str(file), file.stat()) for file in files]
     return text_digest(
         {
@@ -82,15 +85,11 @@ def publish_merge(
     """Give the finished files in `staging/out` their final name, with manifest, card and configs beside them."""
     manifest = _manifest(plan, source, writer, out, device)
     if out.suffix == ".safetensors":
-        if len(writer.files) != 1:
-            raise UserError(f"{out}: --shard-size makes several files; name a folder instead")
         write_json(manifest_path(out), manifest)
         publish(writer.folder / writer.files[0], out)
         return manifest
-    donor = plan.recipe.base
-    for name in CONFIG_FILES if donor and donor.is_dir() else ():
-        if (donor / name).is_file():
-            shutil.copyfile(donor / name, writer.folder / name)
+    if plan.donor:
+        carry(plan.donor, writer.specs.values(), writer.folder, plan.alignment)
     (writer.folder / "README.md").write_text(model_card(manifest))
     (writer.folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     publish(writer.folder, out)
@@ -102,7 +101,9 @@ def _manifest(plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Pat
     folder = out.parent if out.suffix == ".safetensors" else out
 
     def origin(path: Path, digest: str) -> dict[str, str]:
-        return {"path": Path(os.path.relpath(path, folder)).as_posix(), "digest": digest}
+        found = {"path": Path(os.path.relpath(path, folder)).as_posix(), "digest": digest}
+        source = source_of(path)
+        return {**found, "source": source} if source else found
 
     experts = {name: origin(p, source.checkpoint_digest(name)) for name, p in recipe.experts.items()}
     base = origin(recipe.base, source.checkpoint_digest("base")) if recipe.base else None

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from merging.slots import Slot, Unit, View
 
+_PIECE = 1 << 17  # elements
+
 
 def on_cpu(tensor: Tensor) -> bool:
     """Whether NumPy and SciPy can take it, which sort and decompose faster than torch there."""
@@ -34,8 +36,9 @@ def weighted_sum(
             sum_X = tensor_X.to(dtype or torch.float64, copy=True)
             if weight != 1.0:
                 sum_X.mul_(weight)
-        else:  # converted first: adding float32 to float64 is three times slower
-            sum_X.add_(tensor_X.to(sum_X.dtype), alpha=weight)
+        else:  # converted first: adding float32 to float64 is three times slower; in pieces that caches hold
+            for sum_P, piece_P in zip(sum_X.view(-1).split(_PIECE), tensor_X.reshape(-1).split(_PIECE)):
+                sum_P.add_(piece_P.to(sum_P.dtype), alpha=weight)
     assert sum_X is not None
     return sum_X
 
@@ -84,15 +87,9 @@ def largest_aligned(tau_TX: Sequence[Tensor], sign_X: Tensor) -> Tensor:
 
 def gram(tensors: Sequence[Tensor]) -> Tensor:
     """All inner products of T tensors of one shape, in float64, on the CPU: (T, T)."""
-    rows_TN = [tensor.reshape(-1).double() for tensor in tensors]
-    if not on_cpu(rows_TN[0]):
-        stack_TN = torch.stack(rows_TN)
-        return (stack_TN @ stack_TN.T).cpu()
-    gram_TT = torch.empty(len(rows_TN), len(rows_TN), dtype=torch.float64)
-    for i, row_N in enumerate(rows_TN):
-        for j in range(i + 1):
-            gram_TT[i, j] = gram_TT[j, i] = torch.dot(row_N, rows_TN[j])
-    return gram_TT
+    stack_TN = torch.stack([tensor.reshape(-1) for tensor in tensors]).double()
+    gram_TT = (stack_TN @ stack_TN.T).cpu()
+    return gram_TT.tril() + gram_TT.tril(-1).T
 
 
 # ---------------------------------------------------------------------------------------------- sparsifying
@@ -106,36 +103,47 @@ def magnitude_bits(tau_X: Tensor) -> Tensor:
 
 
 def kth_smallest(
-    each: Each, rows: Callable[[Slot], Iterable[Tensor]], unit: Unit, kth_T: Sequence[int]
-) -> list[float]:
-    """The kth smallest (from 1) float32 magnitude over all blocks of all views, for each row that `rows(slot)` yields.
+    each: Each,
+    rows: Callable[[Slot], Iterable[Tensor]],
+    unit: Unit,
+    kth: Callable[[list[int]], Sequence[Sequence[int]] | None],
+) -> list[list[float]] | None:
+    """Order statistics of the float32 magnitudes over all blocks of all views, for each row that `rows(slot)` yields.
 
-    Exact, without a sort and without holding anything: the bits of a non-negative float32 order like an integer, so
-    one histogram of their upper half finds the bin and a second, of the lower half inside that bin, the value.
+    `kth` is told how many entries of each row are not zero, and says which places (from 1, ascending) are looked for,
+    a list a row; or None, and so is the answer. Exact, without a sort and without holding anything: the bits of a
+    non-negative float32 order like an integer, so one histogram of their upper half finds the bin of a place and a
+    second, of the lower half inside that bin, the value. One less than the bits, so that zero has a bin of its own.
     """
-    kth = torch.tensor(list(kth_T))
 
     def upper(view: View) -> Tensor:
-        return _histograms(view, unit, rows, 1 << 15, lambda bits, _: bits >> 16)
+        return _histograms(view, unit, rows, (1 << 15) + 1, lambda less, _: [(less >> 16).add_(1)])
 
-    bin_T, before_T = _locate(_total(each(upper)), kth)
-    bins = bin_T.tolist()
+    counts_T1B = _total(each(upper))
+    places = kth(counts_T1B[:, 0, 1:].sum(1).tolist())
+    if places is None:
+        return None
+    kth_TK = torch.tensor([list(row) for row in places])
+    bin_TK, before_TK = _locate(counts_T1B.expand(-1, kth_TK.shape[1], -1), kth_TK)
+    upper_TK = bin_TK - 1
 
     def lower(view: View) -> Tensor:
-        return _histograms(view, unit, rows, 1 << 16, lambda bits, t: _inside(bits, bins[t]))
+        bins = upper_TK.tolist()
+        return _histograms(view, unit, rows, 1 << 16, lambda less, t: _inside(less, bins[t]))
 
-    low_T, _ = _locate(_total(each(lower)), kth - before_T)
-    return ((bin_T << 16) | low_T).to(torch.int32).view(torch.float32).tolist()
+    lower_TK, _ = _locate(_total(each(lower)), kth_TK - before_TK)
+    return ((upper_TK << 16) + lower_TK + 1).to(torch.int32).view(torch.float32).tolist()
 
 
-def _inside(bits: Tensor, bin: int) -> Tensor:
-    """The lower halves of the integers whose upper half is `bin`."""
-    if not on_cpu(bits):
-        return bits[bits >> 16 == bin] & 0xFFFF
+def _inside(values: Tensor, uppers: Sequence[int]) -> list[Tensor]:
+    """For each upper half, the lower halves of the integers that have it."""
+    if not on_cpu(values):
+        return [values[values >> 16 == upper] & 0xFFFF for upper in uppers]
     import numpy as np
 
-    values = bits.numpy()  # its boolean indexing is eight times faster
-    return torch.from_numpy(values[values >> 16 == bin] & np.int32(0xFFFF))
+    array = values.numpy()  # its boolean indexing is eight times faster
+    halves = array >> 16
+    return [torch.from_numpy(array[halves == upper] & np.int32(0xFFFF)) for upper in uppers]
 
 
 def _histograms(
@@ -143,20 +151,20 @@ def _histograms(
     unit: Unit,
     rows: Callable[[Slot], Iterable[Tensor]],
     bins: int,
-    key: Callable[[Tensor, int], Tensor],
+    keys: Callable[[Tensor, int], Sequence[Tensor]],
 ) -> Tensor:
-    """How often each key occurs in the magnitudes of each row: (T, bins)."""
-    histograms: list[_Histogram] = []
+    """How often each of K kinds of keys occurs in the magnitudes, less one, of each row: (T, K, bins)."""
+    histograms: list[list[_Histogram]] = []
     for x in view.blocks(unit):
         for t, row in enumerate(rows(x)):
+            found = keys(magnitude_bits(row).sub_(1), t)
             if t == len(histograms):
-                histograms.append(_Histogram(bins))
-            histograms[t].add(key(magnitude_bits(row), t))
-    return (
-        torch.stack([h.counts() for h in histograms])
-        if histograms
-        else torch.zeros(1, bins, dtype=torch.int64)
-    )
+                histograms.append([_Histogram(bins) for _ in found])
+            for histogram, values in zip(histograms[t], found):
+                histogram.add(values)
+    if not histograms:
+        return torch.zeros(1, 1, bins, dtype=torch.int64)
+    return torch.stack([torch.stack([h.counts() for h in row]) for row in histograms])
 
 
 class _Histogram:
@@ -196,11 +204,12 @@ def _total(counts: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _locate(counts: Tensor, kth_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row, the bin that holds the kth entry and how many entries lie before that bin."""
-    total = counts.cumsum(1)
-    bin_T = torch.searchsorted(total, kth_T[:, None].contiguous())[:, 0]
-    return bin_T, total.gather(1, bin_T[:, None])[:, 0] - counts.gather(1, bin_T[:, None])[:, 0]
+def _locate(counts_TKB: Tensor, kth_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin that holds the kth entry, and how many entries lie before that bin: (T, K), (T, K)."""
+    total_TKB = counts_TKB.cumsum(-1)
+    bin_TK1 = torch.searchsorted(total_TKB, kth_TK[..., None].contiguous())
+    before_TK1 = total_TKB.gather(-1, bin_TK1) - counts_TKB.gather(-1, bin_TK1)
+    return bin_TK1[..., 0], before_TK1[..., 0]
 
 
 def keep_at_least(tau_X: Tensor, threshold: float) -> Tensor:
@@ -215,6 +224,9 @@ def keep_at_least(tau_X: Tensor, threshold: float) -> Tensor:
 
 def keep_between(tau_X: Tensor, least: float | Tensor, most: float | Tensor) -> Tensor:
     """Zero the entries whose float32 magnitude is below `least` or above `most`; equals are kept."""
+    if isinstance(most, float) and tau_X.dtype == torch.float32:
+        kept_X = keep_at_least(tau_X, least)
+        return kept_X - torch.nn.functional.hardshrink(kept_X, most)
     size_X = tau_X.float().abs()
     return tau_X * ((size_X >= least) & (size_X <= most))
 

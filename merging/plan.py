@@ -6,14 +6,18 @@ import inspect
 import json
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+from merging.adapters import adapt, is_adapter
 from merging.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from merging.companions import read_config
 from merging.errors import UserError, did_you_mean
 from merging.methods import Bound, Method, get_method
 from merging.recipe import Recipe, canonical_json
 from merging.rules import block_counts, is_merged, parameters_for
-from merging.slots import block_elements
+from merging.slots import MASK_BYTES, Unit, block_elements
+from merging.vocabulary import Alignment, align
 from merging.writer import TensorSpec
 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
@@ -50,14 +54,20 @@ class Entry:
         return {info.dtype for info in self.inputs}
 
     @property
+    def unit(self) -> Unit | None:
+        """The blocks it is merged in; None if it is copied."""
+        return self.bound.unit(self.name, self.spec.shape) if self.bound else None
+
+    @property
     def peak_bytes(self) -> int:
         """Memory that merging it takes, without the imports."""
         count, elements = len(self.sources), prod(self.spec.shape)
         if self.bound is None:
             return 4 * block_elements(1) * 8
-        if self.bound.unit != "tensor":
-            width = self.spec.shape[-1] if self.bound.unit == "row" and self.spec.shape else 1
-            return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS
+        if self.unit != "tensor":
+            width = self.spec.shape[-1] if self.unit == "row" and self.spec.shape else 1
+            masks = min(elements * count // 8, MASK_BYTES) if self.bound.method.measure else 0
+            return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
         return 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square)
 
@@ -73,6 +83,8 @@ class Plan:
     experts: dict[str, Checkpoint] = field(default_factory=dict)
     statistics: dict[str, list[Checkpoint]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
+    donor: Path | None = None  # the folder whose configuration and tokenizer are carried over
+    alignment: Alignment | None = None  # of vocabularies that differ
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -164,6 +176,8 @@ def make_plan(recipe: Recipe | Mapping[str, Any]) -> Plan:
     _resolve_method(plan)
     _open(plan)
     if not plan.problems:
+        _find_donor(plan)
+    if not plan.problems:
         _match_tensors(plan)
     return plan
 
@@ -209,6 +223,7 @@ def _open(plan: Plan) -> None:
         else:
             plan.experts[name] = checkpoint
         plan.problems += _quantised(name, checkpoint)
+    _adapt(plan)
     for kind, paths in plan.recipe.statistics.items():
         try:
             plan.statistics[kind] = [
@@ -216,6 +231,54 @@ def _open(plan: Plan) -> None:
             ]
         except UserError as error:
             plan.problems.append(f"statistics '{kind}': {error}")
+
+
+def _adapt(plan: Plan) -> None:
+    """Let experts that are PEFT adapters stand for the base as they change it."""
+    adapters = {name: c for name, c in plan.experts.items() if is_adapter(c)}
+    if adapters and not plan.recipe.base:
+        plan.warnings.append(
+            f"'{next(iter(adapters))}' is an adapter: without a base its factors are merged as they are; name the base"
+        )
+    for name, adapter in adapters.items() if plan.base else ():
+        try:
+            plan.experts[name] = adapt(plan.base, adapter)
+        except UserError as error:
+            plan.problems.append(f"{name}: {error}")
+
+
+def _find_donor(plan: Plan) -> None:
+    """The named donor; or else the base, or the first expert where there is no base, if it is a folder."""
+    known = {**({"base": plan.base} if plan.base else {}), **plan.experts}
+    name = plan.recipe.donor
+    if name is not None and name not in known:
+        plan.problems.append(f"donor '{name}' is neither the base nor an expert{did_you_mean(name, known)}")
+        return
+    path = known[name or next(iter(known))].path
+    if path.is_dir():
+        plan.donor = path
+    elif name is not None:
+        plan.problems.append(
+            f"donor '{name}': {path} is one file, with no configuration of its own; name a folder"
+        )
+    try:
+        read_config(path)
+    except UserError as error:
+        plan.problems.append(f"{name or next(iter(known))}: {error}")
+        return
+    _align(plan, known, name or next(iter(known)))
+
+
+def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:
+    """Give embeddings of different vocabularies the same rows."""
+    try:
+        plan.alignment = align(checkpoints, donor, plan.recipe.vocabulary == "union")
+    except UserError as error:
+        plan.problems.append(str(error))
+    if plan.alignment:
+        plan.base = plan.alignment.checkpoints.get("base")
+        plan.experts = {name: plan.alignment.checkpoints[name] for name in plan.experts}
+        plan.warnings += plan.alignment.notes
 
 
 def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:

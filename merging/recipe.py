@@ -59,6 +59,9 @@ class Recipe(BaseModel):
     )
     seed: int = 0
     shard_size: Annotated[int, Field(gt=0)] | None = None  # bytes a file; None writes one file
+    # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
+    donor: str | None = None
+    vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
@@ -74,9 +77,18 @@ class Recipe(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the result besides the checkpoints, as JSON values."""
-        return self.model_dump(
-            mode="json", include={"include", "exclude", "excluded", "rules", "dtype", "seed", "shard_size"}
+        named = (
+            "include",
+            "exclude",
+            "excluded",
+            "rules",
+            "dtype",
+            "seed",
+            "shard_size",
+            "donor",
+            "vocabulary",
         )
+        return self.model_dump(mode="json", include=set(named))
 
 
 def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Unit = Literal["element", "row", "tensor"]
 # Elements in a block, of all experts together: near a core's caches, or enough to keep an accelerator busy.
 _BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 26
+MASK_BYTES = 1 << 26  # what all masks of one tensor may take that are left for another reading of it
 
 
 def block_elements(experts: int, device: str = "cpu") -> int:
@@ -157,6 +158,27 @@ class Slot:
         """`make()`, once a slot if several points of a sweep are merged from it; a single merge keeps nothing."""
         return self.remember(key, make) if self.view.shared else make()
 
+    def leave_mask(self, key: Any, mask_X: Tensor) -> None:
+        """Keep a mask of 0 and 1 until this block is read again, if all of the tensor's take `MASK_BYTES` or less."""
+        import numpy as np
+
+        view, key = self.view, (self.start, self.elements, key)
+        bits = np.packbits(mask_X.reshape(-1).bool().cpu().numpy())
+        if key not in view.masks and view.mask_bytes + bits.nbytes <= MASK_BYTES:
+            view.mask_bytes += bits.nbytes
+            view.masks[key] = bits
+
+    def left_mask(self, key: Any) -> Tensor | None:
+        """The mask that was left, once: (X); None if there is none."""
+        import numpy as np
+
+        bits = self.view.masks.pop((self.start, self.elements, key), None)
+        if bits is None:
+            return None
+        self.view.mask_bytes -= bits.nbytes
+        mask_X = torch.from_numpy(np.unpackbits(bits, count=self.elements)).reshape(self.shape)
+        return mask_X.to(self.experts[0])
+
     def statistic(self, kind: str, expert: int | None = None) -> Tensor:
         """This block of a statistics tensor, of one expert or of all: (X)."""
         start, stop = self.start, self.start + self.elements
@@ -190,6 +212,8 @@ class View:
     def __init__(self, source: Source, name: str, shape: Sequence[int], shared: bool = False):
         self.source, self.name, self.shared = source, name, shared
         self.shape = tuple(shape) or (1,)
+        self.masks: dict[Any, Any] = {}  # bits that slots leave for each other
+        self.mask_bytes = 0
 
     @property
     def elements(self) -> int:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from merging.slots import Slot
 
 _GPU_BLOCK = 256  # columns of a block of a Gram matrix on an accelerator
+_BATCH_BYTES = 1 << 31  # float64 task vectors that an accelerator decomposes at once
+_STEPS = 40  # of Newton-Schulz, after which a matrix is too close to singular for it
 _SMALL = 128  # sides below it are decomposed whole
 _DEFECT = 1e-11  # accepted residual (of the largest eigenvalue) and loss of orthogonality of an eigenvector
 _FILTERS = 60  # cycles after which an iteration that does not converge is given up
@@ -34,8 +36,10 @@ def task_vector(x: Slot, t: int, start_MN: Tensor) -> Tensor:
     return x.experts[t].to(torch.float64, copy=True).sub_(start_MN)
 
 
-def directions(x: Slot, t: int, tau_MN: Tensor, reference: Any, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Squared singular values (L,) and singular vectors (R, L) of the smaller side of expert t's task vector.
+def directions(
+    x: Slot, t: int, start_MN: Tensor, tau_MN: Tensor, reference: Any, rank: int | None
+) -> tuple[Tensor, Tensor]:
+    """Squared singular values (L,) and singular vectors (R, L) of the smaller side of tau, expert t minus start.
 
     The `rank` leading ones or more (None: all), see `_count`. They are kept in the factor store, if there is one.
     `reference` says, as JSON values, what the task vector was measured from.
@@ -43,7 +47,10 @@ def directions(x: Slot, t: int, tau_MN: Tensor, reference: Any, rank: int | None
     count = _count(x, rank)
 
     def make() -> dict[str, Tensor]:
-        energy_L, q_RL = leading(gram(tau_MN), count)
+        if on_cpu(tau_MN):
+            energy_L, q_RL = leading(gram(tau_MN), count)
+        else:
+            energy_L, q_RL = _among_equals(x, t, start_MN, reference, count)
         return {"energy": energy_L, "vectors": q_RL}
 
     store = x.view.source.store
@@ -52,6 +59,19 @@ def directions(x: Slot, t: int, tau_MN: Tensor, reference: Any, rank: int | None
     else:
         found = store.recall({"directions": count, **_dependencies(x, t, reference)}, make)
     return found["energy"].to(tau_MN.device), found["vectors"].to(tau_MN.device)
+
+
+def _among_equals(x: Slot, t: int, start_MN: Tensor, reference: Any, count: int) -> tuple[Tensor, Tensor]:
+    """`directions` on an accelerator, which decomposes the task vectors of several experts, equal in shape, at once."""
+    size = max(1, min(len(x.experts), _BATCH_BYTES // (8 * x.elements)))
+    first = t // size * size
+
+    def make() -> tuple[Tensor, Tensor]:
+        batch = range(first, min(first + size, len(x.experts)))
+        return leading(gram(torch.stack([task_vector(x, i, start_MN) for i in batch])), count)
+
+    energy_TL, q_TRL = x.remember(("directions", count, str(reference), first), make)
+    return energy_TL[t - first], q_TRL[t - first]
 
 
 def factors(
@@ -64,7 +84,7 @@ def factors(
 
     def make() -> tuple[Tensor, Tensor, Tensor]:
         tau_MN = task_vector(x, t, start_MN)
-        energy_L, q_RL = directions(x, t, tau_MN, reference, rank)
+        energy_L, q_RL = directions(x, t, start_MN, tau_MN, reference, rank)
         wide = tau_MN.shape[0] < tau_MN.shape[1]
         other_SL = (tau_MN.T if wide else tau_MN) @ q_RL
         left_ML, right_NL = (q_RL, other_SL) if wide else (other_SL, q_RL)
@@ -96,37 +116,37 @@ def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any]:
 
 
 def gram(a_MN: Tensor) -> Tensor:
-    """Gram matrix of the smaller side, (R, R) float64; only its lower triangle is valid."""
-    a_MR = a_MN.double() if a_MN.shape[0] >= a_MN.shape[1] else a_MN.double().T
+    """Gram matrix of the smaller side, (R, R) float64; only its lower triangle is valid. (T, M, N) gives (T, R, R)."""
+    a_MR = a_MN.double() if a_MN.shape[-2] >= a_MN.shape[-1] else a_MN.double().mT
     if on_cpu(a_MR):
         from scipy.linalg import blas
 
         if a_MR.is_contiguous():
             return torch.from_numpy(blas.dsyrk(1.0, a_MR.numpy().T, trans=0, lower=1))
         return torch.from_numpy(blas.dsyrk(1.0, a_MR.numpy(), trans=1, lower=1))
-    side = a_MR.shape[1]
-    gram_RR = a_MR.new_zeros(side, side)
+    side = a_MR.shape[-1]
+    gram_RR = a_MR.new_zeros(*a_MR.shape[:-2], side, side)
     for start in range(0, side, _GPU_BLOCK):
         stop = start + _GPU_BLOCK
-        gram_RR[start:stop, :stop] = a_MR[:, start:stop].T @ a_MR[:, :stop]
+        gram_RR[..., start:stop, :stop] = a_MR[..., start:stop].mT @ a_MR[..., :stop]
     return gram_RR
 
 
 def leading(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k leading eigenpairs of a symmetric float64 matrix: (K,), descending, and (R, K).
+    """The k leading eigenpairs of a symmetric float64 matrix: (K,), descending, and (R, K); on an accelerator, of many.
 
     Reads the lower triangle. Up to k = R/3 without the full decomposition, but as exact: on the CPU by reduction to
     tridiagonal form, all eigenvalues, inverse iteration for k of them and back-transformation of these k (LAPACK
     Users' Guide, 3rd ed., section 2.4.4); on an accelerator by products of matrices alone. Where their own checks fail,
     the full decomposition answers.
     """
-    side = gram_RR.shape[0]
+    side = gram_RR.shape[-1]
     if side >= _SMALL and 0 < 3 * k <= side:
         pairs = (_by_inverse_iteration if on_cpu(gram_RR) else _by_filtering)(gram_RR, k)
         if pairs is not None:
             return pairs
     energy_R, q_RR = eigenpairs(gram_RR)
-    return energy_R[side - k :].flip(0).clamp(min=0), q_RR[:, side - k :].flip(1).contiguous()
+    return energy_R[..., side - k :].flip(-1).clamp(min=0), q_RR[..., side - k :].flip(-1).contiguous()
 
 
 def _by_inverse_iteration(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -161,40 +181,43 @@ def _by_filtering(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     A block of 1.6 k vectors, whose Ritz values below the kth bound what is damped, is filtered until the residual of
     the k leading ones, over their distance to the block's last, is 1e-10.
     """
-    scale = float(gram_RR.diagonal().max())
-    if not 0 < scale < float("inf"):
+    side = gram_RR.shape[-1]
+    scale = gram_RR.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None]
+    if not bool(((scale > 0) & scale.isfinite()).all()):
         return None
-    gram_RR = (gram_RR.tril() + gram_RR.tril(-1).T) / scale
-    width = min(len(gram_RR), int(1.6 * k) + 8)
-    start = torch.randn(len(gram_RR), width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x_RP = _orthonormal(start.to(gram_RR.device))
+    gram_RR = (gram_RR.tril() + gram_RR.tril(-1).mT) / scale[..., None]
+    width = min(side, int(1.6 * k) + 8)
+    start = torch.randn(side, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_RP = _orthonormal(start.to(gram_RR.device).expand(*gram_RR.shape[:-2], side, width))
     for _ in range(_FILTERS):
         product_RP = gram_RR @ x_RP
-        energy_P, turn_PP = torch.linalg.eigh(x_RP.T @ product_RP)
-        energy_P, turn_PP = energy_P.flip(0), turn_PP.flip(1)
+        energy_P, turn_PP = torch.linalg.eigh(x_RP.mT @ product_RP)
+        energy_P, turn_PP = energy_P.flip(-1), turn_PP.flip(-1)
         x_RP, product_RP = x_RP @ turn_PP, product_RP @ turn_PP
-        damped, top, kth = energy_P[[-1, 0, k - 1]].tolist()
-        if not 0 < damped < kth:
+        top, kth, damped = (energy_P[..., i] for i in (0, k - 1, -1))
+        if not bool(((damped > 0) & (damped < kth)).all()):
             return None
-        residual = float((product_RP - x_RP * energy_P)[:, :k].norm())
-        if residual <= 1e-10 * (kth - damped):
-            return energy_P[:k] * scale, x_RP[:, :k].contiguous()
+        residual = (product_RP - x_RP * energy_P[..., None, :])[..., :k].norm(dim=(-2, -1))
+        if bool((residual <= 1e-10 * (kth - damped)).all()):
+            return energy_P[..., :k] * scale, x_RP[..., :k].contiguous()
         # The degree that amplifies the first direction by no more than what Cholesky QR can undo.
-        degree = max(1, min(20, int(acosh(1e7) / acosh(max(2 * top / damped - 1, 1.0001)))))
-        before, after = x_RP, product_RP * (2 / damped) - x_RP
+        spread = float((2 * top / damped - 1).max())
+        degree = max(1, min(20, int(acosh(1e7) / acosh(max(spread, 1.0001)))))
+        edge = damped[..., None, None]
+        before, after = x_RP, product_RP * (2 / edge) - x_RP
         for _ in range(degree - 1):
-            before, after = after, (gram_RR @ after) * (4 / damped) - 2 * after - before
-        x_RP = _orthonormal(after / after.norm(dim=0))
+            before, after = after, (gram_RR @ after) * (4 / edge) - 2 * after - before
+        x_RP = _orthonormal(after / after.norm(dim=-2, keepdim=True))
     return None
 
 
 def _orthonormal(x_RP: Tensor) -> Tensor:
     """An orthonormal basis of the columns, by Cholesky QR twice (Yamamoto et al. 2015), or else by Householder."""
     for _ in range(2):
-        lower_PP, failed = torch.linalg.cholesky_ex(x_RP.T @ x_RP)
-        if failed.item():
+        lower_PP, failed = torch.linalg.cholesky_ex(x_RP.mT @ x_RP)
+        if bool(failed.any()):
             return torch.linalg.qr(x_RP).Q
-        x_RP = torch.linalg.solve_triangular(lower_PP.T, x_RP, upper=True, left=False)
+        x_RP = torch.linalg.solve_triangular(lower_PP.mT, x_RP, upper=True, left=False)
     return x_RP
 
 
@@ -235,15 +258,35 @@ def rank_for_energy(energy_R: Tensor, share: float) -> int:
 def polar(a_MN: Tensor) -> Tensor:
     """The matrix with orthonormal columns (rows, where M < N) nearest to a float64 matrix of full rank.
 
-    A (A^T A)^(-1/2); from the singular vectors where A is too close to singular for that.
+    A (A^T A)^(-1/2), on an accelerator by products of matrices alone; from the singular vectors where A is too close
+    to singular for that.
     """
     if a_MN.shape[0] < a_MN.shape[1]:
         return polar(a_MN.T).T
+    if not on_cpu(a_MN):
+        found = _by_newton_schulz(a_MN)
+        if found is not None:
+            return found
     energy_N, q_NN = eigenpairs(gram(a_MN))
     if not energy_N[0] > _SINGULAR * energy_N[-1]:
         u_MN, _, vt_NN = torch.linalg.svd(a_MN, full_matrices=False)
         return u_MN @ vt_NN
     return a_MN @ _outer(q_NN * energy_N**-0.25)
+
+
+def _by_newton_schulz(a_MN: Tensor) -> Tensor | None:
+    """`polar` by Newton-Schulz iteration (Higham 2008, chapter 8); None if it does not converge in time."""
+    bound = (a_MN.abs().sum(0).max() * a_MN.abs().sum(1).max()).sqrt()  # of the largest singular value
+    if not bool(bound > 0):
+        return None
+    p_MN = a_MN / bound
+    one_NN = torch.eye(a_MN.shape[1], dtype=a_MN.dtype, device=a_MN.device)
+    for _ in range(_STEPS):
+        defect_NN = p_MN.mT @ p_MN - one_NN
+        p_MN = p_MN - 0.5 * (p_MN @ defect_NN)
+        if float(defect_NN.norm()) < 1e-7:  # squared by the step just taken
+            return p_MN
+    return None
 
 
 def partial_polar(a_MN: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def in_batches(
 def _shares(plan: Plan, memory: int | None, workers: int | None) -> tuple[int | None, int | None]:
     """How many workers, and how many settings at a time, fit into memory: each worker remembers their updates."""
     peak = plan.peak_bytes
-    whole = [entry for entry in plan.entries if entry.bound and entry.bound.unit == "tensor"]
+    whole = [entry for entry in plan.entries if entry.unit == "tensor"]
     if not whole:
         return workers, None
     update = max(8 * prod(entry.spec.shape) for entry in whole)

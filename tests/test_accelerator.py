@@ -34,5 +34,20 @@ def test_every_method_gives_the_same(method, monkeypatch):
     merged = merge_state_dicts(method, experts, base, params=PARAMS.get(method))
     for name, value in expected.items():
         assert torch.allclose(merged[name], value, rtol=1e-5, atol=1e-5), name
-    if catalogue()[method].spectral or method in ("ties", "della", "breadcrumbs", "sce", "slerp", "karcher"):
+    if catalogue()[method].spectral or method in ("ties", "della", "breadcrumbs", "sce"):
         assert seen
+
+
+@pytest.mark.parametrize("bytes", [1, 2 * 8 * 160 * 140, 1 << 30])
+@pytest.mark.parametrize("method", ["cart", "tsv_merge", "lowrank_task_arithmetic"])
+def test_any_number_of_experts_at_once(method, bytes, monkeypatch):
+    base = random_state(0, shapes=SHAPES)
+    experts = {f"e{t}": random_state(t + 1, shapes=SHAPES) for t in range(3)}
+    params = {"rank": 0.1}
+    expected = merge_state_dicts(method, experts, base, params=params)
+    for module in (operators, spectral):
+        monkeypatch.setattr(module, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(spectral, "_BATCH_BYTES", bytes)
+    merged = merge_state_dicts(method, experts, base, params=params)
+    for name, value in expected.items():
+        assert torch.allclose(merged[name], value, rtol=1e-5, atol=1e-5), name

@@ -387,7 +387,7 @@ def test_methods_lists_the_catalogue(mergeline):
         ("ties", ["unit element", "needs the base", "density 0.2"]),
         ("slerp", ["needs 2 experts", "t 0.5"]),
         ("model_stock", ["needs 2 experts or more; the base"]),
-        ("cart", ["unit tensor", "needs experts alone", 'origin "mean"']),
+        ("cart", ["unit matrix", "needs experts alone", 'origin "mean"']),
         ("dare", ["statistics", 'inner "task_arithmetic"', "and those of its inner method"]),
         ("average", ["parameters none"]),
     ],

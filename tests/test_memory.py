@@ -64,21 +64,30 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Any:
         path.unlink()
 
 
-def hollow_family(folder: Path, **recipe: Any) -> dict[str, Any]:
+def hollow_family(folder: Path, name: str, **recipe: Any) -> dict[str, Any]:
     """Checkpoints of 12 GiB each, of one matrix: holes that take no space, for plans."""
     rows, columns = 1 << 20, 3 << 10
     entry = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, 4 * rows * columns]}
     paths = {}
-    for name in ("base", "a", "b", "c"):
-        paths[name] = write_raw(folder / f"{name}.safetensors", {"blocks.0.weight": entry})
-        os.truncate(paths[name], paths[name].stat().st_size + 4 * rows * columns)
+    for origin in ("base", "a", "b", "c"):
+        paths[origin] = write_raw(folder / f"{origin}.safetensors", {name: entry})
+        os.truncate(paths[origin], paths[origin].stat().st_size + 4 * rows * columns)
     return {"base": paths.pop("base"), "experts": paths, **recipe}
 
 
-@pytest.mark.parametrize(("method", "least"), [("ties", 1), ("della", 1), ("cart", 1 << 10)])
-def test_a_plan_knows_the_least_memory(method, least, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "name", "least"),
+    [
+        ("ties", "blocks.0.weight", 1),
+        ("della", "blocks.0.weight", 1),
+        ("cart", "blocks.0.weight", 1 << 10),
+        ("cart", "embed_tokens.weight", 1),
+        ("iso_c", "text_projection", 1),
+    ],
+)
+def test_a_plan_knows_the_least_memory(method, name, least, tmp_path):
     """Blocks are of one size, however large a tensor is; what is decomposed must be whole."""
-    recipe = hollow_family(tmp_path, method=method)
+    recipe = hollow_family(tmp_path, name, method=method)
     need = make_plan(recipe).peak_bytes
     assert least * MIB < need < 200 * least * MIB
     with refused(f"needs {need} bytes", f"allowed are {need - 1}", "allow more"):

@@ -12,6 +12,7 @@ from checkpoints import State, random_state, refused, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from uses import USES
 
 from merging import merge_state_dicts, slots
 from merging.engine import merge_state_dicts_points
@@ -22,50 +23,6 @@ SEEDS = st.integers(0, 1000)
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 MATRIX = "blocks.0.attn.weight"  # of the small models: (6, 4)
 
-# Every method, in every way that its code tells apart.
-USES: list[tuple[str, dict[str, Any]]] = [
-    ("average", {}),
-    ("linear", {}),
-    ("linear", {"normalize": False}),
-    ("task_arithmetic", {}),
-    ("task_arithmetic", {"scale": 1.0, "normalize": True}),
-    ("ties", {}),
-    ("ties", {"scope": "tensor", "reduce": "sum"}),
-    ("ties", {"density": 0.5, "reduce": "max", "variant": "mergelm"}),
-    ("ties", {"density": 0.5, "variant": "mergekit"}),
-    ("dare", {}),
-    ("dare", {"drop_rate": 0.5, "variant": "mergekit", "inner": "average"}),
-    ("dare", {"drop_rate": 0.5, "rescale": False, "inner": "ties"}),
-    ("della", {}),
-    ("della", {"density": 0.5, "normalize": False, "variant": "mergekit"}),
-    ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2}),
-    ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2, "remove_first": False, "scope": "tensor"}),
-    ("breadcrumbs", {"density": 0.5, "bottom_rate": 0.2, "scope": "tensor", "variant": "mergellm"}),
-    ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2, "scope": "tensor", "variant": "mergekit"}),
-    ("sce", {}),
-    ("sce", {"density": 0.4}),
-    ("slerp", {}),
-    ("slerp", {"dot_threshold": 0.01}),
-    ("karcher", {}),
-    ("model_stock", {}),
-    ("model_stock", {"scope": "row"}),
-    ("model_stock", {"variant": "fusion_bench"}),
-    ("cart", {"rank": 0.5, "scale": 1.7}),
-    ("cart", {"rank_rule": "energy", "keys": "matrices"}),
-    ("cart", {"rank": 0.3, "reduce": "tsv"}),
-    ("cart", {"rank": 0.3, "origin": "task_arithmetic"}),
-    ("cart", {"rank": 0.3, "origin": "tsv_merge", "scale": 0.5}),
-    ("cart", {"rank": 0.3, "origin": "cart", "scale": 0.5}),
-    ("cart_indexing", {"rank": 0.5}),
-    ("lowrank_task_arithmetic", {"rank": 0.5}),
-    ("tsv_merge", {}),
-    ("tsv_merge", {"rank": 0.5, "keys": "block_linear"}),
-    ("tsv_merge", {"orthogonalize": False}),
-    ("iso_c", {}),
-    ("lines", {}),
-    ("lines", {"inner": "ties", "alpha": 0.5}),
-    ("lines", {"inner": "cart", "rank": 0.5}),
-]
 every_use = pytest.mark.parametrize(
     ("method", "params"), USES, ids=["-".join([m, *(f"{k}={v}" for k, v in p.items())]) for m, p in USES]
 )
@@ -410,6 +367,20 @@ def test_della_merges_what_is_kept_by_its_elected_sign(seed, rescale, normalize)
             assert found[name][i, j].item() == pytest.approx(
                 base[name][i, j].item() + scale * value, abs=1e-5
             )
+
+
+@pytest.mark.parametrize("left", [0, 6, 1 << 20])
+def test_della_in_two_readings_draws_the_same_masks(left):
+    """What the first reading does not leave, because it is too large, the second draws again."""
+    base, experts = family(0)
+    params = {"density": 0.5, "epsilon": 0.3, "variant": "mergekit"}
+    expected = merge_state_dicts("della", experts, base, params=params)
+    with patch.object(slots, "MASK_BYTES", left), patch.object(slots, "_BLOCK", 60):
+        points = [params, {**params, "density": 0.4}, params]
+        first, other, last = merge_state_dicts_points("della", experts, base, points=points)
+    for name, value in expected.items():
+        assert torch.allclose(first[name], value, atol=1e-6) and torch.equal(first[name], last[name])
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("method", ["dare", "della"])

@@ -120,8 +120,8 @@ class Chunks:
         return iter(self._blocks)
 
 
-def kth_smallest(views: Sequence[Sequence[Tensor]], kth_T: Sequence[int]) -> list[float]:
-    return ops.kth_smallest(lambda f: (f(Chunks(blocks)) for blocks in views), list, "row", kth_T)
+def kth_smallest(views: Sequence[Sequence[Tensor]], kth_TK: Sequence[Sequence[int]]) -> list[list[float]]:
+    return ops.kth_smallest(lambda f: (f(Chunks(blocks)) for blocks in views), list, "row", lambda _: kth_TK)
 
 
 @given(
@@ -136,13 +136,28 @@ def kth_smallest(views: Sequence[Sequence[Tensor]], kth_T: Sequence[int]) -> lis
 def test_kth_smallest_is_kthvalue_in_any_chunking(way, values, data):
     x_TN = torch.from_numpy(values)
     count = x_TN.shape[1]
-    kth_T = [data.draw(st.integers(1, count)) for _ in x_TN]
+    places = data.draw(st.integers(1, 3))
+    kth_TK = [[data.draw(st.integers(1, count)) for _ in range(places)] for _ in x_TN]
     cuts = sorted(data.draw(st.sets(st.integers(0, count), max_size=4)))
     blocks = torch.tensor_split(x_TN, cuts, dim=1)  # some of them empty
     first = data.draw(st.integers(1, len(blocks)))
     with computed(way):
-        found = kth_smallest([views for views in (blocks[:first], blocks[first:]) if views], kth_T)
-    assert found == [row.abs().kthvalue(kth).values.item() for row, kth in zip(x_TN, kth_T)]
+        found = kth_smallest([views for views in (blocks[:first], blocks[first:]) if views], kth_TK)
+    assert found == [[row.abs().kthvalue(k).values.item() for k in kth_K] for row, kth_K in zip(x_TN, kth_TK)]
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 30)), elements=FINITE | SMALL))
+@both_ways
+def test_kth_smallest_is_told_how_many_are_not_zero(way, values):
+    x_TN = torch.from_numpy(values)
+    told = []
+
+    def place(nonzero: list[int]) -> None:
+        told.append(nonzero)
+
+    with computed(way):
+        assert ops.kth_smallest(lambda f: [f(Chunks([x_TN]))], list, "row", place) is None
+    assert told == [torch.count_nonzero(x_TN, dim=1).tolist()]
 
 
 def test_kth_smallest_of_many_in_one_bin():
@@ -150,7 +165,7 @@ def test_kth_smallest_of_many_in_one_bin():
     x_1N = (torch.arange(5000).flip(0) % 700 + 0x3F800000).to(torch.int32).view(torch.float32)[None]
     order = x_1N[0].sort().values.tolist()
     for kth in (1, 2, 700, 2500, 5000):
-        assert kth_smallest([[x_1N[:, :1234], x_1N[:, 1234:]]], [kth]) == [order[kth - 1]]
+        assert kth_smallest([[x_1N[:, :1234], x_1N[:, 1234:]]], [[kth]]) == [[order[kth - 1]]]
 
 
 def test_kth_smallest_over_tensors_of_all_shapes():
@@ -158,7 +173,9 @@ def test_kth_smallest_over_tensors_of_all_shapes():
     tensors = [torch.randn(2, *shape, generator=generator) for shape in ((50, 4), (9,), (2, 3, 4))]
     flat_TN = torch.cat([t.reshape(2, -1) for t in tensors], dim=1).abs()
     for kth in (1, 100, flat_TN.shape[1]):
-        assert kth_smallest([[t] for t in tensors], [kth, kth]) == flat_TN.kthvalue(kth).values.tolist()
+        assert kth_smallest([[t] for t in tensors], [[kth], [kth]]) == [
+            [v] for v in flat_TN.kthvalue(kth).values.tolist()
+        ]
 
 
 @given(hnp.arrays(np.float32, st.integers(1, 30), elements=FINITE | SMALL), st.data())

@@ -185,3 +185,22 @@ def test_nan_and_inf_are_found_wherever_they_are(value, kind, place):
 def test_finite_numbers_whose_sum_overflows_are_no_inf():
     tensor = torch.full((4,), 3e38)
     assert MemoryInputs({"e": {"w": tensor}}, None, {}, 0).read("e", "w", 0, 4).tolist() == tensor.tolist()
+
+
+@pytest.mark.parametrize("room", [0, 2, 4, 100])
+def test_masks_are_left_for_one_reading_while_there_is_room(room):
+    view = View(source((3, 5)), "w", (3, 5))
+    mask_MN = (torch.arange(15) % 3 > 0).float().reshape(3, 5)
+    with patch.object(slots, "MASK_BYTES", room), patch.object(slots, "_BLOCK", 20):
+        for x in view.blocks("row"):
+            for t in range(2):
+                x.leave_mask(t, mask_MN[: x.shape[0]] * t)
+        assert sum(bits.nbytes for bits in view.masks.values()) <= room
+        assert len(view.masks) == {0: 0, 2: 1, 4: 2, 100: 4}[room]
+        for x in view.blocks("row"):
+            for t in range(2):
+                left = len(view.masks)
+                found = x.left_mask(t)
+                assert (found is not None) == (len(view.masks) < left)
+                assert found is None or torch.equal(found, mask_MN[: x.shape[0]] * t)
+    assert not view.masks and not view.mask_bytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -98,6 +100,17 @@ def test_leading_reads_the_lower_triangle_alone(way):
     for k in (10, 140):
         for ours, theirs in zip(spectral.leading(above_RR.clone(), k), spectral.leading(gram_RR, k)):
             assert torch.equal(ours, theirs)
+
+
+def test_an_accelerator_decomposes_many_at_once(monkeypatch):
+    tau_TMN = torch.stack([matrix(200, 160, seed) * 10.0**seed for seed in range(3)])
+    expected = [spectral.leading(spectral.gram(tau_MN), 20) for tau_MN in tau_TMN]
+    monkeypatch.setattr(spectral, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(spectral, "eigenpairs", None)
+    energy_TK, q_TRK = spectral.leading(spectral.gram(tau_TMN), 20)
+    for (energy_K, q_RK), ours_K, ours_RK in zip(expected, energy_TK, q_TRK):
+        assert torch.allclose(ours_K, energy_K, rtol=1e-9)
+        assert close(ours_RK @ ours_RK.T, q_RK @ q_RK.T, 1e-8)
 
 
 def test_few_leading_pairs_of_a_large_matrix_need_no_full_decomposition(way, monkeypatch):
@@ -198,19 +211,21 @@ def test_nearby_ranks_find_the_very_same_vectors(shape):
     lengths = {1: eighth, max(1, side // 8): eighth, side // 8 + 1: quarter, side // 4: quarter}
     lengths |= {side // 4 + 1: side, side: side, None: side}
     for rank, length in lengths.items():
-        energy_L, q_RL = spectral.directions(x, 0, tau_MN, "pretrained", rank)
+        energy_L, q_RL = spectral.directions(x, 0, torch.zeros_like(tau_MN), tau_MN, "pretrained", rank)
         assert energy_L.shape == (length,) and q_RL.shape == (side, length)
         assert q_RL.is_contiguous()  # as it comes from a file: products depend on how a matrix is laid out
         assert close(q_RL @ q_RL.T, exact_RR[:, :length] @ exact_RR[:, :length].T, 1e-9)
-        again = spectral.directions(x, 0, tau_MN, "pretrained", length)
+        again = spectral.directions(x, 0, torch.zeros_like(tau_MN), tau_MN, "pretrained", length)
         assert torch.equal(again[0], energy_L) and torch.equal(again[1], q_RL)
 
 
 def test_a_store_gives_the_very_same_vectors():
     tau_MN, store = matrix(40, 30), Kept()
-    without = spectral.directions(slot((40, 30)), 0, tau_MN, "pretrained", 3)
+    without = spectral.directions(slot((40, 30)), 0, torch.zeros_like(tau_MN), tau_MN, "pretrained", 3)
     for _ in range(2):
-        found = spectral.directions(slot((40, 30), store), 0, tau_MN, "pretrained", 3)
+        found = spectral.directions(
+            slot((40, 30), store), 0, torch.zeros_like(tau_MN), tau_MN, "pretrained", 3
+        )
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, without))
     assert store.made == 1
 
@@ -222,7 +237,8 @@ def test_other_experts_and_references_have_their_own_entries():
     store = Kept()
     for t in range(2):
         for reference in REFERENCES:
-            spectral.directions(slot((40, 30), store), t, matrix(40, 30, t), reference, 3)
+            tau_MN = matrix(40, 30, t)
+            spectral.directions(slot((40, 30), store), t, torch.zeros_like(tau_MN), tau_MN, reference, 3)
     assert store.made == 8
 
 
@@ -310,3 +326,22 @@ def test_orthogonal_sum_uses_the_nearest_orthonormal_factors(seed, k):
     u, s, v = (torch.cat(parts, -1) for parts in zip(*factors))
     (pu, _, qu), (pv, _, qv) = (torch.linalg.svd(part, full_matrices=False) for part in (u, v))
     assert close(spectral.orthogonal_sum(factors), pu @ qu @ torch.diag(s) @ (pv @ qv).T, 1e-7)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (64, 64)])
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e5])
+def test_polar_by_products_is_the_orthogonal_factor(condition, shape):
+    side = min(shape)
+    u, _, vt = torch.linalg.svd(matrix(*shape), full_matrices=False)
+    a_MN = (u * torch.logspace(0, -math.log10(condition), side, dtype=u.dtype)) @ vt
+    a_MN = a_MN if shape[0] >= shape[1] else a_MN.T
+    expected = u @ vt
+    found = spectral._by_newton_schulz(a_MN)
+    assert close(found, expected if shape[0] >= shape[1] else expected.T, 1e-9)
+
+
+def test_polar_by_products_gives_up_on_singular_matrices():
+    a_MN = matrix(40, 30)
+    a_MN[:, 3] = a_MN[:, 4]
+    assert spectral._by_newton_schulz(a_MN) is None
+    assert spectral._by_newton_schulz(0 * a_MN) is None

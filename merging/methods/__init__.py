@@ -1,6 +1,6 @@
 """The catalogue: every module of this package defines methods, each a plain function whose signature is its schema.
 
-    @method(paper="...", reference="mean", unit="tensor", minimum_experts=3)
+    @method(paper="...", reference="mean", unit="matrix", minimum_experts=3)
     def cart(x: Slot, *, rank: Annotated[float, Gt(0), Le(1)] = 0.12, ...) -> Tensor: ...
 
 A method maps one `Slot` (a block of a tensor of every expert) to the merged block; keyword-only arguments are its
@@ -16,9 +16,10 @@ import pkgutil
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Sequence
 
 from merging.errors import UserError, did_you_mean
+from merging.keys import is_matrix
 from merging.slots import ChangedView, Inputs, Slot, Unit, View
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Method:
     paper: str
     code: str
     reference: str
-    unit: Unit | Callable[[Mapping[str, Any]], Unit]
+    unit: Unit | Literal["matrix"] | Callable[[Mapping[str, Any]], Unit]
     needs_base: bool
     minimum_experts: int
     maximum_experts: int | None
@@ -200,23 +201,39 @@ class Bound:
         return self.method.spectral or bool(self.inner and self.inner.is_spectral)
 
     @property
-    def unit(self) -> Unit:
-        """The smallest blocks that the method, and what it wraps, can be given."""
-        own = self.method.unit if isinstance(self.method.unit, str) else self.method.unit(self.params)
-        return max(own, self.inner.unit if self.inner else own, key=_UNITS.index)
+    def own_unit(self) -> Unit | Literal["matrix"]:
+        """What the method declares, with these parameters."""
+        return self.method.unit if isinstance(self.method.unit, str) else self.method.unit(self.params)
+
+    def unit(self, name: str, shape: Sequence[int]) -> Unit:
+        """The smallest blocks of a tensor that the method, and what it wraps, can be given."""
+        own = self.own_unit
+        if own == "matrix":
+            own = "tensor" if is_matrix(name, shape, self.params["keys"]) else "element"
+        return max(own, self.inner.unit(name, shape) if self.inner else own, key=_UNITS.index)
+
+    @property
+    def has_prepass(self) -> bool:
+        """Whether the whole model must be read before the first tensor is merged."""
+        return self._own_prepass or bool(self.inner and self.inner.has_prepass)
+
+    @property
+    def _own_prepass(self) -> bool:
+        method = self.method
+        return bool(method.prepass) and (method.prepass_if is None or method.prepass_if(self.params))
 
     def prepass(self, inputs: Inputs) -> Any:
         """What must be known of the whole model, as plain JSON values; None if nothing."""
-        if not inputs.views:
+        if not inputs.views or not self.has_prepass:
             return None
-        method = self.method
-        wanted = method.prepass and (method.prepass_if is None or method.prepass_if(self.params))
         if not self.inner:
-            return method.prepass(inputs, **self.params) if wanted else None
-        found = {"inner": self.inner.prepass(inputs.changed(self._seen))}
-        if wanted:
-            found["own"] = method.prepass(inputs, Inner(self, found), **self.params)
-        return found if any(value is not None for value in found.values()) else None
+            return self.method.prepass(inputs, **self.params)
+        found = {"inner": None}
+        if self.inner.has_prepass:
+            found["inner"] = self.inner.prepass(inputs.changed(self._seen))
+        if self._own_prepass:
+            found["own"] = self.method.prepass(inputs, Inner(self, found), **self.params)
+        return found
 
     def measure(self, view: View, facts: Any) -> Any:
         """What must be known of one tensor before its blocks are merged; nothing, if it has none."""
@@ -264,7 +281,7 @@ class Inner:
     def merged(self, view: View) -> Iterator[tuple[Slot, Tensor]]:
         """All blocks of a tensor and what the inner method makes of them."""
         inner = Inner(self._wrapper, self._facts, self._wrapper.measure(view, self._facts))
-        for x in view.blocks(self._wrapper.unit):
+        for x in view.blocks(self._wrapper.unit(view.name, view.shape)):
             yield x, inner(x)
 
 
@@ -277,7 +294,7 @@ def method(
     paper: str,
     reference: str,
     code: str = "",
-    unit: Unit | Callable[[Mapping[str, Any]], Unit] = "element",
+    unit: Unit | Literal["matrix"] | Callable[[Mapping[str, Any]], Unit] = "element",
     needs_base: bool = False,
     minimum_experts: int = 1,
     maximum_experts: int | None = None,
@@ -296,7 +313,8 @@ def method(
 
     paper, code: where it comes from (arXiv id or reference; repository@commit).
     reference: what task vectors are measured from.
-    unit: the blocks it can be given (see `merging.slots`), or a function of the parameters.
+    unit: the blocks it can be given (see `merging.slots`), or a function of the parameters; `matrix`: whole tensors
+        where its `keys` say so (see `merging.keys`), any stretch of the others.
     prepass(inputs, **params): JSON values found in the whole model, as `x.facts`; prepass_if(params): whether needed.
     measure(view, **params): what it must know of a tensor before its blocks, as `x.measured`.
     transform(x, **params): for a wrapper, the slot that the inner method sees.

@@ -59,12 +59,10 @@ def bounds(
     first, last = _places(view.elements, density, outlier_rate, bottom_rate, remove_first, variant)
     if last < first:
         return {"bounds": None}
-    count = len(view.source.experts)
-
-    def kth(place: int) -> list[float]:
-        return ops.kth_smallest(lambda f: [f(view)], lambda x: x.task_vectors, "element", [place + 1] * count)
-
-    return {"bounds": list(zip(kth(first), kth(last)))}
+    places = [[first + 1, last + 1]] * len(view.source.experts)
+    return {
+        "bounds": ops.kth_smallest(lambda f: [f(view)], lambda x: x.task_vectors, "element", lambda _: places)
+    }
 
 
 @method(

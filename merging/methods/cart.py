@@ -33,7 +33,7 @@ def _two_experts(experts: int, params: Mapping[str, Any]) -> str | None:
     paper="2412.12153",
     code="JH-GEECS/CART@964cfd78",
     reference="mean",
-    unit="tensor",
+    unit="matrix",
     warn=_two_experts,
     base_if=lambda params: params["origin"] in ("task_arithmetic", "tsv_merge"),
     spectral=True,
@@ -82,7 +82,7 @@ def low_rank_sum(
     for t in range(len(x.experts)):
         if reduce == "tsv":
             tau_MN = spectral.task_vector(x, t, start)
-            energy_L, q_RL = spectral.directions(x, t, tau_MN, reference, k)
+            energy_L, q_RL = spectral.directions(x, t, start, tau_MN, reference, k)
             triplets.append(
                 spectral.triplets(tau_MN, q_RL[:, : k or spectral.rank_for_energy(energy_L, energy)])
             )

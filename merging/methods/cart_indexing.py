@@ -30,7 +30,7 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
     paper="2412.12153",
     code="JH-GEECS/CART@964cfd78",
     reference="mean",
-    unit="tensor",
+    unit="matrix",
     minimum_experts=2,
     check=_wrong,
     spectral=True,

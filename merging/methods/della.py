@@ -42,7 +42,9 @@ def l1_ratios(
         for t, tau_MN in enumerate(x.task_vectors):
             size_MN = tau_MN.abs()
             before[t] += float(size_MN.sum(dtype=torch.float64))
-            size_MN *= kept(x, t, keep_probability(tau_MN, density, epsilon), masks)
+            kept_MN = kept(x, t, keep_probability(tau_MN, density, epsilon), masks)
+            x.leave_mask((t, density, epsilon), kept_MN)
+            size_MN *= kept_MN
             after[t] += float(size_MN.sum(dtype=torch.float64))
     return [b / a if a > 0 else 1.0 for b, a in zip(before, after)]
 
@@ -77,13 +79,15 @@ def della(
     """
     tau_TMN = []
     for t, tau_MN in enumerate(x.task_vectors):
+        if x.measured:
+            kept_MN = x.left_mask((t, density, epsilon))
+            if kept_MN is None:
+                kept_MN = kept(x, t, keep_probability(tau_MN, density, epsilon), masks)
+            tau_TMN.append((kept_MN * tau_MN).mul_(x.measured[t]))
+            continue
         keep_MN = keep_probability(tau_MN, density, epsilon)
         survivors_MN = kept(x, t, keep_MN, masks).to(tau_MN).mul_(tau_MN)
-        if x.measured:
-            survivors_MN *= x.measured[t]
-        elif rescale:
-            survivors_MN /= keep_MN
-        tau_TMN.append(survivors_MN)
+        tau_TMN.append(survivors_MN.div_(keep_MN) if rescale else survivors_MN)
     weights = weights or [1.0] * len(tau_TMN)
     sign_MN = ops.elect_signs(tau_TMN, weights, 1.0)
     merged, count = ops.orthant_sum(tau_TMN, sign_MN, weights)

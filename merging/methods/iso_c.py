@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     paper="2502.04959",
     code="danielm1405/iso-merging@d34010af",
     reference="pretrained",
-    unit="tensor",
+    unit="matrix",
     needs_base=True,
     spectral=True,
 )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     paper="2412.12153",
     code="david3684/AdaRank@dfa53581",
     reference="pretrained",
-    unit="tensor",
+    unit="matrix",
     needs_base=True,
     spectral=True,
 )

@@ -36,12 +36,15 @@ def selection(view: View, *, density: float, **_: Any) -> dict[str, Any]:
     """The smallest variance that is selected, and the experts' weights: their share of the selected energy."""
     threshold = 0.0
     if density < 1:
-        nonzero = sum(int(torch.count_nonzero(_variance(x))) for x in view.blocks("element"))
-        count = int(nonzero * density)
-        if count == 0:
+
+        def place(nonzero: list[int]) -> list[list[int]] | None:
+            count = int(nonzero[0] * density)
+            return [[view.elements - count + 1]] if count else None
+
+        found = ops.kth_smallest(lambda f: [f(view)], lambda x: [_variance(x)], "element", place)
+        if found is None:
             return {"threshold": None, "weights": None}
-        place = view.elements - count + 1
-        [threshold] = ops.kth_smallest(lambda f: [f(view)], lambda x: [_variance(x)], "element", [place])
+        [[threshold]] = found
     energy_T = sum(
         torch.stack([_selected(x, tau_X, threshold).double().square().sum() for tau_X in x.task_vectors])
         for x in view.blocks("element")

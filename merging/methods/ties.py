@@ -33,11 +33,10 @@ def trim_tensor(view: View, *, density: float, scope: str, variant: str, **_: An
 
 def _trim(each: ops.Each, elements: int, density: float, variant: str, experts: int) -> dict[str, Any]:
     kth = _kth(elements, density, variant)
-    thresholds = (
-        ops.kth_smallest(each, lambda x: x.task_vectors, "element", [kth] * experts)
-        if kth
-        else [0.0] * experts
-    )
+    thresholds = [0.0] * experts
+    if kth:
+        found = ops.kth_smallest(each, lambda x: x.task_vectors, "element", lambda _: [[kth]] * experts)
+        thresholds = [threshold for [threshold] in found]
     if variant == "mergekit":  # a sum of zero counts as positive there
         return {"thresholds": thresholds, "majority": 1.0}
 

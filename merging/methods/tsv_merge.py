@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     paper="2412.00081",
     code="AntoAndGar/task_singular_vectors@a6c97188",
     reference="pretrained",
-    unit="tensor",
+    unit="matrix",
     needs_base=True,
     spectral=True,
 )
@@ -47,7 +47,7 @@ def tsv_merge(
     def factors() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for t in range(count):
             tau_MN = spectral.task_vector(x, t, base)
-            q_RK = spectral.directions(x, t, tau_MN, "pretrained", k)[1][:, :k]
+            q_RK = spectral.directions(x, t, base, tau_MN, "pretrained", k)[1][:, :k]
             yield spectral.triplets(tau_MN, q_RK)
 
     def update() -> Tensor:
