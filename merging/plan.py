@@ -24,6 +24,7 @@ _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.it
 _BLOCK_BUFFERS = 12  # float64 intermediates of the size of a block of all experts
 _TENSOR_BUFFERS = 6  # float64 intermediates of the size of a tensor, whatever the number of experts
 _SQUARE_BUFFERS = 4  # float64 matrices as large as the smaller side squared
+_KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker (engine._keep_freed_memory)
 _BYTES_PER_SECOND = 5e8  # read, hash, convert and combine on one core
 _FLOPS_PER_SECOND = 3e10  # float64 on one core
 # What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
@@ -69,7 +70,8 @@ class Entry:
             masks = min(elements * count // 8, MASK_BYTES) if self.bound.method.measure else 0
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
-        return 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square)
+        used = 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square)
+        return used + min(used, _KEPT_BYTES)
 
 
 @dataclass
