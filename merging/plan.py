@@ -17,6 +17,7 @@ from merging.methods import Bound, Method, get_method
 from merging.recipe import Recipe, canonical_json
 from merging.rules import block_counts, is_merged, parameters_for
 from merging.slots import MASK_BYTES, Unit, block_elements
+from merging.tied import without_tied_head
 from merging.vocabulary import Alignment, align
 from merging.writer import TensorSpec
 
@@ -210,7 +211,7 @@ def _open(plan: Plan) -> None:
         **({"base": plan.recipe.base} if plan.recipe.base else {}),
     }.items():
         try:
-            checkpoint = open_checkpoint(path)
+            checkpoint = without_tied_head(open_checkpoint(path))
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
             continue
@@ -264,11 +265,25 @@ def _find_donor(plan: Plan) -> None:
             f"donor '{name}': {path} is one file, with no configuration of its own; name a folder"
         )
     try:
+        plan.problems += _other_architectures(known)
         read_config(path)
     except UserError as error:
         plan.problems.append(f"{name or next(iter(known))}: {error}")
         return
     _align(plan, known, name or next(iter(known)))
+
+
+def _other_architectures(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """A sentence for each checkpoint whose configuration names another kind of model than the first's."""
+    kinds: dict[str, str] = {}
+    for name, checkpoint in checkpoints.items():
+        kind = read_config(checkpoint.folder).get("model_type") if checkpoint.path.is_dir() else None
+        if isinstance(kind, str):
+            kinds[name] = kind
+    first = next(iter(kinds), "")
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            yield f"'{name}' is a {kind} model, '{first}' a {kinds[first]}: only models of one architecture can be merged"
 
 
 def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:
