@@ -69,7 +69,8 @@ class Entry:
             masks = min(elements * count // 8, MASK_BYTES) if self.bound.method.measure else 0
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
-        return 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square)
+        held = count if self.bound.changes else 0  # experts that a wrapper changed
+        return 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square)
 
 
 @dataclass
@@ -193,9 +194,7 @@ def _resolve_method(plan: Plan) -> None:
     plan.problems += plan.method.misuses(
         plan.params, count, plan.recipe.base is not None, plan.recipe.statistics
     )
-    warning = plan.method.warn and plan.method.warn(count, plan.params)
-    if warning:
-        plan.warnings.append(warning)
+    plan.warnings += plan.method.warnings(plan.params, count)
 
 
 def _open(plan: Plan) -> None:
@@ -390,15 +389,13 @@ class _Bounds:
 def _global_parameters(bound: Bound) -> set[str]:
     """Parameters that a pre-pass over the whole model depends on."""
     names: set[str] = set()
-    if bound.inner:
-        names = _global_parameters(bound.inner) | (
-            set(bound.params) if _global_parameters(bound.inner) else set()
-        )
-    method = bound.method
-    if method.prepass and (method.prepass_if is None or method.prepass_if(bound.params)):
-        names |= {
-            p.name for p in inspect.signature(method.prepass).parameters.values() if p.kind is p.KEYWORD_ONLY
-        }
+    for level in reversed(list(bound.chain)):
+        if names:  # of a method inside, which sees what these make of the experts
+            names.update(level.names.values(), level.origin.names.values() if level.origin else ())
+        for part in filter(None, (level, level.origin)):
+            if part.own_prepass:
+                signature = inspect.signature(part.method.prepass).parameters.values()
+                names.update(part.names[p.name] for p in signature if p.kind is p.KEYWORD_ONLY)
     return names
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, Mapping
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from merging.errors import UserError
 from merging.strict_yaml import YamlFile
@@ -17,7 +18,38 @@ def _list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_NAMES_A_METHOD = re.compile(r"(inner_)*(inner|origin)")
+
 Patterns = Annotated[list[str], BeforeValidator(_list)]
+
+
+def unfolded(method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A chain such as `lines(dare(ties))` as its outermost method and the parameters inner: dare, inner_inner: ties.
+
+    Raises:
+        ValueError: parentheses that do not match, or params that name other methods.
+    """
+    ids = [part.strip() for part in method.rstrip(") ").split("(")]
+    if len(ids) == 1 and ")" not in method:
+        return method, dict(params)
+    if re.sub(r"[^()]", "", method) != "(" * (len(ids) - 1) + ")" * (len(ids) - 1) or not all(ids):
+        raise ValueError(f"'{method}' is no chain of methods; write one such as lines(dare(ties))")
+    named = {"inner_" * i + "inner": id for i, id in enumerate(ids[1:])}
+    for key, id in named.items():
+        if params.get(key, id) != id:
+            raise ValueError(f"'{method}' names {id}, {key} names {params[key]}; leave one out")
+    return ids[0], {**params, **named}
+
+
+def unfolded_recipe(data: Any) -> Any:
+    """What is written of a recipe, its `method` unfolded (raises ValueError as `unfolded`)."""
+    if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+        return data
+    params = data.get("params", {})
+    if not isinstance(params, dict):
+        return data
+    method, params = unfolded(data["method"], params)
+    return {**data, "method": method, "params": params}
 
 
 class Rule(BaseModel):
@@ -38,6 +70,8 @@ class Rule(BaseModel):
 
 class Recipe(BaseModel):
     """Paths are local safetensors files or folders; `experts` is in the order of all per-expert lists.
+
+    `method: lines(dare(ties))` is short for `method: lines` with `params: {inner: dare, inner_inner: ties}`.
 
     Tensors that are not among `include`, or are among `exclude`, are not merged: they become the base's (or the
     `average` of the experts, as `excluded` says).
@@ -62,6 +96,11 @@ class Recipe(BaseModel):
     # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, data: Any) -> Any:
+        return unfolded_recipe(data)
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
@@ -121,21 +160,21 @@ def _mistakes(recipe: Recipe) -> Iterator[tuple[list[Any], str]]:
     """Unknown methods and parameters, and values out of range, as (where, sentence)."""
     from merging.methods import get_method
 
+    # Which methods are meant decides which parameters are known.
+    chain = {key: value for key, value in recipe.params.items() if _NAMES_A_METHOD.fullmatch(key)}
     try:
         method = get_method(recipe.method)
+        method.resolve({key: value for key, value in chain.items() if method.wraps})
     except UserError as error:
         yield ["method"], str(error)
         return
-    inner = (
-        {"inner": recipe.params["inner"]} if "inner" in recipe.params else {}
-    )  # whose parameters are known too
     given = [(["params", key], key, value) for key, value in recipe.params.items()]
     for i, rule in enumerate(recipe.rules):
         given += [(["rules", i, "params", key], key, value) for key, value in rule.params.items()]
         given += [(["rules", i, "gradient", key], key, values[0]) for key, values in rule.gradient.items()]
     for loc, key, value in given:
         try:
-            method.resolve({**inner, key: value})
+            method.resolve({**chain, key: value})
         except UserError as error:
             yield loc, str(error)
 

@@ -8,10 +8,11 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Iterator, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from merging.errors import UserError, did_you_mean
 from merging.methods import get_method
+from merging.recipe import unfolded_recipe
 from merging.strict_yaml import YamlFile
 from tasks.gates import Gates
 
@@ -56,6 +57,11 @@ class Merge(_Strict):
     params: dict[str, Any] = {}
     search: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, data: Any) -> Any:
+        return unfolded_recipe(data)
 
     @property
     def points(self) -> Iterator[dict[str, Any]]:

@@ -73,7 +73,7 @@ def dare(
     *,
     drop_rate: Annotated[float, Ge(0), Le(1)] = 0.1,
     rescale: bool = True,
-    inner: Literal["task_arithmetic", "average", "ties"] = "task_arithmetic",
+    inner: str = "task_arithmetic",
     masks: Literal["drawn", "given"] = "drawn",
     variant: Literal["official", "mergekit"] = "official",
 ) -> Tensor:
