@@ -53,10 +53,9 @@ def directions(
             energy_L, q_RL = _among_equals(x, t, start_MN, reference, count)
         return {"energy": energy_L, "vectors": q_RL}
 
-    store, dependencies = x.view.source.store, None
-    if store:
-        dependencies = _dependencies(x, t, reference)
-    found = store.recall({"directions": count, **dependencies}, make) if dependencies else make()
+    store = x.view.source.store
+    key = None if store is None else _dependencies(x, t, reference)
+    found = make() if key is None else store.recall({"directions": count, **key}, make)
     return found["energy"].to(tau_MN.device), found["vectors"].to(tau_MN.device)
 
 

@@ -111,7 +111,7 @@ def test_copies_of_an_expert_come_back(method, params, seed, dtype, count):
 @every_use
 def test_scale_zero_is_the_reference_bit_for_bit(method, params, seed, dtype):
     base, experts = family(seed, dtype=dtype)
-    if "scale" not in get_method(method).resolve(params):
+    if "scale" not in get_method(method).resolve(params) or method == "passthrough":  # which has no reference
         return
     found = merged(method, experts, base, **{**params, "scale": 0.0})
     wrapped = params.get("inner", method) if method == "lines" else method
@@ -135,8 +135,9 @@ def test_the_order_of_experts_does_not_matter(method, params, seed, order):
         params, other = {**params, "task": order[0]}, params
     else:
         other = params
-    if get_method(method).maximum_experts == 2:
-        order = [1, 0]
+    most = get_method(method).maximum_experts
+    if most:
+        order = list(reversed(range(most)))
     shuffled = {f"e{i}": experts[f"e{i}"] for i in order}
     assert close(merged(method, experts, base, **params), merged(method, shuffled, base, **other), 1e-5)
 

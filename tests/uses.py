@@ -21,10 +21,13 @@ ELEMENTWISE: list[Use] = [
     ("dare", {"drop_rate": 0.5, "rescale": False, "inner": "ties"}),
     ("della", {}),
     ("della", {"density": 0.5, "normalize": False, "variant": "mergekit"}),
+    ("della", {"density": 0.5, "elect": False}),
     ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2}),
     ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2, "remove_first": False, "scope": "tensor"}),
     ("breadcrumbs", {"density": 0.5, "bottom_rate": 0.2, "scope": "tensor", "variant": "mergellm"}),
     ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2, "scope": "tensor", "variant": "mergekit"}),
+    ("breadcrumbs", {"density": 0.5, "elect": True, "normalize": True}),
+    ("passthrough", {}),
     ("sce", {}),
     ("sce", {"density": 0.4}),
 ]

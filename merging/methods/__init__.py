@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # A parameter whose name is taken further out in a chain of wrappers gets the first prefix, as often as needed; those
 # of the method that makes the reference get the second.
 _OF_INNER, _OF_ORIGIN = "inner_", "origin_"
+# Parameters whose lists have one entry an expert.
+_PER_EXPERT = ("weights", "density", "epsilon", "drop_rate", "outlier_rate")
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,12 @@ class Method:
             yield f"{self.id} needs at least {self.minimum_experts} expert(s), got {experts}"
         if self.maximum_experts and experts > self.maximum_experts:
             yield f"{self.id} merges at most {self.maximum_experts} expert(s), got {experts}"
+        for name in _PER_EXPERT:
+            listed = params.get(name)
+            if isinstance(listed, list) and len(listed) != experts:
+                what = "weights" if name == "weights" else f"numbers in {name}"
+                yield f"{self.id}: {len(listed)} {what} for {experts} experts; give one an expert, in order"
         weights = params.get("weights")
-        if weights is not None and len(weights) != experts:
-            yield f"{self.id}: {len(weights)} weights for {experts} experts; give one an expert, in order"
         if weights and params.get("normalize") and sum(weights) == 0:
             yield f"{self.id}: the weights sum to 0, so they cannot be normalised; set normalize to false"
         wrong = self.check and self.check(params, experts)
@@ -230,8 +235,10 @@ class _Level:
         try:
             resolved = self.method.schema.model_validate(own).model_dump()
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            errors = error.errors()
+            # Of a number or a list of them, what is wrong with the kind that was given.
+            first = errors[-1 if isinstance(own[errors[0]["loc"][0]], list) else 0]
+            where = ".".join(str(part) for i, part in enumerate(first["loc"]) if not i or isinstance(part, int))
             raise UserError(f"{self.method.id}: {where} = {first['input']!r}: {first['msg']}") from None
         return {self.names[name]: value for name, value in resolved.items()}
 
