@@ -15,7 +15,7 @@ from merging.companions import read_config
 from merging.errors import UserError, did_you_mean
 from merging.methods import Bound, Method, get_method
 from merging.recipe import Recipe, canonical_json
-from merging.rules import block_counts, is_merged, parameters_for
+from merging.rules import block_counts, is_merged, parameters_for, values_of
 from merging.slots import MASK_BYTES, Unit, block_elements
 from merging.vocabulary import Alignment, align
 from merging.writer import TensorSpec
@@ -351,8 +351,7 @@ class _Bounds:
                 "excluded tensors become the base's: name a base, or set `excluded: average`"
             )
         for rule in recipe.rules:
-            if not any(parameters_for(recipe.model_copy(update={"params": {}, "rules": [rule]}), n, self.counts)
-                       for n in names if is_merged(recipe, n)):  # fmt: skip
+            if not any(values_of(rule, name, self.counts) for name in names if is_merged(recipe, name)):
                 plan.warnings.append(
                     f"a rule changes nothing: match {json.dumps(rule.match)}, layers {rule.layers}"
                 )

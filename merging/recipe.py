@@ -8,9 +8,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, Mapping
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from merging.errors import UserError
+from merging.errors import UserError, did_you_mean
+from merging.mergekit_yaml import is_mergekit, translated
 from merging.strict_yaml import YamlFile
 
 
@@ -58,6 +67,7 @@ class Rule(BaseModel):
     match: shell patterns of tensor names (`*.attn.*`), any of which is enough. layers: first and last block, counted
     from 0, negative ones from the end. gradient: a parameter's values over the depth, interpolated linearly from the
     first to the last block (of `layers`); tensors outside numbered blocks have no depth and are left alone.
+    expert: the values are this expert's entries in parameters that are lists of one an expert.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +76,11 @@ class Rule(BaseModel):
     layers: tuple[int, int] | None = None
     params: dict[str, Any] = {}
     gradient: dict[str, Annotated[list[float], Field(min_length=1)]] = {}
+    expert: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "expert" or value is not None}
 
 
 class Recipe(BaseModel):
@@ -102,6 +117,19 @@ class Recipe(BaseModel):
     def _unfold(cls, data: Any) -> Any:
         return unfolded_recipe(data)
 
+    @model_validator(mode="after")
+    def _lists(self) -> Recipe:
+        for rule in self.rules:
+            if rule.expert is None:
+                continue
+            if rule.expert not in self.experts:
+                raise ValueError(f"rules: no expert is named '{rule.expert}'{did_you_mean(rule.expert, self.experts)}")
+            for key in (*rule.params, *rule.gradient):
+                listed = self.params.get(key)
+                if not isinstance(listed, list) or len(listed) != len(self.experts):
+                    raise ValueError(f"rules: list '{key}' of every expert in params, of which a rule changes one")
+        return self
+
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
         """A recipe from a recipe or a mapping (raises UserError if a key or value is wrong)."""
@@ -131,22 +159,26 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
-    """Read a recipe from YAML. Relative paths are relative to its folder; `bring` makes a URI a local path.
+    """Read a recipe, or a configuration of mergekit's, from YAML. Relative paths are relative to its folder; `bring` makes a URI a local path.
 
     Raises:
         UserError: with file and line, for a key or a value that is wrong.
     """
     file = YamlFile(path)
-    recipe = file.parse(Recipe)
+    if is_mergekit(file.data):
+        written, blamed = translated(file)
+        recipe = Recipe.of(written)
+    else:
+        written, blamed = file.data, list
+        recipe = file.parse(Recipe)
     for loc, problem in _mistakes(recipe):
-        raise file.error(loc, problem)
+        raise file.error(blamed(loc), problem)
 
     def local(where: Any) -> Any:
         if isinstance(where, list):
             return [local(w) for w in where]
         return where and (bring(where) if "://" in where else path.parent / where)
 
-    written = file.data
     return recipe.model_copy(
         update={
             "experts": {name: local(where) for name, where in written["experts"].items()},
@@ -170,8 +202,9 @@ def _mistakes(recipe: Recipe) -> Iterator[tuple[list[Any], str]]:
         return
     given = [(["params", key], key, value) for key, value in recipe.params.items()]
     for i, rule in enumerate(recipe.rules):
-        given += [(["rules", i, "params", key], key, value) for key, value in rule.params.items()]
-        given += [(["rules", i, "gradient", key], key, values[0]) for key, values in rule.gradient.items()]
+        for kind, values in (("params", rule.params), ("gradient", {k: v[0] for k, v in rule.gradient.items()})):
+            for key, value in values.items():
+                given.append((["rules", i, kind, key], key, value if rule.expert is None else [value]))
     for loc, key, value in given:
         try:
             method.resolve({**chain, key: value})
