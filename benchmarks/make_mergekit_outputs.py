@@ -113,7 +113,7 @@ CASES: dict[str, dict[str, Any]] = {
         weight=0.25, density=[{"filter": "norm", "value": 1.0}, {"value": 0.4}], normalize=False,
     ),
     "ties-bf16": around(
-        "ties", models({"weight": 0.3, "density": 0.5}, {"weight": 0.5, "density": 0.5}), "bfloat16"
+        "ties", models({"weight": 0.3, "density": 1.0}, {"weight": 0.5, "density": 1.0}), "bfloat16"
     ),
     "dare_linear-whole": around("dare_linear", models({"weight": 0.3, "density": 1.0}, {"weight": 0.6})),
     "dare_ties-whole": around("dare_ties", weights(0.3, 0.6, 0.2), normalize=True),

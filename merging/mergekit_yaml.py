@@ -229,6 +229,7 @@ class _Translation:
         plain = {name: self._plain(name) for name, p in method.parameters.items() if p.plain}
         written["params"] = {**method.params, **method.finish(plain), **self._parameters()}
         written["rules"] = self.rules
+        self.blame["dtype"] = ["out_dtype" if config.out_dtype else "dtype"]
         written |= {"dtype": config.out_dtype or config.dtype, **self._tokenizer(written)}
         return written, lambda loc: self.blame.get(str(loc[-1]), ["merge_method"])
 
@@ -271,7 +272,7 @@ class _Translation:
             loc: Loc = ["slices", i]
             if part.residual_weight is not None:
                 raise self.file.error([*loc, "residual_weight"], "residual_weight is not supported")
-            if part.base_model is not None and _key(part.base_model) != _key(self.config.base_model):
+            if part.base_model not in (None, self.config.base_model):
                 raise self.file.error([*loc, "base_model"], "a slice cannot have a base_model of its own")
             if not part.sources or sorted(_key(s.model) for s in part.sources) != sorted(first):
                 raise self.file.error(loc, "slices of different models are not supported: each names all of them")

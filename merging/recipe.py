@@ -167,7 +167,11 @@ def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
     file = YamlFile(path)
     if is_mergekit(file.data):
         written, blamed = translated(file)
-        recipe = Recipe.of(written)
+        try:
+            recipe = Recipe.model_validate(written)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise file.error(blamed(first["loc"]), f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     else:
         written, blamed = file.data, list
         recipe = file.parse(Recipe)

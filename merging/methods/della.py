@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from merging import operators as ops
 from merging.lazy import torch
@@ -15,13 +15,13 @@ from merging.slots import Slot, View
 if TYPE_CHECKING:
     from torch import Tensor
 
-Share = Annotated[float, Gt(0), Lt(1)]
+Share = Annotated[float, Gt(0), Le(1)]
 Width = Annotated[float, Ge(0), Lt(1)]
 
 
 def _window(params: Mapping[str, Any], experts: int) -> str | None:
     for density, epsilon in _windows(params["density"], params["epsilon"], experts):
-        if not 0 < density - epsilon <= density + epsilon < 1:
+        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
             return f"density {density} +/- epsilon {epsilon} leaves (0, 1); narrow the window"
     return None
 
@@ -34,9 +34,12 @@ def _windows(
 
 
 def keep_probability(tau_MN: Tensor, density: float, epsilon: float) -> Tensor:
-    """density - epsilon for the smallest magnitude of a row, up to density + epsilon for the largest: (M, N)."""
+    """density - epsilon for the smallest magnitude of a row, up to density + epsilon for the largest: (M, N).
+
+    A density of 1 keeps everything.
+    """
     last = tau_MN.shape[-1] - 1
-    if last == 0:
+    if last == 0 or density == 1:
         return torch.full_like(tau_MN, density)
     return ops.row_ranks(tau_MN).mul_(2 * epsilon / last).add_(density - epsilon)
 
