@@ -21,7 +21,7 @@ from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
 from merging.methods import Bound, get_method
 from merging.plan import Entry, Plan, make_plan
-from merging.recipe import Recipe
+from merging.recipe import Recipe, unfolded
 from merging.slots import Inputs, View
 from merging.writer import CheckpointWriter, TensorWriter
 
@@ -139,9 +139,13 @@ def merge_state_dicts_points(
     factors: FactorStore | None = None,
 ) -> list[dict[str, Tensor]]:
     """Merge state dicts with several `params` in one pass, which shares what they have in common."""
-    entry = get_method(method)
     bounds = []
     for params in points:
+        try:
+            id, params = unfolded(method, params)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        entry = get_method(id)
         resolved = entry.resolve(params)
         for misuse in entry.misuses(resolved, len(experts), base is not None, statistics):
             raise UserError(misuse)

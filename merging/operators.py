@@ -92,7 +92,28 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
     return gram_TT.tril() + gram_TT.tril(-1).T
 
 
+def merge_signed(
+    tau_TX: Sequence[Tensor], weights: Sequence[float] | None, elect: bool, normalize: bool
+) -> Tensor:
+    """Weighted sum of task vectors, or `elect`: of those entries that agree with the elected sign; positive if none is.
+
+    `normalize` divides by the weights that were summed, where that is not 0: (X).
+    """
+    weights = weights or [1.0] * len(tau_TX)
+    if not elect:
+        share = sum(weights) if normalize else 1.0
+        return total(tau_TX, weights) if share in (0.0, 1.0) else total(tau_TX, weights).div_(share)
+    sum_X, weight_X = orthant_sum(tau_TX, elect_signs(tau_TX, weights, 1.0), weights)
+    return sum_X / torch.where(weight_X == 0, 1.0, weight_X) if normalize else sum_X
+
+
 # ---------------------------------------------------------------------------------------------- sparsifying
+
+
+def for_each(value: float | Sequence[float], experts: int) -> list[float]:
+    """One number an expert, of one for all or of a list."""
+    return list(value) if isinstance(value, Sequence) else [value] * experts
+
 
 Each = Callable[[Callable[["View"], "Tensor"]], Iterable["Tensor"]]  # a function of every view, in order
 

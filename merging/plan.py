@@ -15,7 +15,7 @@ from merging.companions import read_config
 from merging.errors import UserError, did_you_mean
 from merging.methods import Bound, Method, get_method
 from merging.recipe import Recipe, canonical_json
-from merging.rules import block_counts, is_merged, parameters_for
+from merging.rules import block_counts, is_merged, parameters_for, values_of
 from merging.slots import MASK_BYTES, Unit, block_elements
 from merging.tied import without_tied_head
 from merging.vocabulary import Alignment, align
@@ -71,7 +71,8 @@ class Entry:
             masks = min(elements * count // 8, MASK_BYTES) if self.bound.method.measure else 0
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
-        used = 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square)
+        held = count if self.bound.changes else 0  # experts that a wrapper changed
+        used = 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square)
         return used + min(used, _KEPT_BYTES)
 
 
@@ -196,9 +197,7 @@ def _resolve_method(plan: Plan) -> None:
     plan.problems += plan.method.misuses(
         plan.params, count, plan.recipe.base is not None, plan.recipe.statistics
     )
-    warning = plan.method.warn and plan.method.warn(count, plan.params)
-    if warning:
-        plan.warnings.append(warning)
+    plan.warnings += plan.method.warnings(plan.params, count)
 
 
 def _open(plan: Plan) -> None:
@@ -369,8 +368,7 @@ class _Bounds:
                 "excluded tensors become the base's: name a base, or set `excluded: average`"
             )
         for rule in recipe.rules:
-            if not any(parameters_for(recipe.model_copy(update={"params": {}, "rules": [rule]}), n, self.counts)
-                       for n in names if is_merged(recipe, n)):  # fmt: skip
+            if not any(values_of(rule, name, self.counts) for name in names if is_merged(recipe, name)):
                 plan.warnings.append(
                     f"a rule changes nothing: match {json.dumps(rule.match)}, layers {rule.layers}"
                 )
@@ -407,15 +405,13 @@ class _Bounds:
 def _global_parameters(bound: Bound) -> set[str]:
     """Parameters that a pre-pass over the whole model depends on."""
     names: set[str] = set()
-    if bound.inner:
-        names = _global_parameters(bound.inner) | (
-            set(bound.params) if _global_parameters(bound.inner) else set()
-        )
-    method = bound.method
-    if method.prepass and (method.prepass_if is None or method.prepass_if(bound.params)):
-        names |= {
-            p.name for p in inspect.signature(method.prepass).parameters.values() if p.kind is p.KEYWORD_ONLY
-        }
+    for level in reversed(list(bound.chain)):
+        if names:  # of a method inside, which sees what these make of the experts
+            names.update(level.names.values(), level.origin.names.values() if level.origin else ())
+        for part in filter(None, (level, level.origin)):
+            if part.own_prepass:
+                signature = inspect.signature(part.method.prepass).parameters.values()
+                names.update(part.names[p.name] for p in signature if p.kind is p.KEYWORD_ONLY)
     return names
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, Mapping
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
-from merging.errors import UserError
+from merging.errors import UserError, did_you_mean
+from merging.mergekit_yaml import is_mergekit, translated
 from merging.strict_yaml import YamlFile
 
 
@@ -17,7 +27,38 @@ def _list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+_NAMES_A_METHOD = re.compile(r"(inner_)*(inner|origin)")
+
 Patterns = Annotated[list[str], BeforeValidator(_list)]
+
+
+def unfolded(method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A chain such as `lines(dare(ties))` as its outermost method and the parameters inner: dare, inner_inner: ties.
+
+    Raises:
+        ValueError: parentheses that do not match, or params that name other methods.
+    """
+    ids = [part.strip() for part in method.rstrip(") ").split("(")]
+    if len(ids) == 1 and ")" not in method:
+        return method, dict(params)
+    if re.sub(r"[^()]", "", method) != "(" * (len(ids) - 1) + ")" * (len(ids) - 1) or not all(ids):
+        raise ValueError(f"'{method}' is no chain of methods; write one such as lines(dare(ties))")
+    named = {"inner_" * i + "inner": id for i, id in enumerate(ids[1:])}
+    for key, id in named.items():
+        if params.get(key, id) != id:
+            raise ValueError(f"'{method}' names {id}, {key} names {params[key]}; leave one out")
+    return ids[0], {**params, **named}
+
+
+def unfolded_recipe(data: Any) -> Any:
+    """What is written of a recipe, its `method` unfolded (raises ValueError as `unfolded`)."""
+    if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+        return data
+    params = data.get("params", {})
+    if not isinstance(params, dict):
+        return data
+    method, params = unfolded(data["method"], params)
+    return {**data, "method": method, "params": params}
 
 
 class Rule(BaseModel):
@@ -26,6 +67,7 @@ class Rule(BaseModel):
     match: shell patterns of tensor names (`*.attn.*`), any of which is enough. layers: first and last block, counted
     from 0, negative ones from the end. gradient: a parameter's values over the depth, interpolated linearly from the
     first to the last block (of `layers`); tensors outside numbered blocks have no depth and are left alone.
+    expert: the values are this expert's entries in parameters that are lists of one an expert.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,10 +76,17 @@ class Rule(BaseModel):
     layers: tuple[int, int] | None = None
     params: dict[str, Any] = {}
     gradient: dict[str, Annotated[list[float], Field(min_length=1)]] = {}
+    expert: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "expert" or value is not None}
 
 
 class Recipe(BaseModel):
     """Paths are local safetensors files or folders; `experts` is in the order of all per-expert lists.
+
+    `method: lines(dare(ties))` is short for `method: lines` with `params: {inner: dare, inner_inner: ties}`.
 
     Tensors that are not among `include`, or are among `exclude`, are not merged: they become the base's (or the
     `average` of the experts, as `excluded` says).
@@ -62,6 +111,24 @@ class Recipe(BaseModel):
     # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, data: Any) -> Any:
+        return unfolded_recipe(data)
+
+    @model_validator(mode="after")
+    def _lists(self) -> Recipe:
+        for rule in self.rules:
+            if rule.expert is None:
+                continue
+            if rule.expert not in self.experts:
+                raise ValueError(f"rules: no expert is named '{rule.expert}'{did_you_mean(rule.expert, self.experts)}")
+            for key in (*rule.params, *rule.gradient):
+                listed = self.params.get(key)
+                if not isinstance(listed, list) or len(listed) != len(self.experts):
+                    raise ValueError(f"rules: list '{key}' of every expert in params, of which a rule changes one")
+        return self
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
@@ -92,22 +159,30 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
-    """Read a recipe from YAML. Relative paths are relative to its folder; `bring` makes a URI a local path.
+    """Read a recipe, or a configuration of mergekit's, from YAML. Relative paths are relative to its folder; `bring` makes a URI a local path.
 
     Raises:
         UserError: with file and line, for a key or a value that is wrong.
     """
     file = YamlFile(path)
-    recipe = file.parse(Recipe)
+    if is_mergekit(file.data):
+        written, blamed = translated(file)
+        try:
+            recipe = Recipe.model_validate(written)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise file.error(blamed(first["loc"]), f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    else:
+        written, blamed = file.data, list
+        recipe = file.parse(Recipe)
     for loc, problem in _mistakes(recipe):
-        raise file.error(loc, problem)
+        raise file.error(blamed(loc), problem)
 
     def local(where: Any) -> Any:
         if isinstance(where, list):
             return [local(w) for w in where]
         return where and (bring(where) if "://" in where else path.parent / where)
 
-    written = file.data
     return recipe.model_copy(
         update={
             "experts": {name: local(where) for name, where in written["experts"].items()},
@@ -121,21 +196,22 @@ def _mistakes(recipe: Recipe) -> Iterator[tuple[list[Any], str]]:
     """Unknown methods and parameters, and values out of range, as (where, sentence)."""
     from merging.methods import get_method
 
+    # Which methods are meant decides which parameters are known.
+    chain = {key: value for key, value in recipe.params.items() if _NAMES_A_METHOD.fullmatch(key)}
     try:
         method = get_method(recipe.method)
+        method.resolve({key: value for key, value in chain.items() if method.wraps})
     except UserError as error:
         yield ["method"], str(error)
         return
-    inner = (
-        {"inner": recipe.params["inner"]} if "inner" in recipe.params else {}
-    )  # whose parameters are known too
     given = [(["params", key], key, value) for key, value in recipe.params.items()]
     for i, rule in enumerate(recipe.rules):
-        given += [(["rules", i, "params", key], key, value) for key, value in rule.params.items()]
-        given += [(["rules", i, "gradient", key], key, values[0]) for key, values in rule.gradient.items()]
+        for kind, values in (("params", rule.params), ("gradient", {k: v[0] for k, v in rule.gradient.items()})):
+            for key, value in values.items():
+                given.append((["rules", i, kind, key], key, value if rule.expert is None else [value]))
     for loc, key, value in given:
         try:
-            method.resolve({**inner, key: value})
+            method.resolve({**chain, key: value})
         except UserError as error:
             yield loc, str(error)
 

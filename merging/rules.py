@@ -40,13 +40,23 @@ def parameters_for(recipe: Recipe, name: str, counts: Mapping[str, int]) -> dict
     """The parameters of one tensor: the recipe's, with those of every rule that matches, in order."""
     params = dict(recipe.params)
     for rule in recipe.rules:
-        place = _place(rule, name, counts)
-        if place is None:
-            continue
-        params |= rule.params
-        if place >= 0:
-            params |= {key: _interpolated(values, place) for key, values in rule.gradient.items()}
+        values = values_of(rule, name, counts)
+        if rule.expert is not None:
+            t = list(recipe.experts).index(rule.expert)
+            values = {key: [*params[key][:t], value, *params[key][t + 1 :]] for key, value in values.items()}
+        params |= values
     return params
+
+
+def values_of(rule: Rule, name: str, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What a rule says of one tensor."""
+    place = _place(rule, name, counts)
+    if place is None:
+        return {}
+    values = dict(rule.params)
+    if place >= 0:
+        values |= {key: _interpolated(values, place) for key, values in rule.gradient.items()}
+    return values
 
 
 def _matches(patterns: Iterable[str], name: str) -> bool:

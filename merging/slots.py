@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from merging.factors import FactorStore
 
 Unit = Literal["element", "row", "tensor"]
+UNITS: tuple[Unit, ...] = ("element", "row", "tensor")
 # Elements in a block, of all experts together: near a core's caches, or enough to keep an accelerator busy.
 _BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 26
 MASK_BYTES = 1 << 26  # what all masks of one tensor may take that are left for another reading of it
@@ -95,17 +96,22 @@ class Slot:
 
     name, tensor_shape: of the tensor (0-d tensors have shape (1,)). start: its first element in the flattened
     tensor. base: (X) or None. experts: T times (X). facts: what the method's pre-pass found in the whole model;
-    measured: what it measured in this tensor.
+    measured: what it measured in this tensor. reference, changes: what base and experts are where a wrapper changed
+    them, as JSON values for the factor store; None if that cannot be said.
     """
 
-    def __init__(self, view: View, start: int, shape: tuple[int, ...], keep: bool):
-        self.view, self.start, self.shape = view, start, shape
+    reference: Any = "pretrained"
+    changes: list[Any] | None = []
+    _wide = False
+
+    def __init__(self, view: View, start: int, shape: tuple[int, ...], unit: Unit):
+        self.view, self.start, self.shape, self.unit = view, start, shape, unit
         self.name, self.tensor_shape = view.name, view.shape
         self.facts: Any = None
         self.measured: Any = None
         self._memo: dict[Any, Any] = {}
         stop = start + prod(shape)
-        source = view.source
+        source, keep = view.source, unit != "tensor"
 
         def read(origin: str) -> Tensor:
             return source.read(origin, view.name, start, stop).reshape(shape)
@@ -140,13 +146,13 @@ class Slot:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What tensors are read as: float32, or float64 if an input is."""
-        return self.view.source.dtype(self.name)
+        """What tensors are read as: float32, or float64 if an input is; what a wrapper changed is float64."""
+        return torch.float64 if self._wide else self.view.source.dtype(self.name)
 
     @property
     def precision(self) -> torch.dtype:
         """What sums over experts are accumulated in: float64, or float32 where all inputs have 16 bits."""
-        return self.view.source.precision(self.name)
+        return torch.float64 if self._wide else self.view.source.precision(self.name)
 
     def remember(self, key: Any, make: Callable[[], Any]) -> Any:
         """`make()`, once a slot."""
@@ -198,12 +204,53 @@ class Slot:
         other.facts, other.measured = facts, measured
         return other
 
-    def with_experts(self, change: Callable[[int, Tensor], Tensor]) -> Slot:
-        """The same block of changed experts: `change(index, expert)`."""
+    def with_experts(
+        self, change: Callable[[int, Tensor], Tensor], wide: bool = False, keep: bool = False
+    ) -> Slot:
+        """The same block of changed experts: `change(index, expert)`; `wide`: in float64; `keep`: computed once."""
         other = self.given(self.facts, self.measured)
         other._memo = {}
-        other.experts = Experts(len(self.experts), lambda t: change(t, self.experts[t]), self._keep)
+        other._wide = self._wide or wide
+        other.experts = Experts(
+            len(self.experts), lambda t: change(t, self.experts[t]), self._keep or keep
+        )
+        if wide and not self._wide and self._base:
+            other._base = lambda: self.base.double()
         return other
+
+    def with_base(self, base_X: Tensor, reference: Any) -> Slot:
+        """The same block around another base, in float64."""
+        other = self.with_experts(lambda _, expert_X: expert_X.double(), wide=True)
+        base_X = base_X.double()
+        other._base, other.reference = lambda: base_X, reference
+        return other
+
+    def blocks(self, unit: Unit) -> Iterator[Slot]:
+        """The block cut into those of a smaller unit, at the places where its tensor is cut."""
+        if UNITS.index(unit) >= UNITS.index(self.unit):
+            yield self
+            return
+        experts, base_X = Experts(len(self.experts), self.experts.__getitem__, keep=True), self.base
+        for start, shape in _cuts(self.view, self.elements, unit):
+
+            def part(whole_X: Tensor, first: int = start, shape: tuple[int, ...] = shape) -> Tensor:
+                return whole_X.reshape(-1)[first : first + prod(shape)].reshape(shape)
+
+            other = self.given(self.facts, self.measured)
+            other.start, other.shape, other.unit, other._memo = self.start + start, shape, unit, {}
+            other.experts = Experts(len(experts), lambda t, part=part: part(experts[t]), keep=True)
+            other._base = None if base_X is None else lambda part=part: part(base_X)
+            other._keep = True
+            yield other
+
+
+def _cuts(view: View, elements: int, unit: Unit) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Where blocks of elements or rows begin in so many elements of a tensor, and their shapes."""
+    width = view.shape[-1] if unit == "row" else 1
+    step = max(1, block_elements(len(view.source.experts), view.source.device) // width) * width
+    for start in range(0, elements, step):
+        size = min(step, elements - start)
+        yield start, (size // width, width) if unit == "row" else (size,)
 
 
 class View:
@@ -224,24 +271,33 @@ class View:
         if not self.elements:
             return
         if unit == "tensor":
-            yield Slot(self, 0, self.shape, keep=False)
+            yield Slot(self, 0, self.shape, unit)
             return
-        width = self.shape[-1] if unit == "row" else 1
-        step = max(1, block_elements(len(self.source.experts), self.source.device) // width) * width
-        for start in range(0, self.elements, step):
-            size = min(step, self.elements - start)
-            yield Slot(self, start, (size // width, width) if unit == "row" else (size,), keep=True)
+        for start, shape in _cuts(self, self.elements, unit):
+            yield Slot(self, start, shape, unit)
 
 
 class ChangedView(View):
-    """A view whose blocks pass through `change` first."""
+    """A view whose blocks pass through `change` first, which needs them to be of `unit` or larger.
 
-    def __init__(self, view: View, change: Callable[[Slot], Slot]):
+    `keep`: the changed tensor is kept, if it is one block, to be cut again.
+    """
+
+    def __init__(
+        self, view: View, change: Callable[[Slot], Slot], unit: Unit = "element", keep: bool = False
+    ):
         super().__init__(view.source, view.name, view.shape, view.shared)
-        self._view, self._change = view, change
+        self._view, self._unit, self._change = view, unit, change
+        self._keep = keep and unit == "tensor"
+        self._kept: list[Slot] | None = None
 
     def blocks(self, unit: Unit) -> Iterator[Slot]:
-        return map(self._change, self._view.blocks(unit))
+        larger = max(unit, self._unit, key=UNITS.index)
+        changed: Iterable[Slot] = map(self._change, self._view.blocks(larger))
+        if self._keep:
+            changed = self._kept = self._kept or list(changed)
+        for x in changed:
+            yield from x.blocks(unit)
 
 
 class Inputs:

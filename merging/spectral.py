@@ -54,10 +54,8 @@ def directions(
         return {"energy": energy_L, "vectors": q_RL}
 
     store = x.view.source.store
-    if store is None:
-        found = make()
-    else:
-        found = store.recall({"directions": count, **_dependencies(x, t, reference)}, make)
+    key = None if store is None else _dependencies(x, t, reference)
+    found = make() if key is None else store.recall({"directions": count, **key}, make)
     return found["energy"].to(tau_MN.device), found["vectors"].to(tau_MN.device)
 
 
@@ -101,13 +99,24 @@ def _count(x: Slot, rank: int | None) -> int:
     )
 
 
-def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any]:
-    """The shape, and the digests of everything that the task vector of expert t depends on."""
+def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any] | None:
+    """The shape, and the digests of everything that the task vector of expert t depends on; None if unknown."""
     source, name = x.view.source, x.name
-    own = {"shape": x.shape, "reference": reference, "expert": source.digest(source.experts[t], name)}
+    if x.reference is None or x.changes is None:
+        return None
     if reference == "pretrained":
+        reference = x.reference
+    elif reference != "mean" and x.reference != "pretrained":
+        reference = [reference, x.reference]
+    own = {"shape": x.shape, "reference": reference, "expert": source.digest(source.experts[t], name)}
+    if x.changes:  # they may be drawn
+        own |= {"changes": x.changes, "seed": source.seed, "number": t, "tensor": name}
+        own |= {"names": list(source.experts)}
+    elif reference == "pretrained":
         return own | {"base": source.digest("base", name)}
-    base = source.digest("base", name) if reference != "mean" and source.has_base else None
+    base = None
+    if source.has_base and (x.changes or reference != "mean"):
+        base = source.digest("base", name)
     others = [source.digest(expert, name) for expert in source.experts]
     return own | {"experts": others, "base": base}
 

@@ -8,11 +8,12 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Iterator, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from evaluation.language import Language
 from merging.errors import UserError, did_you_mean
 from merging.methods import get_method
+from merging.recipe import unfolded_recipe
 from merging.strict_yaml import YamlFile
 from tasks.gates import Gates
 
@@ -57,6 +58,11 @@ class Merge(_Strict):
     params: dict[str, Any] = {}
     search: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, data: Any) -> Any:
+        return unfolded_recipe(data)
 
     @property
     def points(self) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,8 @@ from merging.methods import catalogue
 
 GOLDENS = Path(__file__).parent / "goldens"
 ALL = json.loads((GOLDENS / "cases.json").read_text())["cases"]
+# Of the first two tests/test_hybrids.py composes cases of others; for the third see tests/test_mergekit_yaml.py.
+WITHOUT_A_CASE = {"around", "truncate", "passthrough"}
 CASES = [case for case in ALL if case["method"] in catalogue()]
 
 
@@ -61,7 +63,7 @@ def in_memory(name: str) -> State:
 
 
 def test_every_method_has_a_case():
-    assert {case["method"] for case in CASES} == set(catalogue())
+    assert set(catalogue()) - {case["method"] for case in CASES} == WITHOUT_A_CASE
 
 
 @each("merge")

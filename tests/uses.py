@@ -21,10 +21,13 @@ ELEMENTWISE: list[Use] = [
     ("dare", {"drop_rate": 0.5, "rescale": False, "inner": "ties"}),
     ("della", {}),
     ("della", {"density": 0.5, "normalize": False, "variant": "mergekit"}),
+    ("della", {"density": 0.5, "elect": False}),
     ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2}),
     ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2, "remove_first": False, "scope": "tensor"}),
     ("breadcrumbs", {"density": 0.5, "bottom_rate": 0.2, "scope": "tensor", "variant": "mergellm"}),
     ("breadcrumbs", {"density": 0.5, "outlier_rate": 0.2, "scope": "tensor", "variant": "mergekit"}),
+    ("breadcrumbs", {"density": 0.5, "elect": True, "normalize": True}),
+    ("passthrough", {}),
     ("sce", {}),
     ("sce", {"density": 0.4}),
 ]
@@ -63,6 +66,16 @@ WRAPPERS: list[Use] = [
     ("lines", {}),
     ("lines", {"inner": "ties", "alpha": 0.5}),
     ("lines", {"inner": "cart", "rank": 0.5}),
+    ("lines", {"inner": "dare", "inner_inner": "ties", "drop_rate": 0.5}),
+    ("around", {}),
+    ("around", {"inner": "ties", "density": 0.5}),
+    ("around", {"inner": "sce", "origin": "tsv_merge", "density": 0.4}),
+    ("around", {"inner": "cart", "origin": "task_arithmetic", "rank": 0.5}),
+    ("around", {"inner": "ties", "origin": "ties", "origin_density": 0.4}),
+    ("around", {"inner": "truncate", "inner_inner": "ties", "rank": 0.5}),
+    ("truncate", {"rank": 0.5}),
+    ("truncate", {"energy": 0.8, "inner": "ties", "keys": "matrices", "scope": "tensor"}),
+    ("truncate", {"rank": 0.5, "inner": "dare", "inner_inner": "ties", "drop_rate": 0.5}),
 ]
 
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS

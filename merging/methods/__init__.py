@@ -4,8 +4,9 @@
     def cart(x: Slot, *, rank: Annotated[float, Gt(0), Le(1)] = 0.12, ...) -> Tensor: ...
 
 A method maps one `Slot` (a block of a tensor of every expert) to the merged block; keyword-only arguments are its
-parameters. A wrapper takes a second argument, the `Inner` method that it wraps, and hands it the parameters that
-are not its own.
+parameters. A wrapper takes a second argument, the `Inner` method that it wraps, which may be a wrapper again; their
+parameters stand side by side. A wrapper with a parameter `origin` shows its inner method another base: what the
+method of that name makes of the experts.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Sequence
 
 from merging.errors import UserError, did_you_mean
 from merging.keys import is_matrix
-from merging.slots import ChangedView, Inputs, Slot, Unit, View
+from merging.lazy import torch
+from merging.recipe import canonical_json
+from merging.slots import UNITS, ChangedView, Inputs, Slot, Unit, View
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_UNITS: tuple[Unit, ...] = ("element", "row", "tensor")
-# Parameters that mean the same to a wrapper and to what it wraps: the inner one's get this prefix.
-_OF_INNER = "inner_"
+# A parameter whose name is taken further out in a chain of wrappers gets the first prefix, as often as needed; those
+# of the method that makes the reference get the second.
+_OF_INNER, _OF_ORIGIN = "inner_", "origin_"
+# Parameters whose lists have one entry an expert.
+_PER_EXPERT = ("weights", "density", "epsilon", "drop_rate", "outlier_rate")
 
 
 @dataclass(frozen=True)
@@ -104,45 +109,69 @@ class Method:
         Raises:
             UserError: an unknown name, a value of the wrong type or out of range.
         """
-        from pydantic import ValidationError
-
-        own = {k: v for k, v in params.items() if not self.wraps or k in self.parameters}
-        for name in own:
-            if name not in self.parameters:
-                raise UserError(f"{self.id}: unknown parameter '{name}'{did_you_mean(name, self.parameters)}")
-        try:
-            resolved = self.schema.model_validate(dict(own)).model_dump()
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{self.id}: {where} = {first['input']!r}: {first['msg']}") from None
-        if not self.wraps:
-            return resolved
-        inner = get_method(resolved["inner"])
-        if inner.wraps:
-            raise UserError(f"{self.id}: wraps {inner.id}, which wraps another method; name a plain method")
-        known = [*self.parameters, *map(self._flat_name, inner.parameters)]
+        levels = self._levels(params)
+        known = [flat for level in levels for flat in level.names.values()]
         for name in params:
             if name not in known:
                 raise UserError(f"{self.id}: unknown parameter '{name}'{did_you_mean(name, known)}")
-        rest = {k: v for k, v in self.inner_defaults.items() if k in inner.parameters}
-        rest |= {self._inner_name(k): v for k, v in params.items() if k not in own}
-        return resolved | {self._flat_name(k): v for k, v in inner.resolve(rest).items()}
-
-    def _inner_name(self, name: str) -> str:
-        short = name.removeprefix(_OF_INNER)
-        return short if short in self.parameters else name
-
-    def _flat_name(self, name: str) -> str:
-        return _OF_INNER + name if name in self.parameters else name
+        return {name: value for level in levels for name, value in level.resolve(params).items()}
 
     def bind(self, params: Mapping[str, Any]) -> Bound:
         """The method with resolved parameters, ready to merge."""
-        own = {k: v for k, v in params.items() if k in self.parameters}
-        if not self.wraps:
-            return Bound(self, own)
-        rest = {self._inner_name(k): v for k, v in params.items() if k not in own}
-        return Bound(self, own, get_method(own["inner"]).bind(rest))
+        inner: Bound | None = None
+        origin: Bound | None = None
+        for level in reversed(self._levels(params)):
+            own = {name: params[flat] for name, flat in level.names.items() if flat in params}
+            if level.is_origin:
+                origin = Bound(level.method, own, level.names)
+            else:
+                inner, origin = Bound(level.method, own, level.names, inner, origin), None
+        assert inner is not None
+        return inner
+
+    def _levels(self, params: Mapping[str, Any]) -> list[_Level]:
+        """The method and what it wraps, from the outside in, each followed by what makes its origin.
+
+        Raises:
+            UserError: a name that is no method's, or that of a wrapper as an origin.
+        """
+        levels: list[_Level] = []
+        taken: set[str] = set()
+        defaults: dict[str, Any] = {}
+
+        def add(entry: Method, prefix: str = "") -> dict[str, str]:
+            names: dict[str, str] = {}
+            for name in entry.parameters:
+                flat = prefix + name
+                while flat in taken:
+                    flat = _OF_INNER + flat
+                names[name] = flat
+            taken.update(names.values())
+            given = {} if prefix else {k: defaults.pop(k) for k in list(defaults) if k in names}
+            levels.append(_Level(entry, names, given, bool(prefix)))
+            return names
+
+        entry = self
+        while True:
+            names = add(entry)
+            if not entry.wraps:
+                return levels
+            defaults |= entry.inner_defaults
+            if "origin" in names:
+                add(entry._named(params, "origin", names), _OF_ORIGIN)
+            entry = entry._named(params, "inner", names)
+
+    def _named(self, params: Mapping[str, Any], which: str, names: Mapping[str, str]) -> Method:
+        """The method that a parameter names."""
+        id = params.get(names[which], self.parameters[which])
+        if not isinstance(id, str):
+            raise UserError(f"{self.id}: {which} = {id!r}: name a method")
+        if which == "inner":
+            return get_method(id)
+        found = get_method("average" if id == "mean" else id)
+        if found.wraps:
+            raise UserError(f"{self.id}: origin '{id}' wraps another method; name a plain one")
+        return found
 
     def misuses(
         self,
@@ -153,16 +182,21 @@ class Method:
     ) -> Iterator[str]:
         """What is wrong with resolved parameters for so many experts, a sentence each."""
         wanted: list[str] = []
-        bound: Bound | None = self.bind(params)
-        while bound:
-            yield from bound.method._misuses(bound.params, experts, has_base)
-            wanted += bound.method.statistics(bound.params) if bound.method.statistics else []
-            bound = bound.inner
+        for bound in self.bind(params).chain:
+            for part in filter(None, (bound.origin, bound)):
+                yield from part.method._misuses(part.params, experts, has_base)
+                wanted += part.statistics
+            has_base = has_base or bound.origin is not None
         given = statistics or {}
         yield from (
             f"{self.id} needs the statistics '{k}': name their file" for k in wanted if k not in given
         )
         yield from (f"{self.id} takes no statistics '{k}'" for k in given if k not in wanted)
+
+    def warnings(self, params: Mapping[str, Any], experts: int) -> Iterator[str]:
+        """What is legal but pointless with resolved parameters for so many experts, a sentence each."""
+        for bound in self.bind(params).chain:
+            yield from filter(None, [bound.method.warn and bound.method.warn(experts, bound.params)])
 
     def _misuses(self, params: Mapping[str, Any], experts: int, has_base: bool) -> Iterator[str]:
         if not has_base and (self.needs_base or self.base_if and self.base_if(params)):
@@ -171,9 +205,12 @@ class Method:
             yield f"{self.id} needs at least {self.minimum_experts} expert(s), got {experts}"
         if self.maximum_experts and experts > self.maximum_experts:
             yield f"{self.id} merges at most {self.maximum_experts} expert(s), got {experts}"
+        for name in _PER_EXPERT:
+            listed = params.get(name)
+            if isinstance(listed, list) and len(listed) != experts:
+                what = "weights" if name == "weights" else f"numbers in {name}"
+                yield f"{self.id}: {len(listed)} {what} for {experts} experts; give one an expert, in order"
         weights = params.get("weights")
-        if weights is not None and len(weights) != experts:
-            yield f"{self.id}: {len(weights)} weights for {experts} experts; give one an expert, in order"
         if weights and params.get("normalize") and sum(weights) == 0:
             yield f"{self.id}: the weights sum to 0, so they cannot be normalised; set normalize to false"
         wrong = self.check and self.check(params, experts)
@@ -182,23 +219,67 @@ class Method:
 
 
 @dataclass(frozen=True)
+class _Level:
+    """One method of a chain of wrappers, and where its parameters stand among those of the chain."""
+
+    method: Method
+    names: Mapping[str, str]  # its own name of a parameter -> the chain's
+    defaults: Mapping[str, Any]  # that the wrappers around it change
+    is_origin: bool  # of the level before it
+
+    def resolve(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Its parameters by the chain's names (raises UserError for a value of the wrong type or out of range)."""
+        from pydantic import ValidationError
+
+        own = {**self.defaults, **{name: params[flat] for name, flat in self.names.items() if flat in params}}
+        try:
+            resolved = self.method.schema.model_validate(own).model_dump()
+        except ValidationError as error:
+            errors = error.errors()
+            # Of a number or a list of them, what is wrong with the kind that was given.
+            first = errors[-1 if isinstance(own[errors[0]["loc"][0]], list) else 0]
+            where = ".".join(str(part) for i, part in enumerate(first["loc"]) if not i or isinstance(part, int))
+            raise UserError(f"{self.method.id}: {where} = {first['input']!r}: {first['msg']}") from None
+        return {self.names[name]: value for name, value in resolved.items()}
+
+
+@dataclass(frozen=True)
 class Bound:
-    """A method with its parameters, and those of the method that it wraps."""
+    """A method with its parameters, the method that it wraps, and the one that makes the base which that sees.
+
+    What is found before the first block is merged, by pre-passes (`facts`) and in each tensor (`measured`), are for
+    a wrapper the findings of its `own`, of its `inner` method and of its `origin`.
+    """
 
     method: Method
     params: Mapping[str, Any]
+    names: Mapping[str, str] = field(default_factory=dict)  # of its parameters among those of the whole chain
     inner: Bound | None = None
+    origin: Bound | None = None
+
+    @property
+    def chain(self) -> Iterator[Bound]:
+        """This and what it wraps, from the outside in."""
+        bound: Bound | None = self
+        while bound:
+            yield bound
+            bound = bound.inner
 
     @property
     def flat(self) -> dict[str, Any]:
         """All parameters in one mapping, as recipes have them."""
-        inner = {self.method._flat_name(k): v for k, v in self.inner.flat.items()} if self.inner else {}
-        return {**self.params, **inner}
+        parts = [part for bound in self.chain for part in (bound, bound.origin) if part]
+        return {part.names.get(k, k): v for part in parts for k, v in part.params.items()}
 
     @property
     def is_spectral(self) -> bool:
         """Whether matrices are decomposed."""
-        return self.method.spectral or bool(self.inner and self.inner.is_spectral)
+        return any(b.method.spectral or b.origin and b.origin.is_spectral for b in self.chain)
+
+    @property
+    def statistics(self) -> list[str]:
+        """The kinds of statistics that the method itself reads."""
+        return self.method.statistics(self.params) if self.method.statistics else []
 
     @property
     def own_unit(self) -> Unit | Literal["matrix"]:
@@ -207,18 +288,30 @@ class Bound:
 
     def unit(self, name: str, shape: Sequence[int]) -> Unit:
         """The smallest blocks of a tensor that the method, and what it wraps, can be given."""
+        own = self._seen_unit(name, shape)
+        return max(own, self.inner.unit(name, shape) if self.inner else own, key=UNITS.index)
+
+    def _seen_unit(self, name: str, shape: Sequence[int]) -> Unit:
+        """The smallest blocks from which it can tell what the inner method sees."""
         own = self.own_unit
         if own == "matrix":
             own = "tensor" if is_matrix(name, shape, self.params["keys"]) else "element"
-        return max(own, self.inner.unit(name, shape) if self.inner else own, key=_UNITS.index)
+        return max(own, self.origin.unit(name, shape) if self.origin else own, key=UNITS.index)
+
+    @property
+    def changes(self) -> bool:
+        """Whether what is wrapped sees other experts, or another base, than there are."""
+        return any(bound.origin or bound.method.transform for bound in self.chain)
 
     @property
     def has_prepass(self) -> bool:
         """Whether the whole model must be read before the first tensor is merged."""
-        return self._own_prepass or bool(self.inner and self.inner.has_prepass)
+        parts = [part for bound in self.chain for part in (bound, bound.origin) if part]
+        return any(part.own_prepass for part in parts)
 
     @property
-    def _own_prepass(self) -> bool:
+    def own_prepass(self) -> bool:
+        """Whether the method itself reads the whole model."""
         method = self.method
         return bool(method.prepass) and (method.prepass_if is None or method.prepass_if(self.params))
 
@@ -229,9 +322,11 @@ class Bound:
         if not self.inner:
             return self.method.prepass(inputs, **self.params)
         found = {"inner": None}
+        if self.origin and self.origin.has_prepass:
+            found["origin"] = self.origin.prepass(inputs)
         if self.inner.has_prepass:
-            found["inner"] = self.inner.prepass(inputs.changed(self._seen))
-        if self._own_prepass:
+            found["inner"] = self.inner.prepass(inputs.changed(lambda view: self._seen(view, found)))
+        if self.own_prepass:
             found["own"] = self.method.prepass(inputs, Inner(self, found), **self.params)
         return found
 
@@ -239,10 +334,11 @@ class Bound:
         """What must be known of one tensor before its blocks are merged; nothing, if it has none."""
         if not view.elements:
             return None
-        if self.inner:
-            own = self._own_measure(view)
-            return {"own": own, "inner": self.inner.measure(self._changed(view, own), _part(facts, "inner"))}
-        return self.method.measure(view, **self.params) if self.method.measure else None
+        if not self.inner:
+            return self._own_measure(view)
+        found = self._measure_outside(view, facts)
+        seen = self._changed(view, facts, found, keep=True)
+        return found | {"inner": self.inner.measure(seen, _part(facts, "inner"))}
 
     def __call__(self, x: Slot, facts: Any, measured: Any) -> Tensor:
         """The merged block."""
@@ -251,20 +347,57 @@ class Bound:
         own = x.given(_part(facts, "own"), _part(measured, "own"))
         return self.method.function(own, Inner(self, facts, measured), **self.params)
 
+    def merged(self, x: Slot, facts: Any, measured: Any) -> Tensor:
+        """The merged block, from blocks of the method's own unit."""
+        parts = [self(part, facts, measured) for part in x.blocks(self.unit(x.name, x.tensor_shape))]
+        whole = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+        return whole.reshape(x.shape)
+
     def _own_measure(self, view: View) -> Any:
         return self.method.measure(view, **self.params) if self.method.measure else None
 
-    def _seen(self, view: View) -> View:
-        return self._changed(view, self._own_measure(view)) if self.method.transform else view
+    def _measure_outside(self, view: View, facts: Any) -> dict[str, Any]:
+        """What must be known of a tensor to tell what the inner method sees."""
+        found = {"own": self._own_measure(view)}
+        if self.origin:
+            found["origin"] = self.origin.measure(view, _part(facts, "origin"))
+        return found
 
-    def _changed(self, view: View, measured: Any) -> View:
-        return ChangedView(view, lambda x: self.transformed(x, measured))
+    def _seen(self, view: View, facts: Any) -> View:
+        return self._changed(view, facts, self._measure_outside(view, facts))
 
-    def transformed(self, x: Slot, measured: Any) -> Slot:
-        """The block as the inner method sees it."""
-        if not self.method.transform:
-            return x
-        return self.method.transform(x.given(None, measured), **self.params)
+    def _changed(self, view: View, facts: Any, measured: Any, keep: bool = False) -> View:
+        """The tensor as the inner method sees it; `keep`: for one that is let go soon."""
+        if not self.origin and not self.method.transform:
+            return view
+        unit = self._seen_unit(view.name, view.shape)
+        return ChangedView(view, lambda x: self.transformed(x, facts, measured), unit, keep)
+
+    def transformed(self, x: Slot, facts: Any, measured: Any) -> Slot:
+        """The block as the inner method sees it; points of a sweep share it."""
+        if self.origin:
+            origin, found = self.origin, (_part(facts, "origin"), _part(measured, "origin"))
+            told = origin._told(x, found[0])
+            reference = "mean" if told and origin.method.id == "average" else told
+            key = ("around", origin.method.id, canonical_json([dict(origin.params), found[0]]))
+            return x.share(key, lambda: x.with_base(origin.merged(x, *found), reference))
+        if self.method.transform:
+            return x.share(
+                (self.method.id, canonical_json(dict(self.params))), lambda: self._transform(x, measured)
+            )
+        return x
+
+    def _transform(self, x: Slot, measured: Any) -> Slot:
+        seen = self.method.transform(x.given(None, _part(measured, "own")), **self.params)
+        told = self._told(x, None)
+        seen.changes = None if told is None or x.changes is None else [*x.changes, told]
+        return seen
+
+    def _told(self, x: Slot, facts: Any) -> Any:
+        """What its result depends on besides a tensor's bytes, as JSON values; None if that cannot be said."""
+        if self.statistics or x.reference is None:
+            return None
+        return [self.method.id, dict(self.params), facts, x.reference]
 
 
 class Inner:
@@ -275,8 +408,8 @@ class Inner:
 
     def __call__(self, x: Slot) -> Tensor:
         """The block as the inner method merges it."""
-        seen = self._wrapper.transformed(x, _part(self._measured, "own"))
-        return self._wrapper.inner(seen, _part(self._facts, "inner"), _part(self._measured, "inner"))
+        seen = self._wrapper.transformed(x, self._facts, self._measured)
+        return self._wrapper.inner.merged(seen, _part(self._facts, "inner"), _part(self._measured, "inner"))
 
     def merged(self, view: View) -> Iterator[tuple[Slot, Tensor]]:
         """All blocks of a tensor and what the inner method makes of them."""

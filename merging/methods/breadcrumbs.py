@@ -13,6 +13,9 @@ from merging.slots import Slot, Unit, View
 if TYPE_CHECKING:
     from torch import Tensor
 
+Share = Annotated[float, Gt(0), Le(1)]
+Rate = Annotated[float, Ge(0), Lt(1)]
+
 
 def _scope(params: Mapping[str, Any]) -> Unit:
     return "row" if params["scope"] == "row" else "element"
@@ -45,8 +48,8 @@ def _places(
 def bounds(
     view: View,
     *,
-    density: float,
-    outlier_rate: float,
+    density: float | list[float],
+    outlier_rate: float | list[float],
     bottom_rate: float | None,
     remove_first: bool,
     scope: str,
@@ -56,13 +59,14 @@ def bounds(
     """Smallest and largest magnitude kept, one pair an expert, if the scope is the tensor; None keeps nothing."""
     if scope == "row":
         return None
-    first, last = _places(view.elements, density, outlier_rate, bottom_rate, remove_first, variant)
-    if last < first:
-        return {"bounds": None}
-    places = [[first + 1, last + 1]] * len(view.source.experts)
-    return {
-        "bounds": ops.kth_smallest(lambda f: [f(view)], lambda x: x.task_vectors, "element", lambda _: places)
-    }
+    count = len(view.source.experts)
+    kept_T = [
+        _places(view.elements, share, rate, bottom_rate, remove_first, variant)
+        for share, rate in zip(ops.for_each(density, count), ops.for_each(outlier_rate, count))
+    ]
+    places = [[first + 1, last + 1] if first <= last else [1, 1] for first, last in kept_T]
+    found = ops.kth_smallest(lambda f: [f(view)], lambda x: x.task_vectors, "element", lambda _: places)
+    return [limits if first <= last else None for limits, (first, last) in zip(found, kept_T)]
 
 
 @method(
@@ -77,12 +81,14 @@ def bounds(
 def breadcrumbs(
     x: Slot,
     *,
-    density: Annotated[float, Gt(0), Le(1)] = 0.15,
-    outlier_rate: Annotated[float, Ge(0), Lt(1)] = 0.006,
+    density: Share | list[Share] = 0.15,
+    outlier_rate: Rate | list[Rate] = 0.006,
     scale: float = 0.2,
     weights: list[float] | None = None,
+    normalize: bool = False,
+    elect: bool = False,
     remove_first: bool = True,
-    bottom_rate: Annotated[float, Ge(0), Lt(1)] | None = None,
+    bottom_rate: Rate | None = None,
     scope: Literal["row", "tensor"] = "row",
     variant: Literal["official", "mergellm", "mergekit"] = "official",
 ) -> Tensor:
@@ -90,13 +96,17 @@ def breadcrumbs(
 
     Of every n entries (a row of the last dimension, or the tensor) the int(n * outlier_rate) largest are dropped,
     then the int(n * density) largest of the rest are kept. Without `remove_first` the dropped count as kept ones.
+    Both are numbers, or lists of one an expert. `elect` adds only what agrees with the elected sign.
     """
     tau_TX = []
+    count = len(x.experts)
+    share_T, rate_T = ops.for_each(density, count), ops.for_each(outlier_rate, count)
     for t, tau_X in enumerate(x.task_vectors):
         if scope == "tensor":
-            limits = x.measured["bounds"] and x.measured["bounds"][t]
+            limits = x.measured[t]
         else:
-            first, last = _places(tau_X.shape[-1], density, outlier_rate, bottom_rate, remove_first, variant)
+            columns = tau_X.shape[-1]
+            first, last = _places(columns, share_T[t], rate_T[t], bottom_rate, remove_first, variant)
             limits = ops.row_order(tau_X, [first, last]) if first <= last else None
         tau_TX.append(ops.keep_between(tau_X, *limits) if limits else 0 * tau_X)
-    return ops.total(tau_TX, weights).mul_(scale).add_(x.base)
+    return ops.merge_signed(tau_TX, weights, elect, normalize).mul_(scale).add_(x.base)

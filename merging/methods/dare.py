@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Le
 
 from merging import draws
+from merging import operators as ops
 from merging.lazy import torch
 from merging.methods import Inner, method
 from merging.slots import Slot, View
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Rate = Annotated[float, Ge(0), Le(1)]
 
 
 def kept(x: Slot, t: int, probability: float | Tensor, masks: str) -> Tensor:
@@ -34,26 +37,28 @@ def wants_masks(params: Any) -> list[str]:
 
 
 def l1_ratios(
-    view: View, *, drop_rate: float, masks: str, variant: str, rescale: bool, **_: Any
+    view: View, *, drop_rate: float | list[float], masks: str, variant: str, rescale: bool, **_: Any
 ) -> list[float] | None:
     """What mergekit multiplies survivors by: the ratio of L1 norms before and after, one an expert."""
     if variant != "mergekit" or not rescale:
         return None
     before, after = [0.0] * len(view.source.experts), [0.0] * len(view.source.experts)
+    rate_T = ops.for_each(drop_rate, len(before))
     for x in view.blocks("element"):
         for t, tau_X in enumerate(x.task_vectors):
             size_X = tau_X.abs()
             before[t] += float(size_X.sum(dtype=torch.float64))
-            after[t] += float((size_X * kept(x, t, 1.0 - drop_rate, masks)).sum(dtype=torch.float64))
+            after[t] += float((size_X * kept(x, t, 1.0 - rate_T[t], masks)).sum(dtype=torch.float64))
     return [b / a if a > 0 else 1.0 for b, a in zip(before, after)]
 
 
-def drop(x: Slot, *, drop_rate: float, masks: str, rescale: bool, **_: Any) -> Slot:
+def drop(x: Slot, *, drop_rate: float | list[float], masks: str, rescale: bool, **_: Any) -> Slot:
     """The slot with entries of the task vectors dropped and the others rescaled."""
-    ratios = x.measured or [1 / (1 - drop_rate) if rescale and drop_rate < 1 else 1.0] * len(x.experts)
+    rate_T = ops.for_each(drop_rate, len(x.experts))
+    ratios = x.measured or [1 / (1 - rate) if rescale and rate < 1 else 1.0 for rate in rate_T]
 
     def change(t: int, expert_X: Tensor) -> Tensor:
-        return (expert_X - x.base).mul_(kept(x, t, 1.0 - drop_rate, masks)).mul_(ratios[t]).add_(x.base)
+        return (expert_X - x.base).mul_(kept(x, t, 1.0 - rate_T[t], masks)).mul_(ratios[t]).add_(x.base)
 
     return x.with_experts(change)
 
@@ -71,15 +76,16 @@ def dare(
     x: Slot,
     merge: Inner,
     *,
-    drop_rate: Annotated[float, Ge(0), Le(1)] = 0.1,
+    drop_rate: Rate | list[Rate] = 0.1,
     rescale: bool = True,
-    inner: Literal["task_arithmetic", "average", "ties"] = "task_arithmetic",
+    inner: str = "task_arithmetic",
     masks: Literal["drawn", "given"] = "drawn",
     variant: Literal["official", "mergekit"] = "official",
 ) -> Tensor:
     """Another merge of experts whose task vectors lost a random share of their entries.
 
-    Survivors are divided by 1 - drop_rate (mergekit: multiplied by the ratio of L1 norms). Draws depend on the seed,
-    the expert's name, the tensor and the element alone. The inner method's parameters stand beside these.
+    Survivors are divided by 1 - drop_rate (mergekit: multiplied by the ratio of L1 norms). A list of rates has one
+    an expert. Draws depend on the seed, the expert's name, the tensor and the element alone. The inner method's
+    parameters stand beside these.
     """
     return merge(x)

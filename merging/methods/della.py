@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from merging import operators as ops
 from merging.lazy import torch
@@ -15,35 +15,56 @@ from merging.slots import Slot, View
 if TYPE_CHECKING:
     from torch import Tensor
 
+Share = Annotated[float, Gt(0), Le(1)]
+Width = Annotated[float, Ge(0), Lt(1)]
 
-def _window(params: Mapping[str, Any], _experts: int) -> str | None:
-    density, epsilon = params["density"], params["epsilon"]
-    if not 0 < density - epsilon <= density + epsilon < 1:
-        return f"density {density} +/- epsilon {epsilon} leaves (0, 1); narrow the window"
+
+def _window(params: Mapping[str, Any], experts: int) -> str | None:
+    for density, epsilon in _windows(params["density"], params["epsilon"], experts):
+        if density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            return f"density {density} +/- epsilon {epsilon} leaves (0, 1); narrow the window"
     return None
 
 
+def _windows(
+    density: float | list[float], epsilon: float | list[float], experts: int
+) -> list[tuple[float, float]]:
+    """Density and epsilon of each expert."""
+    return list(zip(ops.for_each(density, experts), ops.for_each(epsilon, experts)))
+
+
 def keep_probability(tau_MN: Tensor, density: float, epsilon: float) -> Tensor:
-    """density - epsilon for the smallest magnitude of a row, up to density + epsilon for the largest: (M, N)."""
+    """density - epsilon for the smallest magnitude of a row, up to density + epsilon for the largest: (M, N).
+
+    A density of 1 keeps everything.
+    """
     last = tau_MN.shape[-1] - 1
-    if last == 0:
+    if last == 0 or density == 1:
         return torch.full_like(tau_MN, density)
     return ops.row_ranks(tau_MN).mul_(2 * epsilon / last).add_(density - epsilon)
 
 
 def l1_ratios(
-    view: View, *, density: float, epsilon: float, masks: str, variant: str, rescale: bool, **_: Any
+    view: View,
+    *,
+    density: float | list[float],
+    epsilon: float | list[float],
+    masks: str,
+    variant: str,
+    rescale: bool,
+    **_: Any,
 ) -> list[float] | None:
     """What mergekit multiplies survivors by: the ratio of L1 norms before and after, one an expert."""
     if variant != "mergekit" or not rescale:
         return None
     before, after = [0.0] * len(view.source.experts), [0.0] * len(view.source.experts)
+    window_T = _windows(density, epsilon, len(before))
     for x in view.blocks("row"):
         for t, tau_MN in enumerate(x.task_vectors):
             size_MN = tau_MN.abs()
             before[t] += float(size_MN.sum(dtype=torch.float64))
-            kept_MN = kept(x, t, keep_probability(tau_MN, density, epsilon), masks)
-            x.leave_mask((t, density, epsilon), kept_MN)
+            kept_MN = kept(x, t, keep_probability(tau_MN, *window_T[t]), masks)
+            x.leave_mask((t, *window_T[t]), kept_MN)
             size_MN *= kept_MN
             after[t] += float(size_MN.sum(dtype=torch.float64))
     return [b / a if a > 0 else 1.0 for b, a in zip(before, after)]
@@ -62,10 +83,11 @@ def l1_ratios(
 def della(
     x: Slot,
     *,
-    density: Annotated[float, Gt(0), Lt(1)] = 0.3,
-    epsilon: Annotated[float, Ge(0), Lt(1)] = 0.07,
+    density: Share | list[Share] = 0.3,
+    epsilon: Width | list[Width] = 0.07,
     weights: list[float] | None = None,
     normalize: bool = True,
+    elect: bool = True,
     rescale: bool = True,
     scale: float = 1.1,
     scope: Literal["row"] = "row",
@@ -75,22 +97,19 @@ def della(
     """base + scale * merge of entries kept with a probability that grows with their magnitude's rank in the row.
 
     Survivors are divided by their probability (mergekit: multiplied by the ratio of L1 norms); then signs are elected
-    and the entries that agree are averaged by weight. A convolution's rows are those of its last dimension.
+    and the entries that agree are averaged by weight; all are without `elect`. A convolution's rows are those of its
+    last dimension. `density` and `epsilon` are numbers, or lists of one an expert.
     """
     tau_TMN = []
+    window_T = _windows(density, epsilon, len(x.experts))
     for t, tau_MN in enumerate(x.task_vectors):
         if x.measured:
-            kept_MN = x.left_mask((t, density, epsilon))
+            kept_MN = x.left_mask((t, *window_T[t]))
             if kept_MN is None:
-                kept_MN = kept(x, t, keep_probability(tau_MN, density, epsilon), masks)
+                kept_MN = kept(x, t, keep_probability(tau_MN, *window_T[t]), masks)
             tau_TMN.append((kept_MN * tau_MN).mul_(x.measured[t]))
             continue
-        keep_MN = keep_probability(tau_MN, density, epsilon)
+        keep_MN = keep_probability(tau_MN, *window_T[t])
         survivors_MN = kept(x, t, keep_MN, masks).to(tau_MN).mul_(tau_MN)
         tau_TMN.append(survivors_MN.div_(keep_MN) if rescale else survivors_MN)
-    weights = weights or [1.0] * len(tau_TMN)
-    sign_MN = ops.elect_signs(tau_TMN, weights, 1.0)
-    merged, count = ops.orthant_sum(tau_TMN, sign_MN, weights)
-    if normalize:
-        merged = merged / torch.where(count == 0, 1.0, count)
-    return merged.mul_(scale).add_(x.base)
+    return ops.merge_signed(tau_TMN, weights, elect, normalize).mul_(scale).add_(x.base)

@@ -14,29 +14,36 @@ from merging.slots import Inputs, Slot, View
 if TYPE_CHECKING:
     from torch import Tensor
 
+Share = Annotated[float, Gt(0), Le(1)]
+
 
 def _is_global(params: Mapping[str, Any]) -> bool:
     return params["scope"] == "global" and params["variant"] != "mergekit"
 
 
-def trim(inputs: Inputs, *, density: float, scope: str, variant: str, **_: Any) -> dict[str, Any]:
+def trim(inputs: Inputs, *, density: float | list[float], scope: str, variant: str, **_: Any) -> dict[str, Any]:
     """Thresholds over all tensors of each expert, and the sign that stands in where sums cancel."""
     return _trim(inputs.each, inputs.elements, density, variant, len(inputs.views[0].source.experts))
 
 
-def trim_tensor(view: View, *, density: float, scope: str, variant: str, **_: Any) -> dict[str, Any] | None:
+def trim_tensor(
+    view: View, *, density: float | list[float], scope: str, variant: str, **_: Any
+) -> dict[str, Any] | None:
     """The same for one tensor, unless the whole model was measured."""
     if scope == "global" and variant != "mergekit":
         return None
     return _trim(lambda function: [function(view)], view.elements, density, variant, len(view.source.experts))
 
 
-def _trim(each: ops.Each, elements: int, density: float, variant: str, experts: int) -> dict[str, Any]:
-    kth = _kth(elements, density, variant)
+def _trim(
+    each: ops.Each, elements: int, density: float | list[float], variant: str, experts: int
+) -> dict[str, Any]:
+    kth_T = [_kth(elements, share, variant) for share in ops.for_each(density, experts)]
     thresholds = [0.0] * experts
-    if kth:
-        found = ops.kth_smallest(each, lambda x: x.task_vectors, "element", lambda _: [[kth]] * experts)
-        thresholds = [threshold for [threshold] in found]
+    if any(kth_T):
+        places = [[max(kth, 1)] for kth in kth_T]
+        found = ops.kth_smallest(each, lambda x: x.task_vectors, "element", lambda _: places)
+        thresholds = [threshold if kth else 0.0 for kth, [threshold] in zip(kth_T, found)]
     if variant == "mergekit":  # a sum of zero counts as positive there
         return {"thresholds": thresholds, "majority": 1.0}
 
@@ -59,7 +66,7 @@ def _trim(each: ops.Each, elements: int, density: float, variant: str, experts: 
 def ties(
     x: Slot,
     *,
-    density: Annotated[float, Gt(0), Le(1)] = 0.2,
+    density: Share | list[Share] = 0.2,
     scale: float = 1.0,
     reduce: Literal["mean", "sum", "max"] = "mean",
     weights: list[float] | None = None,
@@ -70,7 +77,7 @@ def ties(
     """base + scale * merge of the task-vector entries that are large and agree with the elected sign.
 
     `density` is the share of entries kept (those equal to the threshold are all kept), over the whole model or each
-    tensor. `weights` and `normalize` belong to the mergekit variant, which also trims tensor by tensor.
+    tensor; a list has one an expert. `weights` and `normalize` belong to the mergekit variant, which also trims tensor by tensor.
     """
     found = x.measured or x.facts
     tau_TX = _trimmed(x, found["thresholds"])

@@ -1,0 +1,21 @@
+"""Task vectors around another reference than the base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging.methods import Inner, method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(paper="2412.12153", code="david3684/AdaRank@dfa53581", reference="mean")
+def around(x: Slot, merge: Inner, *, inner: str = "task_arithmetic", origin: str = "mean") -> Tensor:
+    """Another merge, whose base is what a third one makes of the experts: `mean`, or any method that wraps none.
+
+    Its task vectors are expert - origin: those around the mean are centred. The parameters of the origin stand beside
+    these as origin_scale, origin_rank, ..., and so do the inner method's.
+    """
+    return merge(x)

@@ -1,0 +1,17 @@
+"""One expert as it is, or scaled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging.methods import method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(paper="mergekit", code="arcee-ai/mergekit@a6e40288", reference="none", maximum_experts=1)
+def passthrough(x: Slot, *, scale: float = 1.0) -> Tensor:
+    """scale * the one expert."""
+    return x.experts[0] * scale
