@@ -12,7 +12,7 @@ from checkpoints import State, random_state, refused, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from uses import USES
+from uses import USES, statistics_for
 
 from merging import merge_state_dicts, slots
 from merging.engine import merge_state_dicts_points
@@ -37,17 +37,10 @@ def family(seed: int, experts: int = 3, dtype: torch.dtype = torch.float32) -> t
     }
 
 
-def statistics(method: str, params: dict[str, Any], base: State | None) -> dict[str, Any]:
-    """What the method reads beside checkpoints, in shapes that fit the base."""
-    kinds = {"instruction": lambda: {name: tensor * 1.5 for name, tensor in base.items()}}
-    entry = get_method(method)
-    return {k: kinds[k]() for k in (entry.statistics(entry.resolve(params)) if entry.statistics else [])}
-
-
 def merged(method: str, experts: dict[str, State], base: State | None = None, **params: Any) -> State:
     """The merge of as many of the experts as the method takes, with statistics if it reads any."""
     some = dict(list(experts.items())[: get_method(method).maximum_experts])
-    given = statistics(method, params, base)
+    given = statistics_for(method, params, base)
     return merge_state_dicts(method, some, base, params=params, statistics=given)
 
 
@@ -218,7 +211,7 @@ def test_points_of_a_sweep_are_what_each_is_alone(method):
         has_scale = "scale" in get_method(method).resolve(params)
         points += [params, *({**params, "scale": scale} for scale in (0.9, 0.2) if has_scale)]
     base, experts = family(0, get_method(method).maximum_experts or 3)
-    given = statistics(method, points[0], base)
+    given = statistics_for(method, points[0], base)
     found = merge_state_dicts_points(method, experts, base, points=points, statistics=given)
     for params, state in zip(points, found, strict=True):
         assert same_tensors(state, merged(method, experts, base, **params))

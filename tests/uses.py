@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from merging.methods import get_method
+
 Use = tuple[str, dict[str, Any]]
 
 ELEMENTWISE: list[Use] = [
@@ -53,7 +55,7 @@ ELEMENTWISE: list[Use] = [
     ("ema", {"window": 2}),
     ("greedy_soup", {}),
     ("greedy_soup", {"members": [1]}),
-    ("metrics_weighted", {"metric": "steps"}),
+    ("metrics_weighted", {}),
 ]
 
 GEOMETRIC: list[Use] = [
@@ -94,6 +96,15 @@ WRAPPERS: list[Use] = [
     ("lines", {}),
     ("lines", {"inner": "ties", "alpha": 0.5}),
     ("lines", {"inner": "cart", "rank": 0.5}),
+    ("subspace_boosting", {"beta": 0.5}),
+    ("subspace_boosting", {"beta": 0.6, "inner": "ties", "density": 0.9, "keys": "matrices"}),
 ]
 
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS
+
+
+def statistics_for(method: str, params: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
+    """What the method reads beside checkpoints, in shapes that fit the base."""
+    kinds = {"instruction": lambda: {name: tensor * 1.5 for name, tensor in base.items()}}
+    entry = get_method(method)
+    return {k: kinds[k]() for k in (entry.statistics(entry.resolve(params)) if entry.statistics else [])}

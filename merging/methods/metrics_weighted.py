@@ -27,7 +27,7 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
 def metrics_weighted(
     x: Slot,
     *,
-    metric: Literal["loss", "steps"] = "loss",
+    metric: Literal["loss", "steps"] = "steps",
     values: list[Annotated[float, Gt(0)]] | None = None,
     power: Annotated[float, Ge(0)] = 1.0,
 ) -> Tensor:

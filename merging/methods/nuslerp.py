@@ -11,7 +11,8 @@ from merging.slots import Slot, Unit, View
 if TYPE_CHECKING:
     from torch import Tensor
 
-_COLLINEAR, _SHORT = 1e-8, 1e-7  # a sine, and a norm, as in the official code
+_COLLINEAR = 1e-6  # a sine; the official 1e-8 is that of a float32 cosine, which resolves none below 3e-4
+_SHORT = 1e-7  # a norm, as in the official code
 
 
 def _unit(params: Mapping[str, Any]) -> Unit:
