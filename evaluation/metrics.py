@@ -58,6 +58,15 @@ def bootstrap_mean(correct: Correct, draws: int = 2000, seed: int = 0, confidenc
     return Estimate(float(np.mean(means)), *_percentiles(np.mean(resampled, axis=0), confidence))
 
 
+def bootstrap_ratio(
+    above_N: np.ndarray, below_N: np.ndarray, draws: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """sum(above) / sum(below) over N documents, with a percentile bootstrap interval over the documents."""
+    chosen_DN = np.random.default_rng(seed).integers(0, len(above_N), (draws, len(above_N)))
+    resampled = above_N[chosen_DN].sum(1) / below_N[chosen_DN].sum(1)
+    return Estimate(float(above_N.sum() / below_N.sum()), *_percentiles(resampled, confidence))
+
+
 def paired(a: Correct, b: Correct, draws: int = 2000, seed: int = 0, confidence: float = 0.95) -> Paired:
     """Mean accuracy over tasks of `a` minus that of `b`, both measured on the same examples.
 

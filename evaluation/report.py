@@ -59,6 +59,7 @@ def render(
         summary=_summary(leaderboard),
         pairs=_pairs(leaderboard),
         accuracies=_accuracies(rows, leaderboard["tasks"]),
+        language=_language(rows) if "language" in leaderboard else None,
         searches=_searches(searches),
         vectors=_vectors(description),
         steps=_steps(costs),
@@ -198,6 +199,23 @@ def _accuracies(rows: list[Json], tasks: list[str]) -> Table:
     measured = [rows, *([row["tasks"][task] for row in rows if task in row["tasks"]] for task in tasks)]
     widths = [Cell(f"±{half_width(estimates):.3f}", None) for estimates in measured]
     return plain._replace(rows=[*marked, ("widest interval", widths)])
+
+
+# ------------------------------------------------------------ language models
+
+
+def _language(rows: list[Json]) -> Json:
+    """What language models have besides: the perplexity tasks, and lm-eval's own numbers, a row a task and metric."""
+    models = [row for row in rows if "lm_eval" in row]
+    keys = dict.fromkeys((task, key) for row in models for task, found in row["lm_eval"].items() for key in found)
+
+    def text(row: Json, task: str, key: str) -> str:
+        value, error = row["lm_eval"].get(task, {}).get(key) or (None, None)
+        return "–" if value is None else f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+    metrics = [(f"{task} {key}", [text(row, task, key) for row in models]) for task, key in keys]
+    perplexity = dict.fromkeys(task for row in models for task in row["perplexity"])
+    return {"models": [row["name"] for row in models], "metrics": metrics, "perplexity": list(perplexity)}
 
 
 # ------------------------------------------------------------ search curves

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?")
 _BLOCK = 1 << 16  # elements of a block of rows, at least
@@ -100,7 +100,7 @@ class AdaptedCheckpoint(Checkpoint):
 def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether it is what PEFT's `save_pretrained` writes."""
     files = {info.file.name for info in checkpoint.tensors.values()}
-    return files == {_ADAPTER_WEIGHTS} and (checkpoint.folder / ADAPTER_CONFIG).is_file()
+    return files == {ADAPTER_WEIGHTS} and (checkpoint.folder / ADAPTER_CONFIG).is_file()
 
 
 def adapt(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:

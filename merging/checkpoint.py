@@ -175,6 +175,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         refuse_pickle(path)
+        _refuse_gguf(path)
         tensors, metadata = _read_header(path)
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
@@ -192,6 +193,12 @@ def refuse_pickle(path: Path) -> None:
             f"{path}: a pickle checkpoint can run code when it is opened; save it as safetensors, or let "
             "`mergeline fetch` convert it with allow_pickle: true"
         )
+
+
+def _refuse_gguf(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(4) == b"GGUF":
+            raise UserError(f"{path}: GGUF weights are quantised, they cannot be merged; take the original ones")
 
 
 def safe_name(folder: Path, name: Any, source: Path) -> Path:

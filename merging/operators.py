@@ -85,6 +85,14 @@ def largest_aligned(tau_TX: Sequence[Tensor], sign_X: Tensor) -> Tensor:
     return largest_X * sign_X
 
 
+def largest(tau_TX: Sequence[Tensor]) -> Tensor:
+    """The entry of largest magnitude, of equal ones the last: (X)."""
+    largest_X = tau_TX[0]
+    for tau_X in tau_TX[1:]:
+        largest_X = torch.where(tau_X.abs() >= largest_X.abs(), tau_X, largest_X)
+    return largest_X
+
+
 def gram(tensors: Sequence[Tensor]) -> Tensor:
     """All inner products of T tensors of one shape, in float64, on the CPU: (T, T)."""
     stack_TN = torch.stack([tensor.reshape(-1) for tensor in tensors]).double()
@@ -104,6 +112,49 @@ def merge_signed(
         return total(tau_TX, weights) if share in (0.0, 1.0) else total(tau_TX, weights).div_(share)
     sum_X, weight_X = orthant_sum(tau_TX, elect_signs(tau_TX, weights, 1.0), weights)
     return sum_X / torch.where(weight_X == 0, 1.0, weight_X) if normalize else sum_X
+
+
+def combination(x: Slot, coefficients: Sequence[float]) -> Tensor:
+    """base + sum of coefficient * task vector; without a base, the sum of coefficient * expert: (X)."""
+    sum_X = weighted_sum(x.experts, coefficients, x.precision)
+    return sum_X if x.base is None else sum_X.add_(x.base, alpha=1 - sum(coefficients))
+
+
+def vectors(x: Slot) -> Sequence[Tensor]:
+    """What a geometric mean is taken of: the task vectors or, without a base, the experts; T times (X)."""
+    return x.experts if x.base is None else x.task_vectors
+
+
+def squared_norms(view: View) -> Tensor:
+    """Squared Euclidean norms of one tensor's task vectors: (T,) float64 on the CPU."""
+    norms_T = torch.zeros(len(view.source.experts), dtype=torch.float64)
+    for x in view.blocks("element"):
+        norms_T += torch.stack([tau_X.double().square().sum() for tau_X in x.task_vectors]).cpu()
+    return norms_T
+
+
+def arc(cosine: Tensor, t: float, straight: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of two vectors with these cosines for the point at t of their arc; of their chord where `straight`."""
+    angle = cosine.arccos()
+    sine = torch.where(straight, 1.0, angle.sin())
+    first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
+    return first, torch.where(straight, t, (t * angle).sin() / sine)
+
+
+# ---------------------------------------------------------------------------------------------- masks
+
+
+def task_mask(tau_X: Tensor, merged_tau_X: Tensor, threshold: float) -> Tensor:
+    """Where a merged task vector serves an expert: |tau| > threshold * |merged - tau| (TALL-masks, 2405.07813)."""
+    return tau_X.abs() > (merged_tau_X - tau_X).abs_().mul_(threshold)
+
+
+def consensus(tau_TX: Sequence[Tensor], merged_tau_X: Tensor, threshold: float, min_tasks: int) -> Tensor:
+    """The merged task vector, zero where it serves fewer than `min_tasks` experts: (X)."""
+    count_X = torch.zeros_like(merged_tau_X)
+    for tau_X in tau_TX:
+        count_X += task_mask(tau_X, merged_tau_X, threshold)
+    return merged_tau_X * (count_X >= min_tasks)
 
 
 # ---------------------------------------------------------------------------------------------- sparsifying
@@ -230,6 +281,25 @@ def _locate(counts_TKB: Tensor, kth_TK: Tensor) -> tuple[Tensor, Tensor]:
     bin_TK1 = torch.searchsorted(total_TKB, kth_TK[..., None].contiguous())
     before_TK1 = total_TKB.gather(-1, bin_TK1) - counts_TKB.gather(-1, bin_TK1)
     return bin_TK1[..., 0], before_TK1[..., 0]
+
+
+def magnitude_thresholds(each: Each, kth_T: Sequence[int]) -> list[float]:
+    """The k-th smallest magnitude of each expert's task vector, over all blocks of all views; 0 for k = 0."""
+    if not any(kth_T):
+        return [0.0] * len(kth_T)
+    places = [[max(kth, 1)] for kth in kth_T]
+    found = kth_smallest(each, lambda x: x.task_vectors, "element", lambda _: places)
+    return [threshold if kth else 0.0 for kth, [threshold] in zip(kth_T, found)]
+
+
+def trimmed(x: Slot, thresholds: Sequence[float]) -> list[Tensor]:
+    """The task vectors without the entries below each one's threshold: T times (X)."""
+    return [keep_at_least(tau_X, threshold) for tau_X, threshold in zip(x.task_vectors, thresholds)]
+
+
+def place_of_largest(elements: int, density: float) -> int:
+    """The place of the smallest of the int(elements * density) largest, one or more; 0 if that is all."""
+    return 0 if density >= 1 else elements - max(1, int(elements * density)) + 1
 
 
 def keep_at_least(tau_X: Tensor, threshold: float) -> Tensor:

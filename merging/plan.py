@@ -17,6 +17,7 @@ from merging.methods import Bound, Method, get_method
 from merging.recipe import Recipe, canonical_json
 from merging.rules import block_counts, is_merged, parameters_for, values_of
 from merging.slots import MASK_BYTES, Unit, block_elements
+from merging.tied import without_tied_head
 from merging.vocabulary import Alignment, align
 from merging.writer import TensorSpec
 
@@ -24,6 +25,7 @@ _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.it
 _BLOCK_BUFFERS = 12  # float64 intermediates of the size of a block of all experts
 _TENSOR_BUFFERS = 6  # float64 intermediates of the size of a tensor, whatever the number of experts
 _SQUARE_BUFFERS = 4  # float64 matrices as large as the smaller side squared
+_KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker (engine._keep_freed_memory)
 _BYTES_PER_SECOND = 5e8  # read, hash, convert and combine on one core
 _FLOPS_PER_SECOND = 3e10  # float64 on one core
 # What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
@@ -70,7 +72,8 @@ class Entry:
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
         held = count + 2 if self.bound.changes else 0  # experts and bases that wrappers changed
-        return 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square)
+        used = 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square)
+        return used + min(used, _KEPT_BYTES)
 
 
 @dataclass
@@ -207,7 +210,7 @@ def _open(plan: Plan) -> None:
         **({"base": plan.recipe.base} if plan.recipe.base else {}),
     }.items():
         try:
-            checkpoint = open_checkpoint(path)
+            checkpoint = without_tied_head(open_checkpoint(path))
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
             continue
@@ -261,11 +264,25 @@ def _find_donor(plan: Plan) -> None:
             f"donor '{name}': {path} is one file, with no configuration of its own; name a folder"
         )
     try:
+        plan.problems += _other_architectures(known)
         read_config(path)
     except UserError as error:
         plan.problems.append(f"{name or next(iter(known))}: {error}")
         return
     _align(plan, known, name or next(iter(known)))
+
+
+def _other_architectures(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
+    """A sentence for each checkpoint whose configuration names another kind of model than the first's."""
+    kinds: dict[str, str] = {}
+    for name, checkpoint in checkpoints.items():
+        kind = read_config(checkpoint.folder).get("model_type") if checkpoint.path.is_dir() else None
+        if isinstance(kind, str):
+            kinds[name] = kind
+    first = next(iter(kinds), "")
+    for name, kind in kinds.items():
+        if kind != kinds[first]:
+            yield f"'{name}' is a {kind} model, '{first}' a {kinds[first]}: only models of one architecture can be merged"
 
 
 def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:

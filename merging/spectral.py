@@ -25,6 +25,7 @@ _STEPS = 40  # of Newton-Schulz, after which a matrix is too close to singular f
 _SMALL = 128  # sides below it are decomposed whole
 _DEFECT = 1e-11  # accepted residual (of the largest eigenvalue) and loss of orthogonality of an eigenvector
 _FILTERS = 60  # cycles after which an iteration that does not converge is given up
+_TINY = 2.0**-1022  # the smallest normal float64
 _SINGULAR = 1e-13  # an eigenvalue of a Gram matrix, relative to its largest, too small for an inverse root
 
 
@@ -303,10 +304,28 @@ def partial_polar(a_MN: Tensor) -> Tensor:
     if a_MN.shape[0] < a_MN.shape[1]:
         return partial_polar(a_MN.T).T
     energy_N, q_NN = eigenpairs(gram(a_MN))
-    eps = torch.finfo(torch.float64).eps
-    kept_N = energy_N > len(energy_N) * eps * energy_N[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    root_N = torch.where(kept_N, energy_N.clamp(min=torch.finfo(torch.float64).tiny) ** -0.25, 0.0)
+    root_N = torch.where(_nonzero(energy_N), energy_N.clamp(min=_TINY) ** -0.25, 0.0)
     return a_MN @ _outer(q_NN * root_N)
+
+
+def _nonzero(energy_R: Tensor) -> Tensor:
+    """Which squared singular values are not zero but for rounding: (R,)."""
+    return energy_R > len(energy_R) * torch.finfo(torch.float64).eps * energy_R.max().clamp(min=_TINY)
+
+
+def raised(a_MN: Tensor, share: float) -> Tensor:
+    """A float64 matrix whose singular values are raised to the one with which the largest hold `share` of their sum.
+
+    Those that are numerically zero stay so.
+    """
+    if a_MN.shape[0] < a_MN.shape[1]:
+        return raised(a_MN.T, share).T
+    energy_N, q_NN = leading(gram(a_MN), a_MN.shape[1])
+    value_N = energy_N.sqrt()
+    held_N = value_N.cumsum(0) / value_N.sum().clamp(min=_TINY)
+    least = value_N[min(int((held_N < share).sum()), len(value_N) - 1)]
+    factor_N = torch.where(_nonzero(energy_N), least / value_N.clamp(min=_TINY), 1.0).clamp(min=1)
+    return a_MN @ _outer(q_NN * factor_N.sqrt())
 
 
 def _outer(y_NN: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.metrics import bootstrap_mean, normalised, paired, wilson
 from merging.checkpoint import open_checkpoint
 from merging.files import publish, staged, write_bytes, write_json
+from tasks.evaluate import which_are_right
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +30,10 @@ def compare(params: Params, build: Path, out: Path) -> None:
     the best mean on the validation split; the test split only reports.
     """
     right = {name: correct(params, build, name) for name in ["base", "experts", *params.merges]}
-    experts = {task: float(c.mean()) for task, c in right["experts"].items()}
-    rows = [_row(params, build, name, right[name], experts) for name in right]
+    known = {
+        kind: {task: float(c.mean()) for task, c in right[kind].items()} for kind in ("base", "experts")
+    }
+    rows = [_row(params, build, name, right[name], known) for name in right]
     merges = {row["name"]: row for row in rows if row["kind"] == "merge"}
     leaderboard = {
         "pipeline": params.name,
@@ -40,6 +43,8 @@ def compare(params: Params, build: Path, out: Path) -> None:
         "pairs": [_pair(a, b, right) for i, a in enumerate(merges) for b in list(merges)[i + 1 :]],
         "lineage": _lineage(params, build),
     }
+    if params.language:
+        leaderboard["language"] = params.language.model_dump(mode="json")
     with staged(out) as partial:
         write_json(partial / "leaderboard.json", leaderboard)
         write_json(partial / "metrics.json", {row["name"]: _numbers(row) for row in rows})
@@ -50,11 +55,12 @@ def compare(params: Params, build: Path, out: Path) -> None:
 
 def correct(params: Params, build: Path, name: str, split: str = "test") -> Correct:
     """Which examples of a split a model gets right, task by task; `experts` stands for each expert on its own task."""
-    import numpy as np
     from safetensors.numpy import load_file
 
     def right(predictions: np.ndarray, task: str) -> np.ndarray:
-        return predictions == np.load(build / "data" / task / f"{split}_y.npy")
+        return which_are_right(
+            predictions, None if params.language else build / "data" / task / f"{split}_y.npy"
+        )
 
     if name in params.merges:
         found = load_file(build / "evaluations" / name / "predictions.safetensors")
@@ -62,12 +68,14 @@ def correct(params: Params, build: Path, name: str, split: str = "test") -> Corr
     found = load_file(build / "evaluations" / "baselines" / "predictions.safetensors")
     if name == "base":
         return {task: right(found[f"base/{split}/{task}"], task) for task in params.tasks}
-    return {
-        task: right(found[f"{task}/{split}/{task}"], task) for task in params.tasks if task in params.experts
-    }
+    owners = params.owners.items()
+    return {task: right(found[f"{expert}/{split}/{task}"], task) for task, expert in owners}
 
 
-def _row(params: Params, build: Path, name: str, right: Correct, experts: dict[str, float]) -> dict[str, Any]:
+def _row(
+    params: Params, build: Path, name: str, right: Correct, known: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    experts = known["experts"]
     estimate = bootstrap_mean(right)
     accuracy = {task: float(c.mean()) for task, c in right.items()}
     own = {task: value for task, value in accuracy.items() if task in experts}
@@ -83,6 +91,8 @@ def _row(params: Params, build: Path, name: str, right: Correct, experts: dict[s
         "worst_task": min(accuracy.values()),
         "tasks": {task: _task(c, experts.get(task)) for task, c in right.items()},
     }
+    if params.language:
+        row |= _language(params, build, name, accuracy, known)
     if name in params.merges:
         manifest = json.loads((build / "merges" / name / "manifest.json").read_text())
         search = json.loads((build / "search" / f"{name}.json").read_text())
@@ -95,6 +105,31 @@ def _row(params: Params, build: Path, name: str, right: Correct, experts: dict[s
             **_norms(params, build, name),
         }
     return row
+
+
+def _language(
+    params: Params, build: Path, name: str, accuracy: dict[str, float], known: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """What rows of language models say besides: gains kept, means held in and out, perplexity, lm-eval's own numbers.
+
+    gain_kept: the mean over tasks of (accuracy - base) / (expert - base), of tasks that an expert learned.
+    """
+    base, experts = known["base"], known["experts"]
+    kept = [(accuracy[t] - base[t]) / (e - base[t]) for t, e in experts.items() if t in accuracy and e > base[t]]
+    held = {
+        "held_in": [a for task, a in accuracy.items() if task in experts],
+        "held_out": [a for task, a in accuracy.items() if task not in experts],
+    }
+    found: dict[str, Any] = {key: sum(values) / len(values) for key, values in held.items() if values}
+    if kept and name not in ("base", "experts"):
+        found["gain_kept"] = sum(kept) / len(kept)
+    folder = build / "evaluations" / (name if name in params.merges else "baselines")
+    scores = json.loads((folder / "scores.json").read_text())
+    if name == "experts":
+        return found
+    own = scores if name in params.merges else scores["models"]["base"]
+    found |= {"perplexity": own["perplexity"], "lm_eval": own["lm_eval"]["test"]}
+    return found | ({"checks": own["checks"]} if "checks" in own else {})
 
 
 def _task(right: np.ndarray, expert: float | None) -> dict[str, Any]:
@@ -120,7 +155,9 @@ def _norms(params: Params, build: Path, name: str) -> dict[str, Any]:
         if info.is_float:
             value = merged.read(tensor).double()
             finite = finite and bool(torch.isfinite(value).all())
-            square += float(((value - base.read(tensor).double()) ** 2).sum())
+            start = base.read(tensor).double() if tensor in base.tensors else value
+            rows = min(len(value), len(start)) if value.dim() else None  # of vocabularies that differ, what both have
+            square += float(((value[:rows] - start[:rows] if rows is not None else value - start) ** 2).sum())
     description = json.loads((build / "extract" / "description.json").read_text())
     norms = [expert["norm"] for expert in description["experts"].values()]
     return {"norm_ratio": sqrt(square) / (sum(norms) / len(norms)) if finite else None, "finite": finite}
@@ -144,8 +181,12 @@ def _lineage(params: Params, build: Path) -> dict[str, Any]:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    names = ("mean", "lower", "upper", "val_mean", "normalised", "worst_task", "norm_ratio")
-    return {name: row[name] for name in names if row.get(name) is not None}
+    names = (
+        "mean", "lower", "upper", "val_mean", "normalised", "worst_task", "norm_ratio",
+        "gain_kept", "held_in", "held_out",
+    )  # fmt: skip
+    numbers = {name: row[name] for name in names if row.get(name) is not None}
+    return numbers | {f"perplexity_{task}": found["value"] for task, found in row.get("perplexity", {}).items()}
 
 
 def _search_points(params: Params, build: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 SPLITS = ("val", "test")
 
-Predictions = dict[str, "np.ndarray"]  # "SPLIT/TASK" -> int32 classes
+# "SPLIT/TASK" -> int32 classes of images; or, of language tasks, 1 where an example is right
+Predictions = dict[str, "np.ndarray"]
 
 
 def write_heads(base: Path, suite: Path, datasets: dict[str, Path], out: Path, device: str) -> None:
@@ -43,6 +44,13 @@ def write_heads(base: Path, suite: Path, datasets: dict[str, Path], out: Path, d
     write_bytes(out, save({task: head.cpu().contiguous() for task, head in heads.items()}))
 
 
+def which_are_right(predicted_N: np.ndarray, labels: Path | None) -> np.ndarray:
+    """Which examples are right, bool (N): by the file of their labels, or as predictions of language tasks say."""
+    import numpy as np
+
+    return predicted_N == (1 if labels is None else np.load(labels))
+
+
 def make_evaluator(base: Path, heads: Path, datasets: dict[str, Path], device: str) -> Evaluator:
     """The image tower of `base` with the heads and data of every task."""
     from safetensors.torch import load_file
@@ -63,7 +71,7 @@ def evaluate_merge(merge: Path, heads: Path, datasets: dict[str, Path], out: Pat
         evaluator = make_evaluator(merge, heads, datasets, device)
         predictions = _predict(evaluator, load_state(merge), list(datasets))
     scores = {"model": merge.name, "splits": _scores(evaluator, predictions)}
-    _write(out, scores, predictions)
+    write_evaluation(out, scores, predictions)
 
 
 def evaluate_baselines(
@@ -81,7 +89,7 @@ def evaluate_baselines(
             found = _predict(evaluator, load_state(folder), tasks)
             scores[name] = _scores(evaluator, found)
             predictions |= {f"{name}/{key}": value for key, value in found.items()}
-    _write(out, {"models": scores}, predictions)
+    write_evaluation(out, {"models": scores}, predictions)
 
 
 def _predict(evaluator: Evaluator, state: Mapping[str, Tensor], tasks: list[str]) -> Predictions:
@@ -98,7 +106,8 @@ def _scores(evaluator: Evaluator, predictions: Predictions) -> dict[str, Any]:
     return scores
 
 
-def _write(out: Path, scores: dict[str, Any], predictions: Predictions) -> None:
+def write_evaluation(out: Path, scores: dict[str, Any], predictions: Predictions) -> None:
+    """The folder `out` of one evaluation: scores.json and predictions.safetensors."""
     from safetensors.numpy import save
 
     with staged(out) as partial:

@@ -1,6 +1,7 @@
 """Step `fetch`: bring a checkpoint from wherever it is into a folder of one shape.
 
-model.safetensors                     or shards, under their own names, + model.safetensors.index.json
+model.safetensors                     or shards, under their own names, + model.safetensors.index.json;
+                                      the weights of a PEFT adapter keep their name
 config.json, tokenizer.json, ...      what describes the weights and lies beside them
 provenance.json                       source, revision (commit), digest, size and SHA-256 of every file
 """
@@ -15,6 +16,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merging.adapters import ADAPTER_WEIGHTS
 from merging.checkpoint import (
     CONFIG_FILES,
     DTYPES,
@@ -94,7 +96,8 @@ def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bo
             _place(path, staging / name, downloads)
         _place(index, staging / INDEX, downloads)
     else:
-        _place(files[weights], staging / WEIGHTS, downloads)
+        name = ADAPTER_WEIGHTS if Path(weights).name == ADAPTER_WEIGHTS else WEIGHTS
+        _place(files[weights], staging / name, downloads)
 
 
 def _choose_weights(source: Source, allow_pickle: bool) -> str:

@@ -25,6 +25,7 @@ class Stage:
 
 
 _VISION = ("evaluation/vision.py", "evaluation/datasets.py", "tasks/evaluate.py")
+_LANGUAGE = ("evaluation/language.py", "evaluation/metrics.py", "tasks/evaluate.py", "tasks/evaluate_language.py")
 _HEADS = ("evaluation/vision.py", "evaluation/suite.py", "tasks/evaluate.py")
 
 
@@ -47,6 +48,8 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                 )
 
     def data() -> Iterator[Stage]:
+        if params.language:
+            return
         for kind, sources in (("file", params.datasets.files), ("uri", params.datasets.uris)):
             for name, where in sources.items():
                 deps = (where,) if kind == "file" else ()
@@ -59,15 +62,23 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                     (f"build/data/{name}",),
                 )
 
+    def heads() -> Iterator[Stage]:
+        if params.language:
+            return
+        yield Stage(
+            "heads",
+            "heads",
+            None,
+            (f"build/checkpoints/{params.base}", "build/data", params.suite, *source(*_HEADS)),
+            ("base", "suite"),
+            ("build/heads.safetensors",),
+        )
+
     family = ("base", "experts")
-    heads = Stage(
-        "heads",
-        "heads",
-        None,
-        (f"build/checkpoints/{params.base}", "build/data", params.suite, *source(*_HEADS)),
-        ("base", "suite"),
-        ("build/heads.safetensors",),
-    )
+    if params.language:  # what models are measured with
+        measure, settings = (params.language.tasks, *source(*_LANGUAGE)), ("language",)
+    else:
+        measure, settings = ("build/data", "build/heads.safetensors", *source(*_VISION)), ()
     extract = Stage(
         "extract",
         "extract",
@@ -80,8 +91,8 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
         "baselines",
         "baselines",
         None,
-        ("build/checkpoints", "build/data", "build/heads.safetensors", *source(*_VISION)),
-        family,
+        ("build/checkpoints", *measure),
+        (*family, *settings),
         ("build/evaluations/baselines",),
     )
     per_merge = []
@@ -91,13 +102,8 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                 f"search@{name}",
                 "search",
                 name,
-                (
-                    "build/checkpoints",
-                    "build/data",
-                    "build/heads.safetensors",
-                    *source("merging", *_VISION, "tasks/search.py"),
-                ),
-                (*family, "seed", f"merges.{name}"),
+                ("build/checkpoints", *measure, *source("merging", "tasks/search.py")),
+                (*family, "seed", f"merges.{name}", *settings),
                 (f"build/search/{name}.json",),
             ),
             Stage(
@@ -112,13 +118,8 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
                 f"evaluate@{name}",
                 "evaluate",
                 name,
-                (
-                    f"build/merges/{name}",
-                    "build/data",
-                    "build/heads.safetensors",
-                    *source(*_VISION),
-                ),
-                (),
+                (f"build/merges/{name}", *measure),
+                settings,
                 (f"build/evaluations/{name}",),
             ),
         ]
@@ -128,17 +129,17 @@ def stages(params: Params, code: str = ".") -> list[Stage]:
         None,
         (
             "build/checkpoints",
-            "build/data",
+            *([] if params.language else ["build/data"]),
             "build/extract",
             "build/search",
             "build/merges",
             "build/evaluations",
             *source("evaluation/metrics.py", "tasks/compare.py"),
         ),
-        ("name", *family, "merges"),
+        ("name", *family, "merges", *settings),
         ("build/leaderboard",),
     )
-    return [*fetches(), *data(), heads, extract, baselines, *per_merge, compare]
+    return [*fetches(), *data(), *heads(), extract, baselines, *per_merge, compare]
 
 
 def needs(stage: Stage, all_stages: list[Stage]) -> list[Stage]:

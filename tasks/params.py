@@ -10,6 +10,7 @@ from typing import Annotated, Any, Iterator, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from evaluation.language import Language
 from merging.errors import UserError, did_you_mean
 from merging.methods import get_method
 from merging.recipe import unfolded_recipe
@@ -71,7 +72,10 @@ class Merge(_Strict):
 
 
 class Params(_Strict):
-    """The whole of params.yaml. What dvc.yaml names has no default, for DVC knows none."""
+    """The whole of params.yaml. What dvc.yaml names has no default, for DVC knows none.
+
+    Image models are measured on `datasets` with the prompts of `suite`, language models on `language`.
+    """
 
     name: Name
     seed: int
@@ -79,8 +83,9 @@ class Params(_Strict):
     checkpoints: Checkpoints
     base: str
     experts: Annotated[list[str], Field(min_length=1)]
-    datasets: Datasets
-    suite: str
+    datasets: Datasets | None = None
+    suite: str | None = None
+    language: Language | None = None
     merges: Annotated[dict[Name, Merge], Field(min_length=1)]
     gates: Gates = Gates()
 
@@ -92,7 +97,15 @@ class Params(_Strict):
     @cached_property
     def tasks(self) -> list[str]:
         """The evaluation tasks, in the order of params.yaml."""
+        if self.language:
+            return self.language.scored
         return [*self.datasets.files, *self.datasets.uris]
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Task -> the expert that it is held in for: of its name, or of the name of its suite."""
+        suites = self.language.suites if self.language else {}
+        return {task: e for e in self.experts for task in suites.get(e, [e]) if task in self.tasks}
 
 
 def load_params(path: Path) -> Params:
@@ -123,8 +136,18 @@ def lookup(data: dict[str, Any], key: str) -> Any:
 
 def _inconsistencies(params: Params) -> Iterator[tuple[list[Any], str]]:
     """What the types cannot say, as (where, sentence)."""
+    if params.language is None:
+        for key in ("datasets", "suite"):
+            if getattr(params, key) is None:
+                yield [], f"'{key}' is required: image models are measured on datasets with the prompts of a suite"
+                return
+    elif params.datasets or params.suite:
+        yield ["language"], "measure image models with datasets and suite, or language models with language"
+        return
     for section in ("checkpoints", "datasets"):
         sources = getattr(params, section)
+        if sources is None:
+            continue
         for name in sources.files.keys() & sources.uris.keys():
             yield (
                 [section, "uris", name],

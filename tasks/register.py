@@ -11,13 +11,14 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from merging.errors import UserError
 from merging.files import write_json
 from tasks import tracking
+from tasks.evaluate import which_are_right
 from tasks.gates import Champion, Checks, Finding, Gates, Verdict, judge
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class _Candidate:
     """What the workspace says of the best merge. `data` holds the tags that name the data of its tasks."""
 
     row: dict[str, Any]
-    base_accuracy: dict[str, float]
+    base: dict[str, Any]
     data: dict[str, str]
+    language: bool
     experiment_id: str
     run_id: str
 
@@ -75,6 +77,12 @@ class _Candidate:
     @property
     def predictions(self) -> str:
         return f"build/evaluations/{self.name}/{tracking.PREDICTIONS}"
+
+    def checks(self, reload_problem: str) -> Checks:
+        """What the gates are told besides the candidate's row."""
+        accuracy = {task: scores["accuracy"] for task, scores in self.base.get("tasks", {}).items()}
+        perplexity = {task: found["value"] for task, found in self.base.get("perplexity", {}).items()}
+        return Checks(reload_problem, accuracy, perplexity)
 
 
 def register(
@@ -152,11 +160,11 @@ def _gates(params: dict[str, Any]) -> Gates:
 
 def _candidate(workspace: Path, run: tracking.PublishedRun) -> _Candidate:
     board = tracking.read_leaderboard(workspace)
-    base = next((row["tasks"] for row in board["rows"] if row["kind"] == "base"), {})
     return _Candidate(
         row=tracking.candidate_row(board),
-        base_accuracy={task: scores["accuracy"] for task, scores in base.items()},
+        base=next((row for row in board["rows"] if row["kind"] == "base"), {}),
         data=tracking.data_lineage(workspace, board),
+        language="language" in board,
         experiment_id=run.experiment_id,
         run_id=run.merges[board["candidate"]],
     )
@@ -179,9 +187,9 @@ def _judge(
     gates: Gates,
     problem: str,
 ) -> Verdict:
-    correct = _correct(workspace, workspace / candidate.predictions, candidate.row["tasks"])
+    correct = _correct(workspace, workspace / candidate.predictions, candidate)
     rival = before and _rival(client, workspace, candidate, before)
-    return judge(candidate.row, correct, rival, gates, Checks(problem, candidate.base_accuracy))
+    return judge(candidate.row, correct, rival, gates, candidate.checks(problem))
 
 
 def _rival(client: MlflowClient, workspace: Path, candidate: _Candidate, before: Version) -> Champion:
@@ -191,7 +199,7 @@ def _rival(client: MlflowClient, workspace: Path, candidate: _Candidate, before:
         if candidate.data.items() <= run.data.tags.items():
             with tempfile.TemporaryDirectory() as folder:
                 file = client.download_artifacts(run.info.run_id, tracking.PREDICTIONS, folder)
-                return Champion(before.version, _correct(workspace, Path(file), candidate.row["tasks"]))
+                return Champion(before.version, _correct(workspace, Path(file), candidate))
     obstacle = (
         f"Champion version {before.version} ({before.merge}) cannot be compared: the test data changed since "
         "it was evaluated; evaluate it on them again, as one of the merges."
@@ -199,14 +207,16 @@ def _rival(client: MlflowClient, workspace: Path, candidate: _Candidate, before:
     return Champion(before.version, obstacle=obstacle)
 
 
-def _correct(workspace: Path, predictions: Path, tasks: Iterable[str]) -> dict[str, np.ndarray]:
+def _correct(workspace: Path, predictions: Path, candidate: _Candidate) -> dict[str, np.ndarray]:
     """For each task, which test examples a predictions file gets right (bool, N)."""
-    import numpy as np
     from safetensors.numpy import load_file
 
     predicted = load_file(predictions)
-    labels = {task: np.load(workspace / "build" / "data" / task / "test_y.npy") for task in tasks}
-    return {task: predicted[f"test/{task}"] == y_N for task, y_N in labels.items()}
+    data = None if candidate.language else workspace / "build" / "data"
+    return {
+        task: which_are_right(predicted[f"test/{task}"], data and data / task / "test_y.npy")
+        for task in candidate.row["tasks"]
+    }
 
 
 def _file_problem(workspace: Path, uri: str, digest: str) -> str:

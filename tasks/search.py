@@ -1,4 +1,4 @@
-"""The search step: try every setting of a merge's grid in memory, score each on the validation split, take the best."""
+"""The search step: try every setting of a merge's grid, score each on the validation split, take the best."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.vision import load_state
-from merging.engine import merge_state_dicts_points, one_thread
+from merging.engine import merge_points, merge_state_dicts_points, one_thread
 from merging.factors import FolderStore
-from merging.files import write_json
+from merging.files import staged, write_json
 from merging.sweep import in_batches
 from tasks.evaluate import make_evaluator
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.vision import Evaluator
-    from tasks.params import Merge
+    from tasks.params import Merge, Params
 
 _MERGED_BYTES = 1 << 29  # of merged models in memory at a time
+_MERGED_FILES = 8  # merged models on the disk at a time
 
 
 def search(
@@ -60,6 +61,30 @@ def search(
                 )
                 scores |= {i: _accuracy(evaluator, state, list(datasets)) for i, state in zip(batch, merged)}
                 del merged  # before the next batch is there
+    _write(out, grid, points, scores)
+
+
+def search_language(
+    params: Params, name: str, base: Path, experts: dict[str, Path], out: Path, *, factors: Path, scratch: Path
+) -> None:
+    """`search` for language models, which may be larger than memory: points are merged to the disk, a few at a time."""
+    from tasks.evaluate_language import make_evaluator, validation_accuracy
+
+    grid = params.merges[name]
+    points = list(grid.points)
+    scores: dict[int, dict[str, Any]] = {}
+    if grid.search:
+        recipe = {"method": grid.method, "base": base, "experts": experts, "seed": params.seed, "dtype": grid.dtype}
+        evaluator = make_evaluator(params)
+        for batch in in_batches(points, _MERGED_FILES):
+            with staged(scratch) as place:
+                recipes = [({**recipe, "params": points[i]}, place / str(i)) for i in batch]
+                merge_points(recipes, device=params.device, workers=1, factors=factors)
+                scores |= {i: validation_accuracy(params, evaluator, place / str(i)) for i in batch}
+    _write(out, grid, points, scores)
+
+
+def _write(out: Path, grid: Merge, points: list[dict[str, Any]], scores: dict[int, dict[str, Any]]) -> None:
     scored = [{"params": points[i], **scores[i]} for i in sorted(scores)]
     best = max(scored, key=lambda point: point["mean"])["params"] if scored else points[0]
     write_json(out, {"method": grid.method, "points": scored, "chosen": best})

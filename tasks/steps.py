@@ -17,6 +17,7 @@ CHECKPOINTS = Path("build/checkpoints")
 DATA = Path("build/data")
 HEADS = Path("build/heads.safetensors")
 FACTORS = Path(".mergeline/factors")
+SCRATCH = Path(".mergeline/scratch")
 
 
 def _fetch(ws: Workspace, stage: Stage) -> None:
@@ -53,8 +54,19 @@ def _extract(ws: Workspace, stage: Stage) -> None:
 
 
 def _search(ws: Workspace, stage: Stage) -> None:
-    from tasks.search import search
+    from tasks.search import search, search_language
 
+    if ws.params.language:
+        search_language(
+            ws.params,
+            stage.item,
+            CHECKPOINTS / ws.params.base,
+            _experts(ws),
+            Path(stage.out),
+            factors=FACTORS,
+            scratch=SCRATCH / stage.name,
+        )
+        return
     search(
         ws.params.merges[stage.item],
         CHECKPOINTS / ws.params.base,
@@ -84,16 +96,26 @@ def _merge(ws: Workspace, stage: Stage) -> None:
 
 
 def _evaluate(ws: Workspace, stage: Stage) -> None:
-    from tasks.evaluate import evaluate_merge
+    from tasks import evaluate, evaluate_language
 
-    evaluate_merge(Path("build/merges") / stage.item, HEADS, _datasets(ws), Path(stage.out), ws.params.device)
+    merged = Path("build/merges") / stage.item
+    if ws.params.language:
+        evaluate_language.evaluate_merge(ws.params, merged, Path(stage.out))
+        return
+    evaluate.evaluate_merge(merged, HEADS, _datasets(ws), Path(stage.out), ws.params.device)
 
 
 def _baselines(ws: Workspace, stage: Stage) -> None:
-    from tasks.evaluate import evaluate_baselines
+    from tasks import evaluate, evaluate_language
 
-    evaluate_baselines(
-        CHECKPOINTS / ws.params.base, _experts(ws), HEADS, _datasets(ws), Path(stage.out), ws.params.device
+    base = CHECKPOINTS / ws.params.base
+    if ws.params.language:
+        evaluate_language.evaluate_baselines(
+            ws.params, base, _experts(ws), Path(stage.out), scratch=SCRATCH / stage.name
+        )
+        return
+    evaluate.evaluate_baselines(
+        base, _experts(ws), HEADS, _datasets(ws), Path(stage.out), ws.params.device
     )
 
 

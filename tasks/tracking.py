@@ -32,7 +32,10 @@ PREDICTIONS = "predictions.safetensors"
 LEADERBOARD = "build/leaderboard/leaderboard.json"
 
 _PARENT_TAG = "mlflow.parentRunId"
-_ROW_METRICS = ("mean", "lower", "upper", "normalised", "worst_task", "val_mean", "norm_ratio")
+_ROW_METRICS = (
+    "mean", "lower", "upper", "normalised", "worst_task", "val_mean", "norm_ratio",
+    "gain_kept", "held_in", "held_out",
+)  # fmt: skip
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000  # limits of MLflow's REST API
 _DIGEST_LENGTH = 36  # of an MLflow dataset
 
@@ -169,8 +172,16 @@ def candidate_row(board: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_lineage(workspace: Path, board: dict[str, Any]) -> dict[str, str]:
-    """The tags that say on which data a leaderboard's tasks were measured: DVC's digests of their folders."""
-    data, digests = workspace / "build" / "data", Digests(workspace / STATE / "digests.sqlite")
+    """The tags that say on which data a leaderboard's tasks were measured: DVC's digests of their folders.
+
+    Of language tasks, a digest of the folder of task files and of the settings they are run with.
+    """
+    digests = Digests(workspace / STATE / "digests.sqlite")
+    language = board.get("language")
+    if language:
+        folder = digests.of(_present(workspace / language["tasks"]))
+        return {f"lineage.data.{task}": text_digest([task, folder, language]) for task in board["tasks"]}
+    data = workspace / "build" / "data"
     return {f"lineage.data.{task}": str(digests.of(_present(data / task))) for task in board["tasks"]}
 
 
@@ -226,6 +237,11 @@ def _read_merge(workspace: Path, data: dict[str, str], row: dict[str, Any]) -> _
 
 def _row_metrics(row: dict[str, Any]) -> dict[str, float]:
     metrics = {name: row[name] for name in _ROW_METRICS if row.get(name) is not None}
+    for task, found in row.get("perplexity", {}).items():
+        metrics |= {f"perplexity.{task}": found["value"], f"bits_per_byte.{task}": found["bits_per_byte"]}
+    for task, found in row.get("lm_eval", {}).items():
+        # MLflow allows no commas in names.
+        metrics |= {f"lm_eval.{task}.{key.replace(',', '.')}": value for key, (value, _) in found.items()}
     return metrics | {f"accuracy.{task}": scores["accuracy"] for task, scores in row["tasks"].items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -87,14 +88,16 @@ def init_workspace(folder: Path, params: Path | None) -> None:
         raise UserError(f"{source}: no such file")
     code = Path(os.path.relpath(REPOSITORY, folder)).as_posix()
     text = source.read_text()
-    graph = (REPOSITORY / "dvc.yaml").read_text().replace("- code: .", f"- code: {code}", 1)
+    measured = load_params(source)
+    graph = (REPOSITORY / ("samples/llm/dvc.yaml" if measured.language else "dvc.yaml")).read_text()
+    graph = re.sub(r"- code: \S+", f"- code: {code}", graph, count=1)
     if params is None:
         text = text.replace(" samples/", f" {code}/samples/")
     folder.mkdir(parents=True, exist_ok=True)
-    suite = source.parent / load_params(source).suite
-    if params and suite.is_file():
+    suite = measured.suite and source.parent / measured.suite
+    if params and suite and suite.is_file():
         write_bytes(folder / suite.name, suite.read_bytes())
-        text = text.replace(f"suite: {load_params(source).suite}", f"suite: {suite.name}", 1)
+        text = text.replace(f"suite: {measured.suite}", f"suite: {suite.name}", 1)
     write_bytes(folder / "params.yaml", text.encode())
     write_bytes(folder / "dvc.yaml", graph.encode())
 

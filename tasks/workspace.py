@@ -22,7 +22,7 @@ from tasks.steps import STEPS
 # Folders whose entries belong to one item of params.yaml each, and where the items stand.
 _PER_ITEM: dict[str, Callable[[Params], set[str]]] = {
     "build/checkpoints": lambda p: set(p.sources),
-    "build/data": lambda p: set(p.tasks),
+    "build/data": lambda p: set() if p.language else set(p.tasks),
     "build/search": lambda p: {f"{name}.json" for name in p.merges},
     "build/merges": lambda p: set(p.merges),
     "build/evaluations": lambda p: {*p.merges, "baselines"},

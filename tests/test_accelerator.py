@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from checkpoints import random_state
+from uses import statistics_for
 
 from merging import merge_state_dicts, operators, spectral
 from merging.methods import catalogue
@@ -15,6 +16,8 @@ PARAMS = {
     "della": {"density": 0.5, "epsilon": 0.2},
     "ties": {"density": 0.3},
     "sce": {"density": 0.3},
+    "pcb": {"density": 0.3},
+    "tatr": {"density": 0.6},
     "lines": {"inner": "cart"},
 }
 
@@ -27,11 +30,12 @@ def test_every_method_gives_the_same(method, monkeypatch):
         f"e{t}": {n: v + 0.1 * random_state(t + 1, shapes=SHAPES)[n] for n, v in base.items()}
         for t in range(count)
     }
-    expected = merge_state_dicts(method, experts, base, params=PARAMS.get(method))
+    given = {"params": PARAMS.get(method), "statistics": statistics_for(method, PARAMS.get(method, {}), base)}
+    expected = merge_state_dicts(method, experts, base, **given)
     seen = []
     for module in (operators, spectral):
         monkeypatch.setattr(module, "on_cpu", lambda tensor: seen.append(tensor) or False)
-    merged = merge_state_dicts(method, experts, base, params=PARAMS.get(method))
+    merged = merge_state_dicts(method, experts, base, **given)
     for name, value in expected.items():
         assert torch.allclose(merged[name], value, rtol=1e-5, atol=1e-5), name
     if catalogue()[method].spectral or method in ("ties", "della", "breadcrumbs", "sce"):

@@ -62,6 +62,10 @@ def in_memory(name: str) -> State:
     return merge_state_dicts(**loaded(next(case for case in CASES if case["case"] == name)))
 
 
+# Nothing that was published could be run on the inputs of the cases; their tests pin the formula.
+WITHOUT_A_CASE = {"ema", "greedy_soup", "magnitude_prune", "random_mix", "subspace_boosting", "tatr"}
+
+
 def test_every_method_has_a_case():
     assert set(catalogue()) - {case["method"] for case in CASES} == WITHOUT_A_CASE
 

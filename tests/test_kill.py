@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -20,7 +21,7 @@ from small_workspace import MERGES, TIME_LIMIT, SmallWorkspace, make_workspace
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+KILLS = int(os.environ.get("KILLS", "8"))
 AT_ONCE = 2  # workspaces
 START_SECONDS = 120
 

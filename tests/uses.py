@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from merging.methods import get_method
+
 Use = tuple[str, dict[str, Any]]
 
 ELEMENTWISE: list[Use] = [
@@ -30,11 +32,42 @@ ELEMENTWISE: list[Use] = [
     ("passthrough", {}),
     ("sce", {}),
     ("sce", {"density": 0.4}),
+    ("wise_ft", {}),
+    ("expo", {}),
+    ("nearswap", {"threshold": 0.05}),
+    ("arcee_fusion", {}),
+    ("magmax", {}),
+    ("random_mix", {}),
+    ("ram", {"threshold": 0.05}),
+    ("ram", {"threshold": 0.05, "variant": "ram_plus"}),
+    ("consensus_ta", {}),
+    ("consensus_ties", {}),
+    ("consensus_ties", {"density": 0.6, "reduce": "mean", "min_tasks": 1}),
+    ("magnitude_prune", {}),
+    ("magnitude_prune", {"density": 0.5, "scope": "tensor"}),
+    ("pcb", {}),
+    ("pcb", {"density": 0.5, "variant": "root"}),
+    ("pcb", {"density": 0.9, "variant": "nlp", "clamp": 0.2}),
+    ("pcb", {"density": 0.3, "variant": "vision"}),
+    ("tatr", {"density": 0.5}),
+    ("metagpt", {}),
+    ("delta_guided", {}),
+    ("lata", {}),
+    ("lata", {"mode": "threshold", "threshold": 0.1}),
+    ("ema", {}),
+    ("ema", {"window": 2}),
+    ("greedy_soup", {}),
+    ("greedy_soup", {"members": [1]}),
+    ("metrics_weighted", {}),
 ]
 
 GEOMETRIC: list[Use] = [
     ("slerp", {}),
     ("slerp", {"dot_threshold": 0.01}),
+    ("nuslerp", {}),
+    ("nuslerp", {"scope": "row"}),
+    ("nuslerp", {"scope": "column"}),
+    ("multislerp", {}),
     ("karcher", {}),
     ("model_stock", {}),
     ("model_stock", {"scope": "row"}),
@@ -76,6 +109,15 @@ WRAPPERS: list[Use] = [
     ("truncate", {"rank": 0.5}),
     ("truncate", {"energy": 0.8, "inner": "ties", "keys": "matrices", "scope": "tensor"}),
     ("truncate", {"rank": 0.5, "inner": "dare", "inner_inner": "ties", "drop_rate": 0.5}),
+    ("subspace_boosting", {"beta": 0.5}),
+    ("subspace_boosting", {"beta": 0.6, "inner": "ties", "density": 0.9, "keys": "matrices"}),
 ]
 
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS
+
+
+def statistics_for(method: str, params: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
+    """What the method reads beside checkpoints, in shapes that fit the base."""
+    kinds = {"instruction": lambda: {name: tensor * 1.5 for name, tensor in base.items()}}
+    entry = get_method(method)
+    return {k: kinds[k]() for k in (entry.statistics(entry.resolve(params)) if entry.statistics else [])}

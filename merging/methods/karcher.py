@@ -22,7 +22,7 @@ def coordinates(
 
     The iteration never leaves the span of the T vectors, so it runs on their T x T Gram matrix alone.
     """
-    gram_TT = sum(ops.gram(_vectors(x)) for x in view.blocks("element"))
+    gram_TT = sum(ops.gram(ops.vectors(x)) for x in view.blocks("element"))
     norm_T = gram_TT.diagonal().sqrt()
     weight_T = torch.tensor(weights or [1 / len(norm_T)] * len(norm_T), dtype=torch.float64)
     valid_T = norm_T > tolerance
@@ -72,11 +72,4 @@ def karcher(
 
     With a base, of the task vectors. Tensors of norm up to `tolerance` have no direction, but count in the norm.
     """
-    mean = ops.weighted_sum(x.experts, x.measured, x.precision)
-    if x.base is None:
-        return mean
-    return mean.add_(x.base, alpha=1 - sum(x.measured))
-
-
-def _vectors(x: Slot) -> Any:
-    return x.experts if x.base is None else x.task_vectors
+    return ops.combination(x, x.measured)

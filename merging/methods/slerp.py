@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from math import acos, sin, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
 from merging import operators as ops
+from merging.lazy import torch
 from merging.methods import method
 from merging.slots import Slot, View
 
@@ -20,10 +21,9 @@ def arc(view: View, *, t: float, dot_threshold: float, **_: Any) -> tuple[float,
     gram_TT = sum(ops.gram(x.experts) for x in view.blocks("element"))
     norms = [sqrt(n) if sqrt(n) > 1e-8 else 1.0 for n in gram_TT.diagonal().tolist()]
     cosine = max(-1.0, min(1.0, float(gram_TT[0, 1]) / (norms[0] * norms[1])))
-    if abs(cosine) >= dot_threshold:
-        return 1 - t, t
-    angle = acos(cosine)
-    return sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)
+    straight = torch.tensor(abs(cosine) >= dot_threshold)
+    first, second = ops.arc(torch.tensor(cosine, dtype=torch.float64), t, straight)
+    return first.item(), second.item()
 
 
 @method(

@@ -39,16 +39,12 @@ def _trim(
     each: ops.Each, elements: int, density: float | list[float], variant: str, experts: int
 ) -> dict[str, Any]:
     kth_T = [_kth(elements, share, variant) for share in ops.for_each(density, experts)]
-    thresholds = [0.0] * experts
-    if any(kth_T):
-        places = [[max(kth, 1)] for kth in kth_T]
-        found = ops.kth_smallest(each, lambda x: x.task_vectors, "element", lambda _: places)
-        thresholds = [threshold if kth else 0.0 for kth, [threshold] in zip(kth_T, found)]
+    thresholds = ops.magnitude_thresholds(each, kth_T)
     if variant == "mergekit":  # a sum of zero counts as positive there
         return {"thresholds": thresholds, "majority": 1.0}
 
     def signs(view: View) -> float:
-        return sum(float(ops.total(_trimmed(x, thresholds)).sign().sum()) for x in view.blocks("element"))
+        return sum(float(ops.total(ops.trimmed(x, thresholds)).sign().sum()) for x in view.blocks("element"))
 
     majority = sum(each(signs))
     return {"thresholds": thresholds, "majority": float(majority > 0) - float(majority < 0)}
@@ -81,27 +77,36 @@ def ties(
     by tensor.
     """
     found = x.measured or x.facts
-    tau_TX = _trimmed(x, found["thresholds"])
     weights = weights if variant == "mergekit" else None
+    merged = merged_task_vector(x, found, reduce, weights, normalize, variant)
+    return merged.mul_(scale).add_(x.base)
+
+
+def merged_task_vector(
+    x: Slot,
+    found: Mapping[str, Any],
+    reduce: str,
+    weights: list[float] | None = None,
+    normalize: bool = True,
+    variant: str = "official",
+) -> Tensor:
+    """What trimmed task vectors have in common, by the thresholds and the majority that `trim` found: (X)."""
+    tau_TX = ops.trimmed(x, found["thresholds"])
     undecided = found["majority"] or (-1.0 if variant == "official" else 0.0)
     sign_X = ops.elect_signs(tau_TX, weights, undecided)
     if reduce == "max":
-        merged = ops.largest_aligned(tau_TX, sign_X)
-    else:
-        merged, count = ops.orthant_sum(tau_TX, sign_X, weights)
-        if reduce == "mean" and normalize:
-            merged = merged / (torch.where(count == 0, 1.0, count) if weights else count.clamp_(min=1))
-    return merged.mul_(scale).add_(x.base)
+        return ops.largest_aligned(tau_TX, sign_X)
+    merged, count = ops.orthant_sum(tau_TX, sign_X, weights)
+    if reduce == "mean" and normalize:
+        return merged / (torch.where(count == 0, 1.0, count) if weights else count.clamp_(min=1))
+    return merged
 
 
 def _kth(elements: int, density: float, variant: str) -> int:
     """1-based rank of the threshold among ascending magnitudes; 0 keeps everything."""
     if variant == "official":
         return elements - int(elements * density)
-    if variant == "mergekit":  # keeps max(1, int(density * n)) entries
-        return 0 if density >= 1 else elements - max(1, int(elements * density)) + 1
+    if variant == "mergekit":
+        return ops.place_of_largest(elements, density)
     return int(elements * (1 - density))
 
-
-def _trimmed(x: Slot, thresholds: list[float]) -> list[Tensor]:
-    return [ops.keep_at_least(tau_X, threshold) for tau_X, threshold in zip(x.task_vectors, thresholds)]

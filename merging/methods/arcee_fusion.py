@@ -1,0 +1,50 @@
+"""Arcee Fusion: take over what changed much where the distribution of a row changed much."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging import operators as ops
+from merging.methods import method
+from merging.slots import Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SMALL = 1e-8  # added to probabilities, as in the official code
+
+
+def threshold(view: View) -> float:
+    """The importance from which entries are taken over: median + 1.5 * interquartile range over the tensor."""
+    places = [int((view.elements - 1) * q) + 1 for q in (0.25, 0.5, 0.75)]
+    found = ops.kth_smallest(lambda f: [f(view)], lambda x: [_importance(x)], "row", lambda _: [places])
+    [[low, median, high]] = found
+    return median + 1.5 * (high - low)
+
+
+@method(
+    paper="arcee.ai (Arcee Fusion)",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="pretrained",
+    unit="row",
+    needs_base=True,
+    maximum_experts=1,
+    measure=threshold,
+)
+def arcee_fusion(x: Slot) -> Tensor:
+    """base + the task-vector entries whose importance reaches median + 1.5 * interquartile range of the tensor's.
+
+    Importance: |tau| * KL(softmax of the expert's row, softmax of the base's), rows of the last dimension. Quantiles
+    are those of all entries; the official code samples a million of them at random.
+    """
+    taken_X = _importance(x).float() >= x.measured
+    return (x.task_vectors[0] * taken_X).add_(x.base)
+
+
+def _importance(x: Slot) -> Tensor:
+    def compute() -> Tensor:
+        p, q = (row.double().softmax(-1) + _SMALL for row in (x.experts[0], x.base))
+        divergence = (p * (p / q).log()).sum(-1, keepdim=True).clamp(min=0)
+        return x.task_vectors[0].abs() * divergence
+
+    return x.remember("importance", compute)

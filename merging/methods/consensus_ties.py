@@ -1,0 +1,45 @@
+"""Consensus TIES: of a TIES merge, only what serves several experts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from merging import operators as ops
+from merging.methods import method
+from merging.methods.ties import merged_task_vector, trim
+from merging.slots import Inputs, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def thresholds(inputs: Inputs, *, density: float, **_: Any) -> dict[str, Any]:
+    """What TIES must know of the whole model."""
+    return trim(inputs, density=density, scope="global", variant="official")
+
+
+@method(
+    paper="2405.07813",
+    code="nik-dim/tall_masks@d10af8b2",
+    reference="pretrained",
+    needs_base=True,
+    minimum_experts=2,
+    prepass=thresholds,
+)
+def consensus_ties(
+    x: Slot,
+    *,
+    threshold: Annotated[float, Ge(0)] = 0.4,
+    min_tasks: Annotated[int, Ge(0)] = 2,
+    scale: float = 0.4,
+    density: Annotated[float, Gt(0), Le(1)] = 0.2,
+    reduce: Literal["mean", "sum", "max"] = "sum",
+) -> Tensor:
+    """base + scale * the entries of the TIES-merged task vector that serve at least `min_tasks` experts.
+
+    An entry serves an expert where |tau| > threshold * |merged - tau|, for the task vector before it is trimmed.
+    """
+    merged_X = merged_task_vector(x, x.facts, reduce)
+    return ops.consensus(x.task_vectors, merged_X, threshold, min_tasks).mul_(scale).add_(x.base)

@@ -1,0 +1,27 @@
+"""Delta-guided fusion: weights from how far each expert moved each tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging import operators as ops
+from merging.methods import method
+from merging.slots import Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def shares(view: View) -> list[float]:
+    """Each expert's share of the norms of a tensor's task vectors."""
+    norms_T = ops.squared_norms(view).sqrt()
+    return (norms_T / norms_T.sum().clamp(min=1e-300)).tolist()
+
+
+@method(paper="2508.11442", reference="pretrained", needs_base=True, measure=shares)
+def delta_guided(x: Slot) -> Tensor:
+    """base + sum of |tau_t| / sum of |tau| * tau_t, norms over each tensor.
+
+    Reconstructed from the paper's description: its code holds no fusion.
+    """
+    return ops.combination(x, x.measured)

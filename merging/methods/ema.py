@@ -1,0 +1,28 @@
+"""EMA: an exponential moving average of the checkpoints of one run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Gt, Lt
+
+from merging import operators as ops
+from merging.methods import method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(paper="Polyak & Juditsky 1992", reference="mean")
+def ema(
+    x: Slot, *, decay: Annotated[float, Gt(0), Lt(1)] = 0.9, window: Annotated[int, Ge(1)] | None = None
+) -> Tensor:
+    """decay * average so far + (1 - decay) * expert, from the first expert to the last.
+
+    The order of the experts is that of time. `window` takes only the last so many.
+    """
+    count = min(window or len(x.experts), len(x.experts))
+    weights = [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - i) for i in range(1, count)]
+    last = (x.experts[t] for t in range(len(x.experts) - count, len(x.experts)))
+    return ops.weighted_sum(last, weights, x.precision)

@@ -1,0 +1,18 @@
+"""ExPO: further in the direction in which an expert went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging.methods import method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(paper="2404.16792", reference="pretrained", needs_base=True, maximum_experts=1)
+def expo(x: Slot, *, scale: float = 0.5) -> Tensor:
+    """expert + scale * (expert - base)."""
+    expert = x.experts[0].to(x.precision)
+    return (expert - x.base).mul_(scale).add_(expert)

@@ -1,0 +1,27 @@
+"""MetaGPT: task arithmetic with weights from the norms of the task vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from merging import operators as ops
+from merging.methods import method
+from merging.slots import Inputs, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def shares(inputs: Inputs) -> list[float]:
+    """Each expert's share of the squared norms, over the whole model."""
+    norms_T = sum(inputs.each(ops.squared_norms))
+    return (norms_T / norms_T.sum().clamp(min=1e-300)).tolist()
+
+
+@method(paper="2406.11385", reference="pretrained", needs_base=True, prepass=shares)
+def metagpt(x: Slot) -> Tensor:
+    """base + sum of |tau_t|^2 / sum of |tau|^2 * tau_t, norms over the whole model.
+
+    There is no public code; this is the closed form of the paper.
+    """
+    return ops.combination(x, x.facts)

@@ -1,0 +1,57 @@
+"""Multi-SLERP: the weighted mean of the experts' directions, with the mean of their norms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
+
+from annotated_types import Gt
+
+from merging import operators as ops
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def coordinates(view: View, *, weights: list[float] | None, epsilon: float, **_: Any) -> list[float]:
+    """The mean as a combination of the vectors: one coefficient each, from their T x T Gram matrix."""
+    gram_TT = sum(ops.gram(ops.vectors(x)) for x in view.blocks("element"))
+    weight_T = torch.tensor(weights or [1.0] * len(gram_TT), dtype=torch.float64)
+    weight_T = weight_T / weight_T.sum()
+    norm_T = gram_TT.diagonal().sqrt()
+    unit_T = weight_T / (norm_T + epsilon)
+    length = (unit_T @ gram_TT @ unit_T).clamp(min=0).sqrt()
+    if length < epsilon:  # no direction is left
+        return weight_T.tolist()
+    return (unit_T / length * (weight_T * norm_T).sum()).tolist()
+
+
+def _wrong(params: Mapping[str, Any], _experts: int) -> str | None:
+    if params["weights"] and abs(sum(params["weights"])) < 1e-12:
+        return "the weights sum to 0, so they cannot be normalised; change one"
+    return None
+
+
+@method(
+    paper="Goddard, goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="none",
+    minimum_experts=2,
+    measure=coordinates,
+    check=_wrong,
+)
+def multislerp(
+    x: Slot,
+    *,
+    weights: list[float] | None = None,
+    epsilon: Annotated[float, Gt(0)] = 1e-8,
+    scope: Literal["tensor"] = "tensor",
+) -> Tensor:
+    """The direction of the weighted mean of unit vectors, times the weighted mean of norms.
+
+    With a base, of the task vectors. Weights are divided by their sum. Where the unit vectors cancel it is their
+    weighted mean, which the official code has for two only. Its step in the tangent space is zero by construction.
+    """
+    return ops.combination(x, x.measured)

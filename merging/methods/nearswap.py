@@ -1,0 +1,29 @@
+"""NearSwap: towards another model where the two are close, by a small step elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge
+
+from merging.methods import method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    paper="alchemonaut/QuartetAnemoi-70B-t0.0001 (model card)",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="pretrained",
+    needs_base=True,
+    maximum_experts=1,
+)
+def nearswap(x: Slot, *, threshold: Annotated[float, Ge(0)] = 1e-4) -> Tensor:
+    """base + (expert - base), clamped to [-threshold, threshold].
+
+    The base is any other model. The published form is the interpolation weight min(1, threshold / |expert - base|),
+    whose official code does not divide by less than 1e-6.
+    """
+    return x.task_vectors[0].clamp(-threshold, threshold).add_(x.base)

@@ -1,0 +1,63 @@
+"""NuSLERP: along the arc between two tensors, or between each two of their rows or columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Mapping
+
+from merging import operators as ops
+from merging.methods import method
+from merging.slots import Slot, Unit, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_COLLINEAR = 1e-6  # a sine; the official 1e-8 is that of a float32 cosine, which resolves none below 3e-4
+_SHORT = 1e-7  # a norm, as in the official code
+
+
+def _unit(params: Mapping[str, Any]) -> Unit:
+    return {"tensor": "element", "row": "row", "column": "tensor"}[params["scope"]]
+
+
+def flat_factors(view: View, *, weights: list[float] | None, scope: str) -> list[float] | None:
+    """The factors of the two, flattened."""
+    if scope != "tensor":
+        return None
+    gram_TT = sum(ops.gram(ops.vectors(x)) for x in view.blocks("element"))
+    return [f.item() for f in _factors(gram_TT[0, 0], gram_TT[0, 1], gram_TT[1, 1], weights)]
+
+
+@method(
+    paper="Shoemake 1985",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="none",
+    unit=_unit,
+    minimum_experts=2,
+    maximum_experts=2,
+    measure=flat_factors,
+)
+def nuslerp(
+    x: Slot, *, weights: list[float] | None = None, scope: Literal["tensor", "row", "column"] = "tensor"
+) -> Tensor:
+    """Spherical interpolation of two experts, or of their task vectors, by the second's share of the weights.
+
+    `row` takes each row of the last dimension for itself, `column` each of the first, for which the official names
+    are `row_wise: false` and `true`. Where two have (nearly) one line it is linear.
+    """
+    first_X, second_X = (vector_X.to(x.precision) for vector_X in ops.vectors(x))
+    if scope == "tensor":
+        first, second = x.measured
+    else:
+        a, b = first_X.double(), second_X.double()
+        dim = 0 if scope == "column" else -1
+        products = [(p * q).sum(dim, keepdim=True) for p, q in ((a, a), (a, b), (b, b))]
+        first, second = (factor.to(x.precision) for factor in _factors(*products, weights))
+    merged_X = first_X * first + second_X * second
+    return merged_X if x.base is None else merged_X.add_(x.base)
+
+
+def _factors(aa: Tensor, ab: Tensor, bb: Tensor, weights: list[float] | None) -> tuple[Tensor, Tensor]:
+    weights = weights or [1.0, 1.0]
+    t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
+    cosine = (ab / (aa.sqrt().clamp(min=_SHORT) * bb.sqrt().clamp(min=_SHORT))).clamp(-1, 1)
+    return ops.arc(cosine, t, cosine.arccos().sin() < _COLLINEAR)

@@ -1,0 +1,84 @@
+"""PCB: parameters compete within a task and between tasks; the strongest are averaged by strength."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from merging import operators as ops
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Inputs, Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def bounds(inputs: Inputs, *, density: float, clamp: float, variant: str, **_: Any) -> dict[str, Any]:
+    """For each expert: between which magnitudes entries are clamped; and from which strength to which they count."""
+    n, experts = inputs.elements, len(inputs.views[0].source.experts)
+    places = [[int(n * clamp) + 1, max(1, int(n * (1 - clamp)))]] * experts
+    clamps = ops.kth_smallest(inputs.each, lambda x: x.task_vectors, "element", lambda _: places)
+
+    def halves(x: Slot) -> list[Tensor]:  # magnitudes are ordered, so positive and negative strengths part
+        strength_TX = _strengths(x, clamps, variant)
+        return [half_X.clamp(min=0) for s_X in strength_TX for half_X in (s_X, -s_X)]
+
+    low = min(int(n * (1 - density)), n - 1) + 1
+    found = ops.kth_smallest(
+        inputs.each, halves, "element", lambda _: [[low, n], [n - low + 1, 1]] * experts
+    )
+    strengths = [[p - m for p, m in zip(*pair)] for pair in zip(found[::2], found[1::2])]
+    return {"clamps": clamps, "strengths": strengths}
+
+
+@method(
+    paper="2410.02396",
+    code="duguodong7/pcb-merging@5897888b",
+    reference="pretrained",
+    needs_base=True,
+    minimum_experts=2,
+    prepass=bounds,
+)
+def pcb(
+    x: Slot,
+    *,
+    density: Annotated[float, Gt(0), Lt(1)] = 0.05,
+    scale: float = 1.2,
+    clamp: Annotated[float, Ge(0), Lt(0.5)] = 0.01,
+    scope: Literal["global"] = "global",
+    variant: Literal["es", "root", "nlp", "vision"] = "es",
+) -> Tensor:
+    """base + scale * mean of the clamped task vectors, weighted by their strength above its 1 - density quantile.
+
+    Magnitudes are clamped to their [clamp, 1 - clamp] quantiles over the model; u is that from 0 to 1, z with its
+    sign. Strength is exp(T * u^2) times the support of all: the sum of tanh(z_i * z_j) over j (es), tanh(tau_i *
+    sum of z) (vision), tanh(tau_i * sum of tau) (root, nlp). Official clamps: 1e-4 for root, 0.01 for the others.
+    """
+    sum_X, weight_X = torch.zeros_like(x.base), torch.zeros_like(x.base)
+    strength_TX = _strengths(x, x.facts["clamps"], variant)
+    for tau_X, strength_X, clamps, (low, high) in zip(
+        x.task_vectors, strength_TX, x.facts["clamps"], x.facts["strengths"]
+    ):
+        if high > low:
+            above_X = (strength_X - low).mul_(strength_X.float() > low).div_(high - low)
+            sum_X.addcmul_(tau_X.sign() * tau_X.abs().clamp(*clamps), above_X)
+            weight_X += above_X
+    return sum_X.div_(weight_X.clamp_(min=1e-12)).mul_(scale).add_(x.base)
+
+
+def _strengths(x: Slot, clamps: list[list[float]], variant: str) -> list[Tensor]:
+    tau_TX, experts = x.task_vectors, len(x.experts)
+    unit_TX = [
+        (tau_X.abs().clamp(low, high) - low) / ((high - low) or 1.0)
+        for tau_X, (low, high) in zip(tau_TX, clamps)
+    ]
+    signed_TX = [unit_X * tau_X.sign() for unit_X, tau_X in zip(unit_TX, tau_TX)]
+    if variant == "es":
+        support_TX = [sum((one_X * other_X).tanh_() for other_X in signed_TX) for one_X in signed_TX]
+    else:
+        total_X = ops.total(signed_TX if variant == "vision" else tau_TX)
+        support_TX = [(tau_X * total_X).tanh_() for tau_X in tau_TX]
+    # Divided by exp(T), which normalising undoes, so that nothing overflows.
+    return [(unit_X**2 - 1).mul_(experts).exp_() * s_X for unit_X, s_X in zip(unit_TX, support_TX)]

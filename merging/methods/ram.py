@@ -1,0 +1,66 @@
+"""RAM: what one expert alone changed is kept, what several changed is averaged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge
+
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def boosts(
+    view: View, *, threshold: float, variant: str, rescale_factor: float, rescale_cap: float
+) -> list[float]:
+    """What each expert's unshared entries are multiplied by: 1 + factor * min(shared / unshared, cap)."""
+    experts = len(view.source.experts)
+    if variant == "ram":
+        return [1.0] * experts
+    shared, unshared = [0] * experts, [0] * experts
+    for x in view.blocks("element"):
+        active_TX, count_X = _active(x, threshold)
+        for t, active_X in enumerate(active_TX):
+            alone = int((active_X & (count_X == 1)).sum())
+            unshared[t] += alone
+            shared[t] += int(active_X.sum()) - alone
+    return [1 + rescale_factor * min(s / max(u, 1), rescale_cap) for s, u in zip(shared, unshared)]
+
+
+@method(
+    paper="2601.13572",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="pretrained",
+    needs_base=True,
+    minimum_experts=2,
+    measure=boosts,
+)
+def ram(
+    x: Slot,
+    *,
+    threshold: Annotated[float, Ge(0)] = 1e-5,
+    variant: Literal["ram", "ram_plus"] = "ram",
+    rescale_factor: float = 0.1,
+    rescale_cap: Annotated[float, Ge(0)] = 0.2,
+) -> Tensor:
+    """base + the mean over those task vectors whose magnitude exceeds the threshold.
+
+    ram_plus multiplies entries that a single expert changed by 1 + rescale_factor * min(r, rescale_cap), where r is
+    how many shared entries of the tensor that expert has for each unshared one.
+    """
+    active_TX, count_X = _active(x, threshold)
+    merged_X = torch.zeros_like(x.base)
+    for tau_X, active_X, boost in zip(x.task_vectors, active_TX, x.measured):
+        factor_X = torch.where(count_X == 1, boost, 1 / count_X.clamp(min=1).to(tau_X.dtype))
+        merged_X.addcmul_(tau_X * active_X, factor_X)
+    return merged_X.add_(x.base)
+
+
+def _active(x: Slot, threshold: float) -> tuple[list[Tensor], Tensor]:
+    """Which entries each expert changed, and how many experts did: T times (X), (X)."""
+    active_TX = [tau_X.abs() > threshold for tau_X in x.task_vectors]
+    return active_TX, torch.stack(active_TX).sum(0)

@@ -1,0 +1,26 @@
+"""WiSE-FT: between a model and what was fine-tuned from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Le
+
+from merging.methods import method
+from merging.methods.task_arithmetic import task_arithmetic
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    paper="2109.01903",
+    code="mlfoundations/model-soups@d5398f18",
+    reference="pretrained",
+    needs_base=True,
+    maximum_experts=1,
+)
+def wise_ft(x: Slot, *, scale: Annotated[float, Ge(0), Le(1)] = 0.75) -> Tensor:
+    """(1 - scale) * base + scale * expert."""
+    return task_arithmetic(x, scale=scale)
