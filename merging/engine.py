@@ -117,6 +117,7 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory; inputs are not modified, each output tensor has the dtype of its input.
 
+    method: an id, or a chain of wrappers such as `lines(dare(ties))`.
     statistics: name -> one state dict an expert (a list), or one for all. Tensors that only `base` has are returned
     as they are; integer and bool tensors must agree.
 

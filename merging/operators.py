@@ -107,9 +107,8 @@ def merge_signed(
 
     `normalize` divides by the weights that were summed, where that is not 0: (X).
     """
-    weights = weights or [1.0] * len(tau_TX)
     if not elect:
-        share = sum(weights) if normalize else 1.0
+        share = sum(weights or [1.0] * len(tau_TX)) if normalize else 1.0
         return total(tau_TX, weights) if share in (0.0, 1.0) else total(tau_TX, weights).div_(share)
     sum_X, weight_X = orthant_sum(tau_TX, elect_signs(tau_TX, weights, 1.0), weights)
     return sum_X / torch.where(weight_X == 0, 1.0, weight_X) if normalize else sum_X

@@ -71,7 +71,7 @@ class Entry:
             masks = min(elements * count // 8, MASK_BYTES) if self.bound.method.measure else 0
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
-        held = count if self.bound.changes else 0  # experts that a wrapper changed
+        held = count + 2 if self.bound.changes else 0  # experts and bases that wrappers changed
         used = 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square)
         return used + min(used, _KEPT_BYTES)
 

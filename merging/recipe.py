@@ -123,7 +123,8 @@ class Recipe(BaseModel):
             if rule.expert is None:
                 continue
             if rule.expert not in self.experts:
-                raise ValueError(f"rules: no expert is named '{rule.expert}'{did_you_mean(rule.expert, self.experts)}")
+                near = did_you_mean(rule.expert, self.experts)
+                raise ValueError(f"rules: no expert is named '{rule.expert}'{near}")
             for key in (*rule.params, *rule.gradient):
                 listed = self.params.get(key)
                 if not isinstance(listed, list) or len(listed) != len(self.experts):
@@ -159,7 +160,9 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
-    """Read a recipe, or a configuration of mergekit's, from YAML. Relative paths are relative to its folder; `bring` makes a URI a local path.
+    """Read a recipe, or a configuration of mergekit's, from YAML.
+
+    Relative paths are relative to its folder; `bring` makes a URI a local path.
 
     Raises:
         UserError: with file and line, for a key or a value that is wrong.
@@ -171,10 +174,16 @@ def load_recipe(path: Path, bring: Callable[[str], Path]) -> Recipe:
             recipe = Recipe.model_validate(written)
         except ValidationError as error:
             first = error.errors()[0]
-            raise file.error(blamed(first["loc"]), f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            where = ".".join(map(str, first["loc"]))
+            raise file.error(blamed(first["loc"]), f"{where}: {first['msg']}") from None
     else:
-        written, blamed = file.data, list
-        recipe = file.parse(Recipe)
+        recipe, written = file.parse(Recipe), file.data
+
+        def blamed(loc: list[Any]) -> list[Any]:
+            """Methods inside may be named by `method`, too."""
+            short = loc[0] == "params" and loc[1] not in (written.get("params") or ())
+            return ["method"] if short else loc
+
     for loc, problem in _mistakes(recipe):
         raise file.error(blamed(loc), problem)
 
@@ -197,13 +206,19 @@ def _mistakes(recipe: Recipe) -> Iterator[tuple[list[Any], str]]:
     from merging.methods import get_method
 
     # Which methods are meant decides which parameters are known.
-    chain = {key: value for key, value in recipe.params.items() if _NAMES_A_METHOD.fullmatch(key)}
+    chain: dict[str, Any] = {}
     try:
         method = get_method(recipe.method)
-        method.resolve({key: value for key, value in chain.items() if method.wraps})
     except UserError as error:
         yield ["method"], str(error)
         return
+    for key in sorted(filter(_NAMES_A_METHOD.fullmatch, recipe.params if method.wraps else ()), key=len):
+        chain[key] = recipe.params[key]
+        try:
+            method.resolve(chain)
+        except UserError as error:
+            yield ["params", key], str(error)
+            return
     given = [(["params", key], key, value) for key, value in recipe.params.items()]
     for i, rule in enumerate(recipe.rules):
         for kind, values in (("params", rule.params), ("gradient", {k: v[0] for k, v in rule.gradient.items()})):

@@ -102,7 +102,10 @@ def test_a_method_that_is_not_in_the_catalogue_is_named(name, family):
 
 # --------------------------------------------------------------------------------------- what parameters become
 
-MODELS = "models:\n- {model: expert0, parameters: {weight: 0.3, density: 0.25}}\n- {model: expert1, parameters: {weight: 0.5}}\n"
+MODELS = """models:
+- {model: expert0, parameters: {weight: 0.3, density: 0.25}}
+- {model: expert1, parameters: {weight: 0.5}}
+"""
 
 
 def arithmetic(method: str, more: str = "") -> str:
@@ -223,8 +226,9 @@ def test_a_rule_of_one_expert_needs_a_list_that_it_changes(rule, parts):
 def test_where_models_lie(family, monkeypatch):
     monkeypatch.chdir(family / "expert0")
     (family / "expert0" / "near").mkdir()
-    text = "merge_method: linear\nparameters: {weight: 1.0}\nmodels: [{model: expert1}, {model: near}, {model: org/name@v1},"
-    text += " {model: {model: {path: org/other, revision: v2}}}, {model: elsewhere/expert1/}]\n"
+    text = "merge_method: linear\nparameters: {weight: 1.0}\nmodels: [{model: expert1}, {model: near},"
+    text += " {model: org/name@v1}, {model: {model: {path: org/other, revision: v2}}},"
+    text += " {model: elsewhere/expert1/}]\n"
     brought: list[str] = []
     recipe = load_recipe(written(family, text), lambda uri: brought.append(uri) or Path("fetched"))
     assert brought == ["hf://org/name@v1", "hf://org/other@v2"]
@@ -234,10 +238,10 @@ def test_where_models_lie(family, monkeypatch):
 
 def test_an_adapter_is_an_expert_if_it_is_of_the_base(family):
     (family / "lora").mkdir()
-    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: base+lora, parameters: {weight: 1.0}}]\n"
+    text = "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1.0}\nmodels: [{model: base+lora}]\n"
     recipe = loaded(family, text)
     assert list(recipe.experts.values()) == [family / "lora"] and recipe.base == family / "base"
-    with refused("mergekit.yml:3:", "lora is for expert0", "not the base_model"):
+    with refused("mergekit.yml:4:", "lora is for expert0", "not the base_model"):
         loaded(family, text.replace("base+lora", "expert0+lora"))
 
 
@@ -286,7 +290,8 @@ def test_slices_of_all_layers_in_order_are_the_models(family):
         (slices((0, 2), (0, 2)), 5, ["begins at layer 2"]),
         (slices((0, 3)), 4, ["end at layer 3", "has 4"]),
         (slices((0, 4)).replace("expert1, layer_range: [0, 4]", "expert1, layer_range: [0, 3]"), 4, ["not stacked"]),
-        (slices((0, 2), (2, 4)).replace("expert1, layer_range: [2", "expert2, layer_range: [2"), 5, ["different models"]),
+        (slices((0, 2), (2, 4)).replace("expert1, layer_range: [2", "expert2, layer_range: [2"), 5,
+         ["different models"]),
         (slices((0, 4), more="  residual_weight: 0.5\n"), 5, ["residual_weight"]),
         (slices((0, 4), more="  base_model: base\n"), 5, ["base_model of its own"]),
     ],
@@ -386,12 +391,12 @@ def test_a_number_an_expert(method, params, key):
 def test_without_an_election_the_weighted_sum_is_added(method):
     base = {"w": torch.zeros(2, 4)}
     experts = {"a": {"w": torch.ones(2, 4)}, "b": {"w": -3 * torch.ones(2, 4)}}
-    own = {"density": 0.5, "epsilon": 0.1, "rescale": False, "masks": "given"} if method == "della" else {"density": 1.0, "outlier_rate": 0.0}
-    masks = [{"w": torch.ones(2, 4, dtype=torch.uint8)}] * 2
-    given = {"statistics": {"masks": masks}} if method == "della" else {}
-    for elect, normalize, expected in ((False, False, -1.0), (False, True, -1.0 / 3), (True, False, -3.0), (True, True, -3.0)):
-        params = {**own, "scale": 1.0, "weights": [2.0, 1.0], "elect": elect, "normalize": normalize}
-        found = merge_state_dicts(method, experts, base, params=params, **given)["w"]
+    ways = [(False, False, -1.0), (False, True, -1.0 / 3), (True, False, -3.0), (True, True, -3.0)]
+    for elect, normalize, expected in ways:
+        params = {"density": 1.0, "weights": [2.0, 1.0], "elect": elect, "normalize": normalize, "scale": 1.0}
+        if method == "breadcrumbs":
+            params["outlier_rate"] = 0.0
+        found = merge_state_dicts(method, experts, base, params=params)["w"]
         assert torch.allclose(found, torch.full((2, 4), expected))
 
 

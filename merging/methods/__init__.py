@@ -237,7 +237,7 @@ class _Level:
         except ValidationError as error:
             errors = error.errors()
             # Of a number or a list of them, what is wrong with the kind that was given.
-            first = errors[-1 if isinstance(own[errors[0]["loc"][0]], list) else 0]
+            first = errors[-1 if isinstance(own.get(errors[0]["loc"][0]), list) else 0]
             where = ".".join(str(part) for i, part in enumerate(first["loc"]) if not i or isinstance(part, int))
             raise UserError(f"{self.method.id}: {where} = {first['input']!r}: {first['msg']}") from None
         return {self.names[name]: value for name, value in resolved.items()}
@@ -450,7 +450,7 @@ def method(
         where its `keys` say so (see `merging.keys`), any stretch of the others.
     prepass(inputs, **params): JSON values found in the whole model, as `x.facts`; prepass_if(params): whether needed.
     measure(view, **params): what it must know of a tensor before its blocks, as `x.measured`.
-    transform(x, **params): for a wrapper, the slot that the inner method sees.
+    transform(x, **params): for a wrapper, the slot that the inner method sees; a new one.
     check(params, experts): what is wrong beyond types and ranges, as a sentence.
     warn(experts, params): a sentence for a legal but pointless use.
     base_if(params): whether parameters make a base necessary.

@@ -73,7 +73,8 @@ def ties(
     """base + scale * merge of the task-vector entries that are large and agree with the elected sign.
 
     `density` is the share of entries kept (those equal to the threshold are all kept), over the whole model or each
-    tensor; a list has one an expert. `weights` and `normalize` belong to the mergekit variant, which also trims tensor by tensor.
+    tensor; a list has one an expert. `weights` and `normalize` belong to the mergekit variant, which also trims tensor
+    by tensor.
     """
     found = x.measured or x.facts
     weights = weights if variant == "mergekit" else None
