@@ -21,6 +21,7 @@ TOKENIZER = "tokenizer.json"
 PROVENANCE = "provenance.json"  # where `mergeline fetch` writes what a checkpoint was fetched from
 # transformers wrote the first until version 5.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -53,11 +54,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def carry(donor: Path, specs: Iterable[TensorSpec], folder: Path, alignment: Alignment | None = None) -> None:
+def carry(
+    donor: Path,
+    specs: Iterable[TensorSpec],
+    folder: Path,
+    alignment: Alignment | None = None,
+    layers: Sequence[int] | None = None,
+) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
-    config.json names the dtype that most of the tensors have and the rows of the vocabulary; the tokenizer knows the
-    tokens that were added to it.
+    config.json names the dtype that most of the tensors have, the rows of the vocabulary, and the layers of a stack;
+    the tokenizer knows the tokens that were added to it.
     """
     for name in CONFIG_FILES:
         if (donor / name).is_file():
@@ -70,6 +77,11 @@ def carry(donor: Path, specs: Iterable[TensorSpec], folder: Path, alignment: Ali
             tokenizer = read_object(folder / TOKENIZER)
             tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), *alignment.added]
             _write(folder / TOKENIZER, tokenizer)
+    if layers is not None:
+        changed |= _replace(config, _LAYER_KEYS, len(layers))
+        kinds = config.get("layer_types")
+        if isinstance(kinds, list) and max(layers) < len(kinds):
+            config["layer_types"] = [kinds[layer] for layer in layers]
     if changed:
         _write(folder / CONFIG, config)
 

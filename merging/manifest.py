@@ -89,7 +89,8 @@ def publish_merge(
         publish(writer.folder / writer.files[0], out)
         return manifest
     if plan.donor:
-        carry(plan.donor, writer.specs.values(), writer.folder, plan.alignment)
+        layers = plan.stack.layers if plan.stack else None
+        carry(plan.donor, writer.specs.values(), writer.folder, plan.alignment, layers)
     (writer.folder / "README.md").write_text(model_card(manifest))
     (writer.folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     publish(writer.folder, out)

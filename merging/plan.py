@@ -17,6 +17,7 @@ from merging.methods import Bound, Method, get_method
 from merging.recipe import Recipe, canonical_json
 from merging.rules import block_counts, is_merged, parameters_for, values_of
 from merging.slots import MASK_BYTES, Unit, block_elements
+from merging.stack import Stack, stack
 from merging.tied import without_tied_head
 from merging.vocabulary import Alignment, align
 from merging.writer import TensorSpec
@@ -89,6 +90,7 @@ class Plan:
     entries: list[Entry] = field(default_factory=list)
     donor: Path | None = None  # the folder whose configuration and tokenizer are carried over
     alignment: Alignment | None = None  # of vocabularies that differ
+    stack: Stack | None = None  # of ranges of layers
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -182,12 +184,12 @@ def make_plan(recipe: Recipe | Mapping[str, Any]) -> Plan:
     if not plan.problems:
         _find_donor(plan)
     if not plan.problems:
-        _match_tensors(plan)
+        _stack_layers(plan) if recipe.stack else _match_tensors(plan)
     return plan
 
 
 def _resolve_method(plan: Plan) -> None:
-    count = len(plan.recipe.experts)
+    count = 1 if plan.recipe.stack else len(plan.recipe.experts)  # of each tensor
     try:
         plan.method = get_method(plan.recipe.method)
         plan.params = plan.method.resolve(plan.recipe.params)
@@ -306,6 +308,17 @@ def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:
         if info.name.endswith(_QUANTISED):
             yield f"{name}: is quantised (tensor '{info.name}'); merge the float16 or wider model it was made from"
             return
+
+
+def _stack_layers(plan: Plan) -> None:
+    try:
+        plan.stack = stack(plan.experts, plan.recipe.stack)
+    except UserError as error:
+        plan.problems.append(str(error))
+        return
+    plan.experts = plan.stack.checkpoints
+    for name, expert in sorted(plan.stack.origin.items()):
+        plan.entries.append(_entry(plan, "copy", name, {expert: plan.experts[expert].tensors[name]}, None))
 
 
 def _match_tensors(plan: Plan) -> None:

@@ -83,6 +83,15 @@ class Rule(BaseModel):
         return {key: value for key, value in dump(self).items() if key != "expert" or value is not None}
 
 
+class Range(BaseModel):
+    """Layers of one expert: the first and the last, counted from 0, negative ones from the end."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str
+    layers: tuple[int, int]
+
+
 class Recipe(BaseModel):
     """Paths are local safetensors files or folders; `experts` is in the order of all per-expert lists.
 
@@ -90,6 +99,8 @@ class Recipe(BaseModel):
 
     Tensors that are not among `include`, or are among `exclude`, are not merged: they become the base's (or the
     `average` of the experts, as `excluded` says).
+
+    `stack` makes a model of ranges of the experts' layers, one after the other, with `method: passthrough`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -103,6 +114,7 @@ class Recipe(BaseModel):
     exclude: Patterns = []
     excluded: Literal["base", "average"] = "base"
     rules: list[Rule] = []
+    stack: list[Range] = []
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = (
         None  # None: each tensor keeps its own
     )
@@ -119,6 +131,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _lists(self) -> Recipe:
+        if self.stack and (self.method != "passthrough" or self.base or self.rules or self.statistics):
+            raise ValueError("stack: copies layers as they are: method passthrough, without base, rules and statistics")
         for rule in self.rules:
             if rule.expert is None:
                 continue
@@ -150,6 +164,7 @@ class Recipe(BaseModel):
             "exclude",
             "excluded",
             "rules",
+            "stack",
             "dtype",
             "seed",
             "shard_size",
