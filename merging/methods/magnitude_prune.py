@@ -30,7 +30,6 @@ def tensor_thresholds(view: View, *, density: float, scope: str, **_: Any) -> li
 
 @method(
     paper="Han et al. 2015",
-    code="tanganke/fusion_bench@54c9e8c9",
     reference="pretrained",
     needs_base=True,
     prepass=thresholds,

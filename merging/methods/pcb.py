@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -21,15 +22,17 @@ def bounds(inputs: Inputs, *, density: float, clamp: float, variant: str, **_: A
     places = [[int(n * clamp) + 1, max(1, int(n * (1 - clamp)))]] * experts
     clamps = ops.kth_smallest(inputs.each, lambda x: x.task_vectors, "element", lambda _: places)
 
-    def halves(x: Slot) -> list[Tensor]:  # magnitudes are ordered, so positive and negative strengths part
-        strength_TX = _strengths(x, clamps, variant)
-        return [half_X.clamp(min=0) for s_X in strength_TX for half_X in (s_X, -s_X)]
+    def ordered(sign: int, places: list[int]) -> list[list[float]]:  # one sign at a time: magnitudes are ordered
+        def rows(x: Slot) -> list[Tensor]:
+            return [(sign * strength_X).clamp_(min=0) for strength_X in _strengths(x, clamps, variant)]
+
+        return ops.kth_smallest(inputs.each, rows, "element", lambda _: [places] * experts)
 
     low = min(int(n * (1 - density)), n - 1) + 1
-    found = ops.kth_smallest(
-        inputs.each, halves, "element", lambda _: [[low, n], [n - low + 1, 1]] * experts
-    )
-    strengths = [[p - m for p, m in zip(*pair)] for pair in zip(found[::2], found[1::2])]
+    strengths = ordered(1, [low, n])
+    if not all(least > 0 for least, _ in strengths):
+        negative = ordered(-1, [n - low + 1, 1])
+        strengths = [[p - m for p, m in zip(*pair)] for pair in zip(strengths, negative)]
     return {"clamps": clamps, "strengths": strengths}
 
 
@@ -76,7 +79,11 @@ def _strengths(x: Slot, clamps: list[list[float]], variant: str) -> list[Tensor]
     ]
     signed_TX = [unit_X * tau_X.sign() for unit_X, tau_X in zip(unit_TX, tau_TX)]
     if variant == "es":
-        support_TX = [sum((one_X * other_X).tanh_() for other_X in signed_TX) for one_X in signed_TX]
+        support_TX = [(one_X**2).tanh_() for one_X in signed_TX]
+        for t, s in combinations(range(experts), 2):
+            support_X = (signed_TX[t] * signed_TX[s]).tanh_()
+            support_TX[t] += support_X
+            support_TX[s] += support_X
     else:
         total_X = ops.total(signed_TX if variant == "vision" else tau_TX)
         support_TX = [(tau_X * total_X).tanh_() for tau_X in tau_TX]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @method(
     paper="2506.16506",
-    code="oscarbreiner/fusion_bench (a port); the authors' ronskoro/Subspace-Boosting was not read",
+    code="tanganke/fusion_bench@9c8c6a6e",
     reference="pretrained",
     unit="matrix",
     needs_base=True,
