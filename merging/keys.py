@@ -6,6 +6,7 @@ import re
 from typing import Literal, Sequence
 
 Keys = Literal["block_linear", "matrices"]
+Other = Literal["pretrained", "mean", "sum"]  # which merge of the task vectors the remaining tensors add to the base
 
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 _NOT_LINEAR = re.compile(r"(^|[._])(ln|norm|layernorm|bias|embed\w*)([._\d]|$)", re.IGNORECASE)

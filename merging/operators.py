@@ -56,6 +56,15 @@ def total(tau_TX: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
     return sum_X
 
 
+def plain_update(experts: Sequence[Tensor], base_X: Tensor, other: str) -> Tensor:
+    """What a tensor without matrix treatment adds to a float64 base, as `other` says (see `merging.keys`): (X)."""
+    if other == "pretrained":
+        return torch.zeros_like(base_X)
+    if other == "mean":
+        return mean(experts).sub_(base_X)
+    return weighted_sum(experts).sub_(base_X, alpha=len(experts))
+
+
 def elect_signs(tau_TX: Sequence[Tensor], weights: Sequence[float] | None, zero: float) -> Tensor:
     """Sign of the sum over experts, `zero` where they cancel (TIES, 2306.01708): (X)."""
     return total(tau_TX, weights).sign_().add_(zero / 2).sign_()

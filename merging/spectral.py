@@ -117,19 +117,29 @@ def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any]:
 
 def gram(a_MN: Tensor) -> Tensor:
     """Gram matrix of the smaller side, (R, R) float64; only its lower triangle is valid. (T, M, N) gives (T, R, R)."""
-    a_MR = a_MN.double() if a_MN.shape[-2] >= a_MN.shape[-1] else a_MN.double().mT
-    if on_cpu(a_MR):
+    return inner(a_MN if a_MN.shape[-2] >= a_MN.shape[-1] else a_MN.mT)
+
+
+def inner(a_MN: Tensor) -> Tensor:
+    """A^T A, (N, N) float64; only its lower triangle is valid. (T, M, N) gives (T, N, N)."""
+    a_MN = a_MN.double()
+    if on_cpu(a_MN):
         from scipy.linalg import blas
 
-        if a_MR.is_contiguous():
-            return torch.from_numpy(blas.dsyrk(1.0, a_MR.numpy().T, trans=0, lower=1))
-        return torch.from_numpy(blas.dsyrk(1.0, a_MR.numpy(), trans=1, lower=1))
-    side = a_MR.shape[-1]
-    gram_RR = a_MR.new_zeros(*a_MR.shape[:-2], side, side)
+        if a_MN.is_contiguous():
+            return torch.from_numpy(blas.dsyrk(1.0, a_MN.numpy().T, trans=0, lower=1))
+        return torch.from_numpy(blas.dsyrk(1.0, a_MN.numpy(), trans=1, lower=1))
+    side = a_MN.shape[-1]
+    inner_NN = a_MN.new_zeros(*a_MN.shape[:-2], side, side)
     for start in range(0, side, _GPU_BLOCK):
         stop = start + _GPU_BLOCK
-        gram_RR[..., start:stop, :stop] = a_MR[..., start:stop].mT @ a_MR[..., :stop]
-    return gram_RR
+        inner_NN[..., start:stop, :stop] = a_MN[..., start:stop].mT @ a_MN[..., :stop]
+    return inner_NN
+
+
+def mirrored(lower_NN: Tensor) -> Tensor:
+    """The symmetric matrix of a lower triangle."""
+    return lower_NN.tril() + lower_NN.tril(-1).T
 
 
 def leading(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -294,16 +304,20 @@ def partial_polar(a_MN: Tensor) -> Tensor:
     if a_MN.shape[0] < a_MN.shape[1]:
         return partial_polar(a_MN.T).T
     energy_N, q_NN = eigenpairs(gram(a_MN))
-    eps = torch.finfo(torch.float64).eps
-    kept_N = energy_N > len(energy_N) * eps * energy_N[-1].clamp(min=torch.finfo(torch.float64).tiny)
+    kept_N = above_noise(energy_N, energy_N[-1])
     root_N = torch.where(kept_N, energy_N.clamp(min=torch.finfo(torch.float64).tiny) ** -0.25, 0.0)
     return a_MN @ _outer(q_NN * root_N)
 
 
+def above_noise(energy_L: Tensor, of: Tensor) -> Tensor:
+    """Which eigenvalues of a Gram matrix of norm `of` are more than its rounding: (L,) bool."""
+    info = torch.finfo(torch.float64)
+    return energy_L > len(energy_L) * info.eps * of.clamp(min=info.tiny)
+
+
 def _outer(y_NN: Tensor) -> Tensor:
     """Y Y^T."""
-    lower_NN = gram(y_NN.T)
-    return lower_NN.tril() + lower_NN.tril(-1).T
+    return mirrored(inner(y_NN.T))
 
 
 def orthogonal_sum(factors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

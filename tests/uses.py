@@ -51,6 +51,8 @@ SPECTRAL: list[Use] = [
     ("tsv_merge", {"rank": 0.5, "keys": "block_linear"}),
     ("tsv_merge", {"orthogonalize": False}),
     ("iso_c", {}),
+    ("iso_cts", {}),
+    ("iso_cts", {"common_fraction": 0.3}),
 ]
 
 OPTIMISED: list[Use] = []

@@ -29,6 +29,6 @@ def lowrank_task_arithmetic(
     """base + scale * sum of the rank-k parts of the task vectors; tensors that are no block matrices in full."""
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
-        return base + scale * (ops.weighted_sum(x.experts) - len(x.experts) * base)
+        return base + scale * ops.plain_update(x.experts, base, "sum")
     update = x.share(("lowrank", rank), lambda: low_rank_sum(x, base, "pretrained", rank, 1.0))
     return torch.add(base, update, alpha=scale)

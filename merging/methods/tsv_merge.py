@@ -40,7 +40,7 @@ def tsv_merge(
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
-        return base + scale * (ops.mean(x.experts) - base)
+        return base + scale * ops.plain_update(x.experts, base, "mean")
     count = len(x.experts)
     k = int(min(x.shape) * (1 / count)) if rank == "1/T" else spectral.rank_of(rank, x.shape)
 
