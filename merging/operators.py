@@ -101,6 +101,32 @@ def gram(tensors: Sequence[Tensor]) -> Tensor:
     return gram_TT.tril() + gram_TT.tril(-1).T
 
 
+# ---------------------------------------------------------------------------------------------- descending
+
+
+def descend(
+    slope: Callable[[Tensor], Tensor],
+    like_X: Tensor,
+    *,
+    optimizer: str,
+    learning_rate: float,
+    iterations: int,
+    momentum: float = 0.0,
+) -> Tensor:
+    """Where Adam, or SGD with momentum, gets from zero in so many steps along a gradient, as torch's own do: (X)."""
+    at_X, mean_X, square_X = (torch.zeros_like(like_X) for _ in range(3))
+    for step in range(1, iterations + 1):
+        slope_X = slope(at_X)
+        if optimizer == "sgd":
+            at_X -= mean_X.mul_(momentum).add_(slope_X).mul(learning_rate)
+            continue
+        mean_X.lerp_(slope_X, 0.1)
+        square_X.mul_(0.999).addcmul_(slope_X, slope_X, value=0.001)
+        size_X = square_X.sqrt().div_((1 - 0.999**step) ** 0.5).add_(1e-8)
+        at_X.addcdiv_(mean_X, size_X, value=-learning_rate / (1 - 0.9**step))
+    return at_X
+
+
 # ---------------------------------------------------------------------------------------------- sparsifying
 
 Each = Callable[[Callable[["View"], "Tensor"]], Iterable["Tensor"]]  # a function of every view, in order

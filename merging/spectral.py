@@ -12,7 +12,7 @@ from math import acosh
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from merging.lazy import torch
-from merging.operators import on_cpu
+from merging.operators import descend, on_cpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,18 @@ def factors(
         return energy_L, left_ML.to(dtype), right_NL.to(dtype)
 
     return x.share(("factors", _count(x, rank), t, str(reference), dtype), make)
+
+
+def leading_triplets(
+    x: Slot, t: int, start_MN: Tensor, tau_MN: Tensor, reference: Any, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (M, K), s (K,), V (N, K): the k leading singular triplets of tau, expert t minus start; see `directions`."""
+    return triplets(tau_MN, directions(x, t, start_MN, tau_MN, reference, k)[1][:, :k])
+
+
+def rank_for_task(rank: float | str, x: Slot) -> int:
+    """`rank_of`, or for `1/T` an even share of the directions, which may be none: int(min(M, N) * (1 / T))."""
+    return int(min(x.shape) * (1 / len(x.experts))) if rank == "1/T" else rank_of(rank, x.shape)
 
 
 def _count(x: Slot, rank: int | None) -> int:
@@ -251,9 +263,12 @@ def triplets(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return us / s.clamp(min=torch.finfo(s.dtype).tiny), s, q_RK
 
 
-def rank_of(fraction: float, shape: Sequence[int]) -> int:
-    """max(1, int(fraction * min(M, N))), truncated in double precision as the official CART code does."""
-    return max(1, int(fraction * min(shape)))
+def rank_of(fraction: float, shape: Sequence[int], rounding: str = "floor") -> int:
+    """max(1, int(fraction * min(M, N))), truncated in double precision as the official CART code does.
+
+    `ceil` rounds up, from a thousandth on, as the official SWUDI code does.
+    """
+    return max(1, int(fraction * min(shape) + (0.999 if rounding == "ceil" else 0)))
 
 
 def rank_for_energy(energy_R: Tensor, share: float) -> int:
@@ -326,3 +341,54 @@ def orthogonal_sum(factors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     u, s, v = torch.cat(us, dim=-1), torch.cat(ss), torch.cat(vs, dim=-1)
     del us, vs  # as large again as what they were made into
     return polar(u).mul_(s) @ polar(v).T
+
+
+# ---------------------------------------------------------------------------------------------- least interference
+
+
+def interference(
+    start_MN: Tensor, terms: Iterable[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Curvature C (N, N) and slope G (M, N) of WUDI's loss (2503.08099) at a float64 start: d -> 2 (d C + G).
+
+    The loss of a merged task vector W is the sum over terms (target (M, N), rows (L, N), size) of
+    |(W - target) rows^T|^2 / size; terms of size 0 say nothing. It is quadratic: C is the sum of rows^T rows / size, G
+    of (start - target) rows^T rows / size, and the gradient at start + d is 2 (d C + G).
+    """
+    slope_MN = torch.zeros_like(start_MN)
+    curvature_NN = start_MN.new_zeros(start_MN.shape[1], start_MN.shape[1])
+    for target_MN, rows_LN, size in terms:
+        if not size > 0:
+            continue
+        apart_MN, inner_NN = (start_MN - target_MN).div_(size), inner(rows_LN)
+        if rows_LN.shape[0] < rows_LN.shape[1]:
+            slope_MN.addmm_(apart_MN @ rows_LN.T, rows_LN)
+        else:
+            slope_MN.addmm_(apart_MN, mirrored(inner_NN))
+        curvature_NN.add_(inner_NN.div_(size))
+    return mirrored(curvature_NN), slope_MN
+
+
+def descended(curvature_NN: Tensor, slope_MN: Tensor, dtype: torch.dtype, **optimizer: Any) -> Tensor:
+    """The displacement by which an optimiser (see `operators.descend`) lowers a loss of this curvature and slope.
+
+    Each step is one product of matrices, in `dtype`; the slope at the start, in which task vectors cancel, is exact.
+    """
+    curvature_NN, slope_MN = curvature_NN.to(dtype), slope_MN.to(dtype)
+    return descend(
+        lambda at_MN: torch.addmm(slope_MN, at_MN, curvature_NN).mul_(2), slope_MN, **optimizer
+    ).double()
+
+
+def damped_minimum(curvature_NN: Tensor, slope_MN: Tensor, damping: float) -> Tensor:
+    """The displacement to the minimum of such a loss plus damping * (mean eigenvalue of C) * |displacement|^2."""
+    added = damping * curvature_NN.diagonal().mean()
+    if not added > 0:
+        return torch.zeros_like(slope_MN)
+    curvature_NN.diagonal().add_(added)
+    if on_cpu(slope_MN):
+        from scipy.linalg import cho_factor, cho_solve
+
+        factor = cho_factor(curvature_NN.numpy(), lower=True, overwrite_a=True, check_finite=False)
+        return torch.from_numpy(-cho_solve(factor, slope_MN.numpy().T, check_finite=False).T)
+    return -torch.cholesky_solve(slope_MN.T, torch.linalg.cholesky(curvature_NN)).T

@@ -63,3 +63,159 @@ def test_iso_cts_leaves_out_directions_in_which_nothing_changed():
     [found] = merged("iso_cts", *reversed(around_zero(tau_MN, tau_MN)), common_fraction=0.5).values()
     # Two common directions of singular value 2, of four; nothing is left for the tasks.
     assert torch.allclose(found, tau_MN)
+
+
+# --------------------------------------------------------------------------------------- wudi, optmerge, swudi
+
+
+def truncated(a_MN: Tensor, k: int) -> Tensor:
+    u, s, vh = torch.linalg.svd(a_MN, full_matrices=False)
+    return (u[:, :k] * s[:k]) @ vh[:k]
+
+
+def loss(merged_MN: Tensor, taus_TMN: Tensor) -> Tensor:
+    """WUDI's, as the paper has it."""
+    return sum(((merged_MN - tau) @ tau.T).square().sum() / tau.square().sum() for tau in taus_TMN)
+
+
+def update_of(method: str, experts: dict, base: dict, **params: object) -> Tensor:
+    return (merged(method, experts, base, **params)[MATRIX] - base[MATRIX]).double()
+
+
+def family64(seed: int, experts: int = 3) -> tuple[dict, dict]:
+    base, states = family(seed, experts)
+    return (
+        {k: v.double() for k, v in base.items()},
+        {e: {k: v.double() for k, v in state.items()} for e, state in states.items()},
+    )
+
+
+@few
+@given(SEEDS, st.sampled_from([("adam", 1e-3, 0.0), ("sgd", 0.05, 0.0)]), st.integers(1, 4))
+def test_wudi_takes_the_steps_of_torchs_optimiser_on_its_loss(seed, setting, count):
+    optimizer, rate, momentum = setting
+    base, experts = family64(seed, count)
+    taus_TMN = task_vectors(base, experts)
+    merged_MN = taus_TMN.sum(0).requires_grad_()
+    steps = {
+        "adam": lambda: torch.optim.Adam([merged_MN], lr=rate),
+        "sgd": lambda: torch.optim.SGD([merged_MN], lr=rate, momentum=momentum),
+    }[optimizer]()
+    for _ in range(5):
+        steps.zero_grad()
+        loss(merged_MN, taus_TMN).backward()
+        steps.step()
+    found = update_of("wudi", experts, base, iterations=5, learning_rate=rate, optimizer=optimizer)
+    # Adam follows the sign of what is only noise: the slope around a single task vector.
+    assert torch.allclose(found, merged_MN.detach(), atol=1e-4 if count == 1 else 1e-9)
+
+
+@few
+@given(SEEDS, st.sampled_from([0.01, 1.0]))
+def test_wudi_direct_is_where_the_damped_loss_has_no_slope(seed, damping):
+    base, experts = family64(seed)
+    taus_TMN = task_vectors(base, experts)
+    mean_eigenvalue = len(taus_TMN) / taus_TMN.shape[-1]  # each of C's summands has trace 1
+    merged_MN = update_of("wudi", experts, base, solver="direct", damping=damping).requires_grad_()
+    (loss(merged_MN, taus_TMN) + damping * mean_eigenvalue * merged_MN.square().sum()).backward()
+    assert merged_MN.grad.abs().max() < 1e-10
+
+
+@few
+@given(SEEDS)
+def test_wudi_direct_of_one_expert_is_that_expert_but_for_the_damping(seed):
+    base, experts = family64(seed, 1)
+    assert close(
+        merged("wudi", experts, base, solver="direct", damping=1e-8, other="sum"), experts["e0"], 1e-5
+    )
+    assert close(merged("wudi", experts, base, other="sum"), experts["e0"], 1e-5)
+
+
+@few
+@given(SEEDS)
+def test_what_wudi_does_to_other_tensors(seed):
+    base, experts = family(seed)
+    tau_TN = task_vectors(base, experts, "blocks.1.bias")
+    for other, expected_N in (("pretrained", 0 * tau_TN[0]), ("mean", tau_TN.mean(0)), ("sum", tau_TN.sum(0))):
+        for method in ("wudi", "optmerge", "swudi"):
+            found = merged(method, experts, base, other=other, scale=0.5)["blocks.1.bias"]
+            assert torch.allclose(found.double(), base["blocks.1.bias"] + 0.5 * expected_N, atol=1e-6)
+
+
+@few
+@given(SEEDS, st.booleans())
+def test_optmerge_takes_the_steps_of_torchs_optimiser_on_its_loss(seed, official):
+    base, experts = family64(seed)
+    taus_TMN, k = task_vectors(base, experts), 2
+    mean_MN = taus_TMN.mean(0)
+    terms = []
+    for tau_MN in taus_TMN:
+        low_MN = truncated(tau_MN, k)
+        target_MN = low_MN if official else truncated(tau_MN - mean_MN, k) + mean_MN
+        terms.append((target_MN, low_MN, tau_MN.square().sum()))
+    merged_MN = (mean_MN if official else taus_TMN.sum(0)).clone().requires_grad_()
+    steps = (
+        torch.optim.SGD([merged_MN], lr=1e-2, momentum=0.9)
+        if official
+        else torch.optim.Adam([merged_MN], lr=1e-2)
+    )
+    for _ in range(5):
+        steps.zero_grad()
+        sum(((merged_MN - to) @ low.T).square().sum() / size for to, low, size in terms).backward()
+        steps.step()
+    variant = "official" if official else "fusion_bench"
+    setting = {"iterations": 5, "learning_rate": 1e-2, "rank": 0.5, "variant": variant}
+    assert torch.allclose(update_of("optmerge", experts, base, **setting), merged_MN.detach(), atol=1e-9)
+
+
+def test_optmerge_without_a_direction_for_each_task_is_the_mean():
+    base, experts = family(0, 7)
+    mean_MN = task_vectors(base, experts).mean(0)
+    assert torch.allclose(update_of("optmerge", experts, base), mean_MN, atol=1e-6)
+
+
+@few
+@given(SEEDS, st.sampled_from(["exponential", "tikhonov", "landweber"]), st.sampled_from(["swudi", "iwudi"]))
+def test_swudi_filters_the_way_from_the_sum_to_the_minimum(seed, filter, variant):
+    base, experts = family64(seed)
+    taus_TMN = task_vectors(base, experts)
+    size_T = taus_TMN.square().sum((1, 2))[:, None, None]
+    inner_TNN = taus_TMN.mT @ taus_TMN / size_T
+    energy_N, q_NN = torch.linalg.eigh(inner_TNN.sum(0))
+    minimum_MN = (taus_TMN @ inner_TNN).sum(0) @ inner_TNN.sum(0).inverse()
+    f_N = {
+        "exponential": 1 - (-energy_N * 7.0).exp(),
+        "tikhonov": energy_N / (energy_N + 0.3),
+        "landweber": 1 - (1 - 0.9 * energy_N / energy_N.max()) ** 4,
+    }[filter]
+    if variant == "swudi":
+        f_N[:-3] = 0  # ceil(0.65 * 4) leading directions
+    start_MN = taus_TMN.sum(0)
+    expected_MN = start_MN + (minimum_MN - start_MN) @ (q_NN * f_N) @ q_NN.T
+    setting = {"filter": filter, "variant": variant, "time": 7.0, "alpha": 0.3, "iterations": 4}
+    assert torch.allclose(update_of("swudi", experts, base, **setting), expected_MN, atol=1e-8)
+
+
+def test_aswudi_counts_the_directions_that_matter():
+    """Eigenvalues of C: 0.9 + 0.8 and 0.1 + 0.2. They count as (1.7^.5 + 0.3^.5)^2 / 2 = 1.7, so both are kept."""
+    a, b = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([2.0, 1.0]))
+    found = merged("swudi", *reversed(around_zero(a, b)), variant="aswudi")["blocks.0.mlp.weight"]
+    minimum = torch.diag(torch.tensor([(2.7 + 1.6) / 1.7, (0.1 + 0.2) / 0.3]))
+    assert torch.allclose(found, minimum)
+    # With nothing in the second direction, only the first is.
+    one = torch.diag(torch.tensor([3.0, 0.0]))
+    found = merged("swudi", *reversed(around_zero(one, 2 * one)), variant="aswudi")["blocks.0.mlp.weight"]
+    assert torch.allclose(found, 1.5 * one)
+
+
+@few
+@given(SEEDS)
+def test_iwudi_without_time_is_the_sum_and_with_all_of_it_wudis_minimum(seed):
+    base, experts = family64(seed)
+    start_MN = task_vectors(base, experts).sum(0)
+    assert torch.allclose(
+        update_of("swudi", experts, base, variant="iwudi", time=1e-9), start_MN, atol=1e-6
+    )
+    direct_MN = update_of("wudi", experts, base, solver="direct", damping=1e-10)
+    found = update_of("swudi", experts, base, variant="iwudi", time=1e6)
+    assert torch.allclose(found, direct_MN, atol=1e-5)

@@ -55,7 +55,17 @@ SPECTRAL: list[Use] = [
     ("iso_cts", {"common_fraction": 0.3}),
 ]
 
-OPTIMISED: list[Use] = []
+OPTIMISED: list[Use] = [
+    ("wudi", {"iterations": 20, "other": "mean"}),
+    ("wudi", {"iterations": 20, "optimizer": "sgd", "learning_rate": 0.1, "other": "sum"}),
+    ("wudi", {"solver": "direct", "keys": "matrices"}),
+    ("optmerge", {"iterations": 20, "learning_rate": 0.1, "rank": 0.5}),
+    ("optmerge", {"iterations": 20, "variant": "fusion_bench"}),
+    ("swudi", {}),
+    ("swudi", {"variant": "iwudi", "filter": "tikhonov", "keys": "block_linear", "other": "pretrained"}),
+    ("swudi", {"filter": "landweber", "rank_rounding": "floor", "other": "sum"}),
+    ("swudi", {"variant": "aswudi"}),
+]
 
 STATISTICS: list[Use] = []
 
