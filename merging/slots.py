@@ -259,5 +259,9 @@ class Inputs:
         """`function` of every view, in their order; computed by all workers."""
         return self._run(function, self.views)
 
+    def only(self, wanted: Callable[[View], bool]) -> Inputs:
+        """Some of the tensors."""
+        return Inputs(filter(wanted, self.views), self._run)
+
     def changed(self, change: Callable[[View], View]) -> Inputs:
         return Inputs(map(change, self.views), self._run)

@@ -96,8 +96,10 @@ def factors(
 def leading_triplets(
     x: Slot, t: int, start_MN: Tensor, tau_MN: Tensor, reference: Any, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (M, K), s (K,), V (N, K): the k leading singular triplets of tau, expert t minus start; see `directions`."""
-    return triplets(tau_MN, directions(x, t, start_MN, tau_MN, reference, k)[1][:, :k])
+    """U (M, K), s (K,), V (N, K): the k leading singular triplets of tau, expert t minus start, that are more than noise."""
+    energy_L, q_RL = directions(x, t, start_MN, tau_MN, reference, k)
+    kept = min(k, int(above_noise(energy_L, energy_L.sum()).sum()))
+    return triplets(tau_MN, q_RL[:, :kept])
 
 
 def rank_for_task(rank: float | str, x: Slot) -> int:
@@ -263,6 +265,18 @@ def triplets(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return us / s.clamp(min=torch.finfo(s.dtype).tiny), s, q_RK
 
 
+def singular_triplets(
+    a_MN: Tensor, k: int | None = None, energy: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (M, K), s (K,), V (N, K) of the k leading (None: all) singular values that are more than noise, descending.
+
+    energy: the square of the norm that noise is measured by, if it is not that of the matrix itself.
+    """
+    energy_K, q_RK = leading(gram(a_MN), min(a_MN.shape) if k is None else min(k, *a_MN.shape))
+    energy = a_MN.square().sum() if energy is None else energy
+    return triplets(a_MN, q_RK[:, above_noise(energy_K, energy)])
+
+
 def rank_of(fraction: float, shape: Sequence[int], rounding: str = "floor") -> int:
     """max(1, int(fraction * min(M, N))), truncated in double precision as the official CART code does.
 
@@ -288,6 +302,8 @@ def polar(a_MN: Tensor) -> Tensor:
     """
     if a_MN.shape[0] < a_MN.shape[1]:
         return polar(a_MN.T).T
+    if not a_MN.numel():
+        return a_MN
     if not on_cpu(a_MN):
         found = _by_newton_schulz(a_MN)
         if found is not None:
@@ -318,6 +334,8 @@ def partial_polar(a_MN: Tensor) -> Tensor:
     """U V^T over the singular vectors of a float64 matrix whose singular values are not numerically zero."""
     if a_MN.shape[0] < a_MN.shape[1]:
         return partial_polar(a_MN.T).T
+    if not a_MN.numel():
+        return a_MN
     energy_N, q_NN = eigenpairs(gram(a_MN))
     kept_N = above_noise(energy_N, energy_N[-1])
     root_N = torch.where(kept_N, energy_N.clamp(min=torch.finfo(torch.float64).tiny) ** -0.25, 0.0)

@@ -26,6 +26,7 @@ MATRIX = "blocks.0.attn.weight"  # of the small models: (6, 4)
 every_use = pytest.mark.parametrize(
     ("method", "params"), USES, ids=["-".join([m, *(f"{k}={v}" for k, v in p.items())]) for m, p in USES]
 )
+ORDERED = {"opcm"}  # methods that are about the order of the experts
 few = settings(max_examples=12)  # of whole merges
 
 
@@ -125,6 +126,8 @@ def test_scale_zero_is_the_reference_bit_for_bit(method, params, seed, dtype):
 @given(SEEDS, st.permutations(range(3)))
 @every_use
 def test_the_order_of_experts_does_not_matter(method, params, seed, order):
+    if method in ORDERED:
+        return
     base, experts = family(seed)
     if method == "cart_indexing":  # it gives back the expert of a number
         params, other = {**params, "task": order[0]}, params
@@ -191,7 +194,7 @@ def test_how_tensors_are_cut_into_blocks_changes_nothing(method, params, seed, s
     whole = merged(method, experts, base, **params)
     with patch.object(slots, "_BLOCK", size):
         found = merged(method, experts, base, **params)
-    sums = {"sce", "slerp", "karcher", "model_stock", "lines"}
+    sums = {"opcm", "sce", "slerp", "karcher", "model_stock", "lines"}
     if method in sums or params.get("variant") == "mergekit":
         assert close(found, whole)
     else:

@@ -53,6 +53,12 @@ SPECTRAL: list[Use] = [
     ("iso_c", {}),
     ("iso_cts", {}),
     ("iso_cts", {"common_fraction": 0.3}),
+    ("opcm", {}),
+    ("opcm", {"threshold": 0.2, "keys": "matrices"}),
+    ("dc_merge", {"density": 0.2}),
+    ("dc_merge", {"density": 0.5, "rank": 0.5, "keys": "block_linear"}),
+    ("star", {}),
+    ("star", {"energy": 0.8, "keys": "matrices"}),
 ]
 
 OPTIMISED: list[Use] = [
@@ -65,6 +71,8 @@ OPTIMISED: list[Use] = [
     ("swudi", {"variant": "iwudi", "filter": "tikhonov", "keys": "block_linear", "other": "pretrained"}),
     ("swudi", {"filter": "landweber", "rank_rounding": "floor", "other": "sum"}),
     ("swudi", {"variant": "aswudi"}),
+    ("doge", {"iterations": 20}),
+    ("doge", {"iterations": 20, "scope": "tensor", "subspace": 2, "keys": "matrices"}),
 ]
 
 STATISTICS: list[Use] = []
@@ -75,6 +83,8 @@ WRAPPERS: list[Use] = [
     ("lines", {}),
     ("lines", {"inner": "ties", "alpha": 0.5}),
     ("lines", {"inner": "cart", "rank": 0.5}),
+    ("svc", {}),
+    ("svc", {"inner": "iso_c", "alpha": 0.5, "keys": "block_linear"}),
 ]
 
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS

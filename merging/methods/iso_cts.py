@@ -49,21 +49,12 @@ def iso_cts(
 def _update(x: Slot, base_MN: Tensor, common_fraction: float) -> Tensor:
     count, side = len(x.experts), min(x.shape)
     each = min(round((side - int(side * common_fraction)) / count), side // count)
-    total_MN = ops.plain_update(x.experts, base_MN, "sum")
-    parts = [_leading(total_MN, side - each * count, total_MN.square().sum())]
+    parts = [spectral.singular_triplets(ops.plain_update(x.experts, base_MN, "sum"), side - each * count)]
     common_MK = parts[0][0]
     for t in range(count if each else 0):
         own_MN = spectral.task_vector(x, t, base_MN)
-        whole = own_MN.square().sum()
+        energy = own_MN.square().sum()
         own_MN -= common_MK @ (common_MK.T @ own_MN)
-        parts.append(_leading(own_MN, each, whole))
+        parts.append(spectral.singular_triplets(own_MN, each, energy))
     u_MK, s_K, v_NK = (torch.cat(kind, dim=-1) for kind in zip(*parts))
-    if not len(s_K):
-        return torch.zeros_like(total_MN)
     return (spectral.partial_polar(u_MK) * (s_K.sum() / side)) @ spectral.partial_polar(v_NK).T
-
-
-def _leading(a_MN: Tensor, k: int, energy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The k leading singular triplets that are more than noise, for `energy` the square of the norm to compare with."""
-    energy_K, q_RK = spectral.leading(spectral.gram(a_MN), k)
-    return spectral.triplets(a_MN, q_RK[:, spectral.above_noise(energy_K, energy)])
