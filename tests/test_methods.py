@@ -168,11 +168,13 @@ def test_every_tensor_keeps_its_dtype_and_shape(method, params, dtype):
 @every_use
 def test_float64_inputs_are_merged_in_float64(method, params):
     a, b, c = ({k: t + 1e-9 for k, t in random_state(seed, torch.float64).items()} for seed in range(3))
+    before = {k: t.clone() for k, t in a.items()}
     copies = merged(method, {"a": a, "b": a, "c": a}, a, **params)
     scaled = 3 if (method, params) == ("linear", {"normalize": False}) else 1
     assert close(copies, {k: scaled * t for k, t in a.items()}, 1e-14)
     for tensor in merged(method, {"a": a, "b": b, "c": c}, a, **params).values():
         assert (tensor != tensor.float().double()).all()  # no number was ever rounded to float32
+    assert same_tensors(a, before)  # nor the inputs written to, which are not converted
 
 
 @every_use

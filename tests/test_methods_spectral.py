@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from test_methods import MATRIX, SEEDS, close, family, few, merged, task_vector
 from torch import Tensor
 
+from merging.keys import is_matrix
+
 
 def task_vectors(base: dict[str, Tensor], experts: dict[str, dict[str, Tensor]], name: str = MATRIX) -> Tensor:
     return torch.stack([expert[name].double() - base[name].double() for expert in experts.values()])
@@ -219,3 +221,154 @@ def test_iwudi_without_time_is_the_sum_and_with_all_of_it_wudis_minimum(seed):
     direct_MN = update_of("wudi", experts, base, solver="direct", damping=1e-10)
     found = update_of("swudi", experts, base, variant="iwudi", time=1e6)
     assert torch.allclose(found, direct_MN, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- opcm
+
+
+@few
+@given(SEEDS, st.sampled_from([0.2, 0.5]))
+def test_opcm_adds_what_is_orthogonal_and_keeps_the_mean_norm_after_each_expert(seed, threshold):
+    """As the official code goes on: full bases, and a rescaling of the whole model after every expert."""
+    base, experts = family64(seed)
+    taus = [{name: state[name] - base[name] for name in base} for state in experts.values()]
+    norms = [sum(tau.square().sum() for tau in state.values()).sqrt() for state in taus]
+    found, last = dict(taus[0]), 1.0
+    for t, state in enumerate(taus[1:], start=1):
+        for name, tau in state.items():
+            if tau.ndim == 2:
+                u, s, vh = torch.linalg.svd(found[name], full_matrices=True)
+                split = int((s.cumsum(0) / s.sum() > threshold).float().argmax())
+                core = u.T @ tau @ vh.T
+                core.diagonal().fill_(0)
+                core[:split, :split] = 0
+                tau = u @ core @ vh
+            found[name] = last * found[name] + tau
+        norm, target = sum(v.square().sum() for v in found.values()).sqrt(), sum(norms[: t + 1]) / (t + 1)
+        found = {name: value * target / norm for name, value in found.items()}
+        last = norm / target
+    expected = {name: base[name] + value for name, value in found.items()}
+    assert close(merged("opcm", experts, base, threshold=threshold, keys="matrices"), expected, 1e-8)
+
+
+def test_opcm_of_one_expert_is_that_expert_and_the_order_of_others_matters():
+    base, experts = family(0)
+    assert close(merged("opcm", {"e0": experts["e0"]}, base), experts["e0"])
+    backwards = dict(reversed(experts.items()))
+    assert not close(merged("opcm", experts, base), merged("opcm", backwards, base), 1e-3)
+
+
+def test_which_tensors_are_projections():
+    names = ["visual.proj", "text_projection", "visual_projection.weight", "blocks.0.attn.in_proj_weight"]
+    others = ["visual.positional_embedding", "conv1.weight", "project.weight", "blocks.0.ln_1.weight"]
+    assert all(is_matrix(name, (3, 2), "block_linear+proj") for name in names)
+    assert not any(is_matrix(name, (3, 2), "block_linear+proj") for name in others)
+
+
+# --------------------------------------------------------------------------------------- doge
+
+
+@few
+@given(SEEDS, st.sampled_from([2, 4]))
+def test_doge_takes_the_projected_steps_of_torchs_adam_on_its_loss(seed, subspace):
+    base, experts = family64(seed, 2)
+    taus_TMN = task_vectors(base, experts)
+    rate_T11 = (0.5 / taus_TMN.norm(dim=(1, 2)))[:, None, None]
+    lefts = [torch.linalg.svd(tau, full_matrices=False).U[:, :2] for tau in taus_TMN]
+    shared = torch.linalg.svd(torch.cat(lefts, -1), full_matrices=False).U[:, : 4 // subspace]
+    moved_MN = torch.zeros(6, 4, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([moved_MN], lr=1e-2)
+    for _ in range(5):
+        adam.zero_grad()
+        gaps_TMN = taus_TMN * (taus_TMN - (rate_T11 * (taus_TMN + moved_MN)).sum(0))
+        gaps_TMN.sum(-1).square().sum().backward()
+        moved_MN.grad -= shared @ shared.T @ moved_MN.grad
+        adam.step()
+    setting = {"scale": 0.5, "subspace": subspace, "iterations": 5, "learning_rate": 1e-2, "density": 1.0}
+    expected_MN = (rate_T11 * (taus_TMN + moved_MN.detach())).sum(0)
+    assert torch.allclose(update_of("doge", experts, base, **setting), expected_MN, atol=1e-9)
+
+
+def test_doge_keeps_the_largest_entries_of_all_matrices_or_each():
+    base = {f"blocks.{i}.mlp.weight": torch.zeros(2, 2) for i in range(2)} | {"bias": torch.zeros(2)}
+    expert = {
+        "blocks.0.mlp.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        "blocks.1.mlp.weight": torch.tensor([[10.0, 20.0], [30.0, 40.0]]),
+        "bias": torch.tensor([100.0, 100.0]),
+    }
+    kept = {}
+    for scope in ("global", "tensor"):
+        found = merged("doge", {"e": expert}, base, scale=1.0, density=0.5, iterations=0, scope=scope)
+        kept[scope] = [(found[f"blocks.{i}.mlp.weight"] != 0).flatten().tolist() for i in range(2)]
+        assert not found["bias"].any()
+    assert kept["global"] == [[False, False, False, True], [True] * 4]  # one more than half, as in ties
+    assert kept["tensor"] == [[False, True, True, True]] * 2
+
+
+# --------------------------------------------------------------------------------------- dc_merge, star, svc
+
+
+@few
+@given(SEEDS, st.sampled_from([0.1, 0.5]))
+def test_dc_merge_merges_by_sign_in_the_basis_that_covers_all(seed, density):
+    base, experts = family64(seed, 2)
+    parts = [torch.linalg.svd(tau, full_matrices=False) for tau in task_vectors(base, experts)]
+    left = svd_polar(torch.cat([u[:, :2] for u, _, _ in parts], -1))
+    right = svd_polar(torch.cat([vh[:2].T for _, _, vh in parts], -1))
+    cores = []
+    for u, s, vh in parts:
+        core = left.T @ (u[:, :2] * s[:2]) @ vh[:2] @ right
+        kept = max(1, int(density * 16))
+        cores.append(core * (core.abs() >= core.abs().flatten().sort().values[-kept]))
+    core = torch.zeros(4, 4, dtype=torch.float64)
+    for i in range(4):
+        for j in range(4):
+            column = torch.stack([c[i, j] for c in cores])
+            agreeing = column[column.sign() * column.sum().sign() > 0]
+            core[i, j] = agreeing.mean() if len(agreeing) and i // 2 == j // 2 else 0
+    found = update_of("dc_merge", experts, base, density=density, scale=0.5)
+    assert torch.allclose(found, 0.5 * left @ core @ right.T, atol=1e-8)
+
+
+@few
+@given(SEEDS)
+def test_dc_merge_of_one_expert_is_that_expert(seed):
+    base, experts = family(seed, 1)
+    assert close(merged("dc_merge", experts, base, density=1.0), experts["e0"], 1e-5)
+
+
+@few
+@given(SEEDS, st.sampled_from([0.3, 0.7, 1.0]))
+def test_star_keeps_the_nuclear_norm_of_each_task_vector(seed, energy):
+    base, experts = family64(seed)
+    expected_MN = torch.zeros(6, 4, dtype=torch.float64)
+    for tau_MN in task_vectors(base, experts):
+        s = torch.linalg.svdvals(tau_MN)
+        k = next(k for k in range(1, 5) if s[:k].sum() >= energy * s.sum() - 1e-12)
+        expected_MN += truncated(tau_MN, k) * s.sum() / s[:k].sum() / 3
+    assert torch.allclose(update_of("star", experts, base, energy=energy), expected_MN, atol=1e-8)
+
+
+@few
+@given(SEEDS, st.sampled_from([0.1, 1.0]))
+def test_svc_divides_by_how_often_tasks_were_counted(seed, alpha):
+    base, experts = family64(seed)
+    update_MN = update_of("task_arithmetic", experts, base, scale=1.0)
+    u, s, vh = torch.linalg.svd(update_MN, full_matrices=False)
+    for r in range(4):
+        counted = 0.0
+        for tau_MN in task_vectors(base, experts):
+            own_N = u[:, r] @ tau_MN
+            counted += max(alpha, float(s[r] * vh[r] @ own_N / (own_N @ own_N)))
+        s[r] *= 3 / counted
+    found = update_of("svc", experts, base, alpha=alpha, scale=1.0)
+    assert torch.allclose(found, (u * s) @ vh, atol=1e-6)
+
+
+def test_svc_of_experts_that_agree_gives_them_back():
+    base, experts = family(0, 1)
+    copies = {name: experts["e0"] for name in "abc"}
+    found = merged("svc", copies, base, scale=1.0)  # the sum counts them three times
+    assert torch.allclose(found[MATRIX], experts["e0"][MATRIX], atol=1e-5)
+    whole = base["blocks.1.bias"] + 3 * (experts["e0"]["blocks.1.bias"] - base["blocks.1.bias"])
+    assert torch.allclose(found["blocks.1.bias"], whole, atol=1e-5)

@@ -11,7 +11,6 @@ from merging import spectral
 from merging.keys import Keys, is_matrix
 from merging.lazy import torch
 from merging.methods import method
-from merging.methods.ties import _kth
 from merging.slots import Inputs, Slot, View
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def trim_tensor(view: View, *, density: float, scope: str, keys: Keys, **_: Any)
 
 
 def _trim(each: ops.Each, elements: int, density: float, experts: int) -> list[float]:
-    kth = _kth(elements, density, "official")
+    kth = elements - int(elements * density)  # so that one more is kept, as in ties
     if not kth:
         return [0.0] * experts
     found = ops.kth_smallest(each, lambda x: x.task_vectors, "element", lambda _: [[kth]] * experts)
@@ -84,9 +83,10 @@ def doge(
     moved_MN = ops.descend(
         slope, tau_TMN[0], optimizer="adam", learning_rate=learning_rate, iterations=iterations
     )
+    merged_MN = base.clone()  # of a float64 model, `base` is the model's own
     for tau_MN, rate, least in zip(tau_TMN, rate_T, x.measured or x.facts):
-        base.add_((tau_MN + moved_MN).mul_(rate).mul_(tau_MN.float().abs() >= least))
-    return base
+        merged_MN += (tau_MN + moved_MN).mul_(rate).mul_(tau_MN.float().abs() >= least)
+    return merged_MN
 
 
 def _shared(x: Slot, base_MN: Tensor, subspace: int) -> Tensor:
