@@ -8,6 +8,7 @@ alone, so that sums over blocks come out the same whatever memory and workers a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Protocol
 
@@ -205,6 +206,15 @@ class Slot:
         other.experts = Experts(len(self.experts), lambda t: change(t, self.experts[t]), self._keep)
         return other
 
+    def instead(self, shape: tuple[int, ...], base: Tensor, expert: Callable[[int], Tensor]) -> Slot:
+        """Other tensors in the place of this whole one: `expert(index)`, and what stands for the base."""
+        other = self.given(self.facts, self.measured)
+        other._memo = {}
+        other.shape = other.tensor_shape = shape
+        other._base = lambda: base
+        other.experts = Experts(len(self.experts), expert, keep=False)
+        return other
+
 
 class View:
     """One tensor of a merge, to be read block by block as often as needed."""
@@ -234,14 +244,24 @@ class View:
 
 
 class ChangedView(View):
-    """A view whose blocks pass through `change` first."""
+    """A view whose blocks pass through `change` first.
 
-    def __init__(self, view: View, change: Callable[[Slot], Slot]):
+    whole: only the whole tensor does, and may come out in another shape, which is found out when it is asked for.
+    """
+
+    def __init__(self, view: View, change: Callable[[Slot], Slot], whole: bool = False):
         super().__init__(view.source, view.name, view.shape, view.shared)
-        self._view, self._change = view, change
+        self._view, self._change, self._whole = view, change, whole
+        if whole:
+            del self.shape
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return next((x.shape for x in self.blocks("tensor")), (0,))
 
     def blocks(self, unit: Unit) -> Iterator[Slot]:
-        return map(self._change, self._view.blocks(unit))
+        changed = map(self._change, self._view.blocks("tensor" if self._whole else unit))
+        return (x for x in changed if x.elements)
 
 
 class Inputs:
@@ -253,7 +273,7 @@ class Inputs:
 
     @property
     def elements(self) -> int:
-        return sum(view.elements for view in self.views)
+        return sum(self.each(lambda view: view.elements))
 
     def each(self, function: Callable[[View], Any]) -> Iterable[Any]:
         """`function` of every view, in their order; computed by all workers."""
@@ -264,4 +284,6 @@ class Inputs:
         return Inputs(filter(wanted, self.views), self._run)
 
     def changed(self, change: Callable[[View], View]) -> Inputs:
-        return Inputs(map(change, self.views), self._run)
+        other = Inputs([], self._run)
+        other.views = [change(view) for view in self.views]  # whose shapes are not asked for yet
+        return other

@@ -102,6 +102,24 @@ def leading_triplets(
     return triplets(tau_MN, q_RL[:, :kept])
 
 
+def common_directions(x: Slot, start_MN: Tensor, reference: Any) -> tuple[Tensor, Tensor]:
+    """Squared singular values (K,), descending, and left singular vectors (M, K) of all task vectors side by side.
+
+    Those that are more than noise. Kept in the factor store, if there is one; see `directions`.
+    """
+
+    def make() -> dict[str, Tensor]:
+        taus = (task_vector(x, t, start_MN) for t in range(len(x.experts)))
+        energy_M, q_MM = leading(sum(inner(tau_MN.T) for tau_MN in taus), x.shape[0])
+        kept_M = above_noise(energy_M, energy_M.sum())
+        return {"energy": energy_M[kept_M], "vectors": q_MM[:, kept_M]}
+
+    store = x.view.source.store
+    key = {"common directions": [], **_dependencies(x, 0, [reference])}
+    found = make() if store is None else store.recall(key, make)
+    return found["energy"].to(start_MN.device), found["vectors"].to(start_MN.device)
+
+
 def rank_for_task(rank: float | str, x: Slot) -> int:
     """`rank_of`, or for `1/T` an even share of the directions, which may be none: int(min(M, N) * (1 / T))."""
     return int(min(x.shape) * (1 / len(x.experts))) if rank == "1/T" else rank_of(rank, x.shape)

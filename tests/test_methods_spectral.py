@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
+import pytest
 import torch
+from checkpoints import same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from test_methods import MATRIX, SEEDS, close, family, few, merged, task_vector
+from test_methods import MATRIX, SEEDS, close, family, few, merged
 from torch import Tensor
 
+from merging import merge_state_dicts, spectral
+from merging.factors import store_at
 from merging.keys import is_matrix
 
 
@@ -372,3 +378,72 @@ def test_svc_of_experts_that_agree_gives_them_back():
     assert torch.allclose(found[MATRIX], experts["e0"][MATRIX], atol=1e-5)
     whole = base["blocks.1.bias"] + 3 * (experts["e0"]["blocks.1.bias"] - base["blocks.1.bias"])
     assert torch.allclose(found["blocks.1.bias"], whole, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- knots
+
+
+@few
+@given(SEEDS)
+@pytest.mark.parametrize("inner", ["task_arithmetic", "average"])
+def test_knots_of_a_linear_merge_is_that_merge_of_matrices(inner, seed):
+    base, experts = family(seed)
+    found, plain = merged("knots", experts, base, inner=inner), merged(inner, experts, base)
+    if inner == "task_arithmetic":
+        plain = merged(inner, experts, base, scale=0.6)
+    for name in base:
+        linear = is_matrix(name, base[name].shape, "block_linear")
+        assert torch.allclose(found[name], plain[name] if linear else base[name], atol=1e-5)
+
+
+@few
+@given(SEEDS, st.sampled_from([2, 3]), st.sampled_from(["global", "tensor"]))
+def test_knots_is_its_inner_method_on_all_matrices_in_their_common_basis(seed, count, scope):
+    """Low-rank experts have fewer rows there, of which a share is kept."""
+    names, generator = [f"blocks.{i}.mlp.weight" for i in range(2)], torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(6, 4, generator=generator, dtype=torch.float64) for name in names}
+    base["head"] = torch.zeros(2, 2, dtype=torch.float64)
+
+    def rank_one() -> Tensor:
+        return torch.randn(6, 1, generator=generator).double() @ torch.randn(1, 4, generator=generator).double()
+
+    taus = [{name: (i + 1) * rank_one() for i, name in enumerate(names)} for _ in range(count)]
+    experts = {
+        f"e{t}": {name: base[name] + tau.get(name, 9.0) for name in base} for t, tau in enumerate(taus)
+    }
+    basis = {
+        n: torch.linalg.svd(torch.cat([tau[n] for tau in taus], -1)).U[:, :count].contiguous() for n in names
+    }
+    rotated = {f"e{t}": {n: basis[n].T @ tau[n] for n in names} for t, tau in enumerate(taus)}
+    zero = {n: torch.zeros(count, 4, dtype=torch.float64) for n in names}
+    params = {"density": 0.4, "scale": 0.7, "scope": scope}
+    inner = merged("ties", rotated, zero, **params)
+    expected = {n: base[n] + basis[n] @ inner[n] for n in names} | {"head": base["head"]}
+    assert close(merged("knots", experts, base, **params), expected, 1e-8)
+
+
+@few
+@given(SEEDS)
+def test_knots_drops_entries_of_what_its_inner_method_sees(seed):
+    base, experts = family(seed)
+    assert same_tensors(merged("knots", experts, base, drop_rate=1.0), base)
+    found = merged("knots", experts, base, inner="average", drop_rate=0.5)[MATRIX]
+    assert not torch.allclose(found, merged("average", experts)[MATRIX], atol=1e-3)
+
+
+def test_knots_leaves_out_small_singular_values():
+    a, b = torch.diag(torch.tensor([3.0, 0.1])), torch.diag(torch.tensor([1.0, 0.1]))
+    params = {"inner": "average", "threshold": 0.2}
+    [found] = merged("knots", *reversed(around_zero(a, b)), **params).values()
+    assert torch.allclose(found, torch.diag(torch.tensor([2.0, 0.0])))
+
+
+def test_knots_decomposes_once_with_a_factor_store(tmp_path):
+    base, experts = family(0)
+    with patch.object(spectral, "leading", wraps=spectral.leading) as leading:
+        plain = merge_state_dicts("knots", experts, base)
+        assert leading.call_count > 2
+        leading.reset_mock()
+        stored = merge_state_dicts("knots", experts, base, factors=store_at(tmp_path))
+        assert leading.call_count == 2  # a matrix
+    assert same_tensors(stored, plain)

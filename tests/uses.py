@@ -83,6 +83,9 @@ WRAPPERS: list[Use] = [
     ("lines", {}),
     ("lines", {"inner": "ties", "alpha": 0.5}),
     ("lines", {"inner": "cart", "rank": 0.5}),
+    ("knots", {"density": 0.5}),
+    ("knots", {"inner": "average", "keys": "matrices"}),
+    ("knots", {"inner": "ties", "scope": "tensor", "drop_rate": 0.5}),
     ("svc", {}),
     ("svc", {"inner": "iso_c", "alpha": 0.5, "keys": "block_linear"}),
 ]

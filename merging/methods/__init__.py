@@ -47,6 +47,7 @@ class Method:
     prepass_if: Callable[[Mapping[str, Any]], bool] | None
     measure: Callable[..., Any] | None
     transform: Callable[..., Slot] | None
+    sees: Callable[[str, Sequence[int], Mapping[str, Any]], bool] | None
     check: Callable[[Mapping[str, Any], int], str | None] | None
     warn: Callable[[int, Mapping[str, Any]], str | None] | None
     base_if: Callable[[Mapping[str, Any]], bool] | None
@@ -230,19 +231,23 @@ class Bound:
             return self.method.prepass(inputs, **self.params)
         found = {"inner": None}
         if self.inner.has_prepass:
-            found["inner"] = self.inner.prepass(inputs.changed(self._seen))
+            seen = inputs.only(lambda view: self._is_seen(view.name, view.shape))
+            found["inner"] = self.inner.prepass(seen.changed(self._seen))
         if self._own_prepass:
             found["own"] = self.method.prepass(inputs, Inner(self, found), **self.params)
         return found
 
     def measure(self, view: View, facts: Any) -> Any:
         """What must be known of one tensor before its blocks are merged; nothing, if it has none."""
-        if not view.elements:
-            return None
-        if self.inner:
-            own = self._own_measure(view)
-            return {"own": own, "inner": self.inner.measure(self._changed(view, own), _part(facts, "inner"))}
-        return self.method.measure(view, **self.params) if self.method.measure else None
+        return self._measure(view, facts) if view.elements else None
+
+    def _measure(self, view: View, facts: Any) -> Any:
+        own = self._own_measure(view)
+        if not self.inner:
+            return own
+        if not self._is_seen(view.name, view.shape):
+            return {"own": own, "inner": None}
+        return {"own": own, "inner": self.inner._measure(self._changed(view, own), _part(facts, "inner"))}
 
     def __call__(self, x: Slot, facts: Any, measured: Any) -> Tensor:
         """The merged block."""
@@ -254,11 +259,14 @@ class Bound:
     def _own_measure(self, view: View) -> Any:
         return self.method.measure(view, **self.params) if self.method.measure else None
 
+    def _is_seen(self, name: str, shape: Sequence[int]) -> bool:
+        return self.method.sees is None or self.method.sees(name, shape, self.params)
+
     def _seen(self, view: View) -> View:
         return self._changed(view, self._own_measure(view)) if self.method.transform else view
 
     def _changed(self, view: View, measured: Any) -> View:
-        return ChangedView(view, lambda x: self.transformed(x, measured))
+        return ChangedView(view, lambda x: self.transformed(x, measured), whole=self.method.sees is not None)
 
     def transformed(self, x: Slot, measured: Any) -> Slot:
         """The block as the inner method sees it."""
@@ -302,6 +310,7 @@ def method(
     prepass_if: Callable[[Mapping[str, Any]], bool] | None = None,
     measure: Callable[..., Any] | None = None,
     transform: Callable[..., Slot] | None = None,
+    sees: Callable[[str, Sequence[int], Mapping[str, Any]], bool] | None = None,
     check: Callable[[Mapping[str, Any], int], str | None] | None = None,
     warn: Callable[[int, Mapping[str, Any]], str | None] | None = None,
     base_if: Callable[[Mapping[str, Any]], bool] | None = None,
@@ -318,6 +327,7 @@ def method(
     prepass(inputs, **params): JSON values found in the whole model, as `x.facts`; prepass_if(params): whether needed.
     measure(view, **params): what it must know of a tensor before its blocks, as `x.measured`.
     transform(x, **params): for a wrapper, the slot that the inner method sees.
+    sees(name, shape, params): for a wrapper that transforms whole tensors, also to other shapes: which of them.
     check(params, experts): what is wrong beyond types and ranges, as a sentence.
     warn(experts, params): a sentence for a legal but pointless use.
     base_if(params): whether parameters make a base necessary.
@@ -341,6 +351,7 @@ def method(
             prepass_if=prepass_if,
             measure=measure,
             transform=transform,
+            sees=sees,
             check=check,
             warn=warn,
             base_if=base_if,
