@@ -8,7 +8,7 @@ an accelerator torch's. Who calls them limits BLAS to one thread (`merging.engin
 
 from __future__ import annotations
 
-from math import acosh
+from math import acosh, pi
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from merging.lazy import torch
@@ -293,6 +293,18 @@ def singular_triplets(
     energy_K, q_RK = leading(gram(a_MN), min(a_MN.shape) if k is None else min(k, *a_MN.shape))
     energy = a_MN.square().sum() if energy is None else energy
     return triplets(a_MN, q_RK[:, above_noise(energy_K, energy)])
+
+
+def dct(a_MN: Tensor, inverse: bool = False) -> Tensor:
+    """The orthonormal DCT-II of each row of a float64 matrix, or what it undoes: (M, N)."""
+    if on_cpu(a_MN):
+        from scipy import fft
+
+        return torch.from_numpy((fft.idct if inverse else fft.dct)(a_MN.numpy(), norm="ortho"))
+    place_N = torch.arange(a_MN.shape[1], dtype=a_MN.dtype, device=a_MN.device)
+    basis_NN = torch.cos(pi / len(place_N) * (place_N[:, None] + 0.5) * place_N) * (2 / len(place_N)) ** 0.5
+    basis_NN[:, 0] /= 2**0.5
+    return a_MN @ (basis_NN.T if inverse else basis_NN)
 
 
 def rank_of(fraction: float, shape: Sequence[int], rounding: str = "floor") -> int:

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checkpoints import same_tensors
+from checkpoints import refused, same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from test_methods import MATRIX, SEEDS, close, family, few, merged
@@ -447,3 +447,33 @@ def test_knots_decomposes_once_with_a_factor_store(tmp_path):
         stored = merge_state_dicts("knots", experts, base, factors=store_at(tmp_path))
         assert leading.call_count == 2  # a matrix
     assert same_tensors(stored, plain)
+
+
+# --------------------------------------------------------------------------------------- cosine basis
+
+
+@few
+@given(SEEDS)
+def test_cosine_columns_of_the_largest_norm_stand_in_for_singular_vectors(seed):
+    base, experts = family64(seed)
+    place = torch.arange(4, dtype=torch.float64)
+    basis = torch.cos(torch.pi / 4 * (place[:, None] + 0.5) * place) / 2**0.5
+    basis[:, 0] /= 2**0.5
+    taus_TMN = task_vectors(base, experts)
+    for method, scale, centre in (("lowrank_task_arithmetic", 0.3, 0), ("cart", 1.7, taus_TMN.mean(0))):
+        expected_MN = centre + 0 * taus_TMN[0]
+        for tau_MN in taus_TMN - centre:
+            kept = basis[:, (tau_MN @ basis).norm(dim=0).argsort(descending=True)[:2]]
+            expected_MN = expected_MN + scale * tau_MN @ kept @ kept.T
+        found = update_of(method, experts, base, basis="dct", rank=0.5, scale=scale)
+        assert torch.allclose(found, expected_MN, atol=1e-9)
+
+
+def test_cosine_basis_of_full_rank_is_the_method_itself_and_has_no_singular_vectors_to_orthogonalise():
+    base, experts = family(0)
+    for params in ({"rank": 1.0}, {"rank_rule": "energy", "energy": 1.0}):
+        whole = merged("cart", experts, base, scale=1.7, **params)
+        found = merged("cart", experts, base, scale=1.7, basis="dct", **params)
+        assert torch.allclose(found[MATRIX], whole[MATRIX], atol=1e-5)
+    with refused("cart", "set basis to svd"):
+        merged("cart", experts, base, basis="dct", reduce="tsv")
