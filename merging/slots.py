@@ -54,6 +54,9 @@ class Source(Protocol):
     def has_statistic(self, kind: str, key: str) -> bool:
         """Whether there is such a tensor."""
 
+    def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
+        """(M, R) and (R, N) in float64, whose product an adapter adds to a tensor; None if the expert is no adapter."""
+
     def digest(self, origin: str, name: str) -> str:
         """The hash of a tensor's bytes."""
 
@@ -94,7 +97,7 @@ class Experts(Sequence):
 class Slot:
     """One block of one tensor, of shape X, in float32 (float64 if an input is).
 
-    name, tensor_shape: of the tensor (0-d tensors have shape (1,)). start: its first element in the flattened
+    name, tensor_shape: of the tensor (0-d tensors have shape (1,)). store: of its factors, or None. start: its first element in the flattened
     tensor. base: (X) or None. experts: T times (X). facts: what the method's pre-pass found in the whole model;
     measured: what it measured in this tensor.
     """
@@ -105,6 +108,7 @@ class Slot:
         self.facts: Any = None
         self.measured: Any = None
         self._memo: dict[Any, Any] = {}
+        self.store = view.source.store
         stop = start + prod(shape)
         source = view.source
 
@@ -192,6 +196,11 @@ class Slot:
     def _key(self, expert: int | None) -> str:
         return self.name if expert is None else f"{expert}/{self.name}"
 
+    def factors(self, t: int) -> tuple[Tensor, Tensor] | None:
+        """(M, R) and (R, N) in float64, whose product expert t adds to this whole tensor, if it is an adapter."""
+        source = self.view.source
+        return source.factors(source.experts[t], self.name)
+
     def given(self, facts: Any, measured: Any) -> Slot:
         """The same block with other facts."""
         other = Slot.__new__(Slot)
@@ -210,6 +219,7 @@ class Slot:
         """Other tensors in the place of this whole one: `expert(index)`, and what stands for the base."""
         other = self.given(self.facts, self.measured)
         other._memo = {}
+        other.store = None  # whose entries are of the tensors themselves
         other.shape = other.tensor_shape = shape
         other._base = lambda: base
         other.experts = Experts(len(self.experts), expert, keep=False)

@@ -53,11 +53,10 @@ def directions(
             energy_L, q_RL = _among_equals(x, t, start_MN, reference, count)
         return {"energy": energy_L, "vectors": q_RL}
 
-    store = x.view.source.store
-    if store is None:
+    if x.store is None:
         found = make()
     else:
-        found = store.recall({"directions": count, **_dependencies(x, t, reference)}, make)
+        found = x.store.recall({"directions": count, **_dependencies(x, t, reference)}, make)
     return found["energy"].to(tau_MN.device), found["vectors"].to(tau_MN.device)
 
 
@@ -114,9 +113,8 @@ def common_directions(x: Slot, start_MN: Tensor, reference: Any) -> tuple[Tensor
         kept_M = above_noise(energy_M, energy_M.sum())
         return {"energy": energy_M[kept_M], "vectors": q_MM[:, kept_M]}
 
-    store = x.view.source.store
     key = {"common directions": [], **_dependencies(x, 0, [reference])}
-    found = make() if store is None else store.recall(key, make)
+    found = make() if x.store is None else x.store.recall(key, make)
     return found["energy"].to(start_MN.device), found["vectors"].to(start_MN.device)
 
 

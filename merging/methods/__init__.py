@@ -54,6 +54,7 @@ class Method:
     statistics: Callable[[Mapping[str, Any]], list[str]] | None
     inner_defaults: Mapping[str, Any]
     spectral: bool
+    delta: bool
 
     @property
     def summary(self) -> str:
@@ -158,6 +159,7 @@ class Method:
         while bound:
             yield from bound.method._misuses(bound.params, experts, has_base)
             wanted += bound.method.statistics(bound.params) if bound.method.statistics else []
+            has_base = has_base or bound.method.delta  # what it wraps sees one
             bound = bound.inner
         given = statistics or {}
         yield from (
@@ -317,6 +319,7 @@ def method(
     statistics: Callable[[Mapping[str, Any]], list[str]] | None = None,
     inner_defaults: Mapping[str, Any] = MappingProxyType({}),
     spectral: bool = False,
+    delta: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add a function to the catalogue under its own name.
 
@@ -334,6 +337,7 @@ def method(
     statistics(params): the kinds of statistics it reads.
     inner_defaults: for a wrapper, defaults of the inner method that differ under it.
     spectral: it decomposes matrices.
+    delta: without a base, it merges what bare factors of adapters add.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -358,6 +362,7 @@ def method(
             statistics=statistics,
             inner_defaults=inner_defaults,
             spectral=spectral,
+            delta=delta,
         )
         assert entry.id not in _METHODS, f"method '{entry.id}' is defined twice"
         _METHODS[entry.id] = entry

@@ -50,6 +50,7 @@ def cart(
     x: Slot,
     *,
     rank: Share = 0.12,
+    rank_rounding: Literal["floor", "ceil"] = "floor",
     scale: float = 1.0,
     rank_rule: Literal["fraction", "energy"] = "fraction",
     energy: Share = 0.8,
@@ -62,7 +63,7 @@ def cart(
 ) -> Tensor:
     """origin + scale * sum of the rank-k parts of (expert - origin); the origin is the mean of the experts.
 
-    k = max(1, int(rank * min(M, N))), or the smallest that holds `energy` of the squared singular values. Tensors
+    k = max(1, int(rank * min(M, N))), or rounded up (`ceil`), or the smallest that holds `energy` of the squared singular values. Tensors
     that are no block matrices add their (expert - origin) whole, which is nothing around the mean. `origin` may be
     another merge: task_arithmetic with origin_scale, cart with origin_scale and origin_rank, or tsv_merge with scale 1;
     `reduce: tsv` orthogonalises the factors before summing. `basis: dct` is cheaper and not optimal: instead of the rank-k
@@ -75,11 +76,12 @@ def cart(
             return start
         return start + scale * (ops.weighted_sum(x.experts) - len(x.experts) * start)
 
-    def update() -> Tensor:
-        share = None if rank_rule == "energy" else rank
-        return low_rank_sum(x, start, reference, share, energy, reduce, basis)
+    k = None if rank_rule == "energy" else spectral.rank_of(rank, x.shape, rank_rounding)
 
-    setting = ("cart", str(reference), rank if rank_rule == "fraction" else energy, rank_rule, reduce, basis)
+    def update() -> Tensor:
+        return low_rank_sum(x, start, reference, k, energy, reduce, basis)
+
+    setting = ("cart", str(reference), k or energy, reduce, basis)
     return torch.add(start, x.share(setting, update), alpha=scale)
 
 
@@ -87,13 +89,12 @@ def low_rank_sum(
     x: Slot,
     start: Tensor,
     reference: Any,
-    rank: float | None,
-    energy: float,
+    k: int | None,
+    energy: float = 1.0,
     reduce: str = "sum",
     basis: str = "svd",
 ) -> Tensor:
-    """Sum over experts of the rank-k part of (expert - start), k by `rank` or, if that is None, by `energy`: (M, N)."""
-    k = None if rank is None else spectral.rank_of(rank, x.shape)
+    """Sum over experts of the rank-k part of (expert - start), or, if k is None, of what holds `energy`: (M, N)."""
     if basis == "dct":
         return _cosine_sum(x, start, k, energy)
     total_MN = torch.zeros_like(start, dtype=x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merging import operators as ops
+from merging import spectral
 from merging.keys import Keys, is_matrix
 from merging.lazy import torch
 from merging.methods import method
@@ -38,7 +39,6 @@ def lowrank_task_arithmetic(
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
         return base + scale * ops.plain_update(x.experts, base, "sum")
-    update = x.share(
-        ("lowrank", rank, basis), lambda: low_rank_sum(x, base, "pretrained", rank, 1.0, basis=basis)
-    )
+    k = spectral.rank_of(rank, x.shape)
+    update = x.share(("lowrank", k, basis), lambda: low_rank_sum(x, base, "pretrained", k, basis=basis))
     return torch.add(base, update, alpha=scale)
