@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 from checkpoints import refused, same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_methods import MATRIX, SEEDS, close, family, few, merged
 from torch import Tensor
 
-from merging import merge_state_dicts, spectral
+from merging import merge, merge_state_dicts, spectral
 from merging.factors import store_at
 from merging.keys import is_matrix
 
@@ -477,3 +480,100 @@ def test_cosine_basis_of_full_rank_is_the_method_itself_and_has_no_singular_vect
         assert torch.allclose(found[MATRIX], whole[MATRIX], atol=1e-5)
     with refused("cart", "set basis to svd"):
         merged("cart", experts, base, basis="dct", reduce="tsv")
+
+
+# --------------------------------------------------------------------------------------- core_space
+
+
+def adapters(seed: int, ranks: tuple[int, ...] = (1, 2)) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """A base, and bare factors for one of its tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(6, 4, generator=generator) for name in ("blocks.0.mlp.weight", "head.weight")}
+    experts = {
+        f"e{t}": {
+            "blocks.0.mlp.weight.lora_A": torch.randn(rank, 4, generator=generator),
+            "blocks.0.mlp.weight.lora_B": torch.randn(6, rank, generator=generator),
+        }
+        for t, rank in enumerate(ranks)
+    }
+    return base, experts
+
+
+def product(factors: dict[str, Tensor]) -> Tensor:
+    return factors["blocks.0.mlp.weight.lora_B"] @ factors["blocks.0.mlp.weight.lora_A"]
+
+
+@few
+@given(SEEDS, st.sampled_from([(1,), (1, 2), (3, 3, 3)]))
+def test_bare_factors_are_experts_of_a_base_in_memory_and_in_files(seed, ranks):
+    base, experts = adapters(seed, ranks)
+    expected = base["blocks.0.mlp.weight"] + 0.5 * sum(map(product, experts.values()))
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder, f"{name}.safetensors") for name in (*experts, "base", "out")}
+        for name, state in {**experts, "base": base}.items():
+            save_file(state, files[name])
+        for method, params in (
+            ("task_arithmetic", {}),
+            ("core_space", {"inner": "task_arithmetic"}),
+        ):
+            found = merged(method, experts, base, scale=0.5, **params)
+            recipe = {"method": method, "params": {"scale": 0.5, **params}, "base": files["base"]}
+            merge({**recipe, "experts": {name: files[name] for name in experts}}, files["out"])
+            assert torch.allclose(found["blocks.0.mlp.weight"], expected, atol=1e-5)
+            assert torch.equal(found["head.weight"], base["head.weight"])
+            assert same_tensors(load_file(files["out"]), found)
+
+
+@few
+@given(SEEDS, st.sampled_from(["tsv_merge", "cart", "iso_c"]))
+def test_core_space_merges_in_bases_of_all_factors_which_may_be_any(seed, inner):
+    base, experts = adapters(seed, (1, 1, 1))
+    lefts, rights = (
+        torch.cat([e[f"blocks.0.mlp.weight.lora_{side}"].double().reshape(-1, 1) for e in experts.values()], 1)
+        for side in "BA"
+    )
+    # Other bases than those of QR: singular vectors.
+    left, right = (torch.linalg.svd(side, full_matrices=False).U for side in (lefts, rights))
+    cores = {
+        name: {"blocks.0.w": (left.T @ product(factors).double() @ right)} for name, factors in experts.items()
+    }
+    zero = {"blocks.0.w": torch.zeros(3, 3, dtype=torch.float64)}
+    core = merged(inner, cores, zero, scale=0.7, **({"rank": 0.5, "rank_rounding": "ceil"} if inner == "cart" else {}))
+    params = {"rank": 0.5} if inner == "cart" else {}
+    found = merged("core_space", experts, base, inner=inner, scale=0.7, **params)["blocks.0.mlp.weight"]
+    expected = base["blocks.0.mlp.weight"] + left @ core["blocks.0.w"] @ right.T
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    # Without a base, what is added; the factors themselves are nothing that can be averaged.
+    delta = merged("core_space", experts, inner=inner, scale=0.7, **params)
+    assert delta.keys() == {"blocks.0.mlp.weight"}
+    assert torch.allclose(delta["blocks.0.mlp.weight"].double(), expected - base["blocks.0.mlp.weight"], atol=1e-4)
+    assert merged("average", experts).keys() == experts["e0"].keys()
+
+
+@few
+@given(SEEDS)
+def test_core_space_of_experts_that_span_everything_is_its_inner_method(seed):
+    base, experts = family(seed)
+    for inner in ("tsv_merge", "iso_c"):
+        found, plain = merged("core_space", experts, base, inner=inner), merged(inner, experts, base)
+        assert torch.allclose(found[MATRIX], plain[MATRIX], atol=1e-4)
+        assert torch.equal(found["blocks.1.bias"], base["blocks.1.bias"])
+
+
+def test_bare_factors_that_do_not_fit_are_refused(tmp_path):
+    base, experts = adapters(0, (1, 2))
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("e0", "e1", "base")}
+    for name, state in {**experts, "base": base}.items():
+        save_file(state, files[name])
+    recipe = {"method": "average", "experts": {"e0": files["e0"], "e1": files["e1"]}, "base": files["base"]}
+    save_file({"blocks.0.mlp.weight": torch.ones(5, 4)}, files["base"])
+    with refused("e0", "[1, 4]", "[6, 1]", "[5, 4]", "base that they were trained on"):
+        merge(recipe, tmp_path / "out.safetensors")
+    save_file({"blocks.0.mlp.weigth": torch.ones(6, 4)}, files["base"])
+    with refused("e0", "'blocks.0.mlp.weight'", "did you mean 'blocks.0.mlp.weigth'?"):
+        merge(recipe, tmp_path / "out.safetensors")
+    save_file(base, files["base"])
+    experts["e0"]["blocks.0.mlp.weight.lora_A"][0, 1] = float("nan")
+    save_file(experts["e0"], files["e0"])
+    with refused("'e0'", "'blocks.0.mlp.weight'", "NaN"):
+        merge({**recipe, "method": "core_space"}, tmp_path / "out.safetensors")
