@@ -69,7 +69,8 @@ class Entry:
             masks = min(elements * count // 8, MASK_BYTES) if self.bound.method.measure else 0
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
-        return 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square)
+        beside = self.bound.beside(self.spec.shape, count)
+        return 8 * (_TENSOR_BUFFERS * elements + _SQUARE_BUFFERS * square + beside)
 
 
 @dataclass

@@ -168,8 +168,8 @@ def inner(a_MN: Tensor) -> Tensor:
 
 
 def mirrored(lower_NN: Tensor) -> Tensor:
-    """The symmetric matrix of a lower triangle."""
-    return lower_NN.tril() + lower_NN.tril(-1).T
+    """The symmetric matrix of a lower triangle, in its place."""
+    return lower_NN.tril_().add_(lower_NN.tril(-1).T)
 
 
 def leading(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from merging import merge, merge_state_dicts, spectral
 from merging.factors import store_at
 from merging.keys import is_matrix
+from merging.plan import make_plan
 
 
 def task_vectors(base: dict[str, Tensor], experts: dict[str, dict[str, Tensor]], name: str = MATRIX) -> Tensor:
@@ -577,3 +578,19 @@ def test_bare_factors_that_do_not_fit_are_refused(tmp_path):
     save_file(experts["e0"], files["e0"])
     with refused("'e0'", "'blocks.0.mlp.weight'", "NaN"):
         merge({**recipe, "method": "core_space"}, tmp_path / "out.safetensors")
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+def test_the_plan_counts_what_a_method_holds_beside_the_matrices_of_the_smaller_side(tmp_path):
+    for name in ("base", "a", "b"):
+        save_file({"blocks.0.w": torch.zeros(2, 50)}, tmp_path / f"{name}.safetensors")
+    recipe = {"experts": {n: tmp_path / f"{n}.safetensors" for n in "ab"}, "base": tmp_path / "base.safetensors"}
+    peaks = {
+        name: make_plan({**recipe, "method": name}).peak_bytes for name in ("cart", "wudi", "doge", "knots")
+    }
+    assert peaks["wudi"] >= peaks["cart"] + 8 * 5 * 50 * 50  # squares of the inputs' side
+    assert peaks["doge"] >= peaks["cart"] + 8 * 2 * 2 * 50
+    wrapped = make_plan({**recipe, "method": "svc", "params": {"inner": "wudi"}}).peak_bytes
+    assert wrapped > peaks["wudi"]

@@ -55,6 +55,7 @@ class Method:
     inner_defaults: Mapping[str, Any]
     spectral: bool
     delta: bool
+    beside: Callable[[int, int, int], int] | None
 
     @property
     def summary(self) -> str:
@@ -203,6 +204,11 @@ class Bound:
         """Whether matrices are decomposed."""
         return self.method.spectral or bool(self.inner and self.inner.is_spectral)
 
+    def beside(self, shape: Sequence[int], experts: int) -> int:
+        """Float64 numbers that are held at once of a matrix, beyond what any method holds."""
+        own = self.method.beside(*shape, experts) if self.method.beside and len(shape) == 2 else 0
+        return own + (self.inner.beside(shape, experts) if self.inner else 0)
+
     @property
     def own_unit(self) -> Unit | Literal["matrix"]:
         """What the method declares, with these parameters."""
@@ -320,6 +326,7 @@ def method(
     inner_defaults: Mapping[str, Any] = MappingProxyType({}),
     spectral: bool = False,
     delta: bool = False,
+    beside: Callable[[int, int, int], int] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add a function to the catalogue under its own name.
 
@@ -338,6 +345,7 @@ def method(
     inner_defaults: for a wrapper, defaults of the inner method that differ under it.
     spectral: it decomposes matrices.
     delta: without a base, it merges what bare factors of adapters add.
+    beside(rows, columns, experts): float64 numbers that it holds at once of a matrix, beyond what `Entry.peak_bytes` has.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -363,6 +371,7 @@ def method(
             inner_defaults=inner_defaults,
             spectral=spectral,
             delta=delta,
+            beside=beside,
         )
         assert entry.id not in _METHODS, f"method '{entry.id}' is defined twice"
         _METHODS[entry.id] = entry

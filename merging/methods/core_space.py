@@ -59,6 +59,7 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
     sees=sees,
     inner_defaults={"keys": "matrices", "rank_rounding": "ceil"},
     spectral=True,
+    beside=lambda rows, columns, experts: 5 * experts * rows * columns,
     delta=True,
 )
 def core_space(

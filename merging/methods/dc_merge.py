@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     unit="matrix",
     needs_base=True,
     spectral=True,
+    beside=lambda rows, columns, experts: 2 * experts * rows * columns,
 )
 def dc_merge(
     x: Slot,

@@ -48,6 +48,7 @@ def _trim(each: ops.Each, elements: int, density: float, experts: int) -> list[f
     prepass_if=lambda params: params["scope"] == "global",
     measure=trim_tensor,
     spectral=True,
+    beside=lambda rows, columns, experts: 2 * experts * rows * columns,
 )
 def doge(
     x: Slot,

@@ -49,6 +49,7 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
     sees=sees,
     inner_defaults={"scale": 0.6},
     spectral=True,
+    beside=lambda rows, columns, experts: 12 * rows * columns + 6 * rows**2,
 )
 def knots(
     x: Slot,

@@ -42,6 +42,7 @@ def rescale(inputs: Inputs, *, threshold: float, keys: Keys) -> float:
     needs_base=True,
     prepass=rescale,
     spectral=True,
+    beside=lambda rows, columns, experts: 12 * rows * columns,
 )
 def opcm(x: Slot, *, threshold: Threshold = 0.5, keys: Keys = "block_linear+proj") -> Tensor:
     """base + S, rescaled to the mean norm of the task vectors; S grows by each expert's part that is orthogonal to it.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     unit="matrix",
     needs_base=True,
     spectral=True,
+    beside=lambda rows, columns, experts: 6 * columns**2 + 6 * rows * columns,
 )
 def optmerge(
     x: Slot,

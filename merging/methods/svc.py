@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     unit="matrix",
     needs_base=True,
     spectral=True,
+    beside=lambda rows, columns, experts: 10 * rows * columns,
 )
 def svc(
     x: Slot,

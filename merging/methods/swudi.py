@@ -28,6 +28,7 @@ _STEP = 0.9  # of Landweber's iteration, over the largest eigenvalue
     unit="matrix",
     needs_base=True,
     spectral=True,
+    beside=lambda rows, columns, experts: 6 * columns**2 + 6 * rows * columns,
 )
 def swudi(
     x: Slot,
