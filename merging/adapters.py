@@ -1,4 +1,7 @@
-"""PEFT adapters as experts: the base with a LoRA, rsLoRA or DoRA update, computed block by block as it is read.
+"""Adapters as experts: the base with a LoRA, rsLoRA or DoRA update, computed block by block as it is read.
+
+What PEFT writes, or bare factors: a file of nothing but pairs `NAME.lora_A` (R, N) and `NAME.lora_B` (M, R), whose product
+is what is added to the tensor NAME; these also without a base, for methods that merge what is added.
 
 Shape suffixes: M rows and N columns (all dimensions but the first) of the base's tensor, R the adapter's rank.
 """
@@ -24,6 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?")
+_BARE = re.compile(r".+\.lora_[AB]")
 _BLOCK = 1 << 16  # elements of a block of rows, at least
 # Initialisations that change the base itself: what the adapter adds to is not the published base.
 _RESIDUAL_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -37,7 +41,7 @@ class AdaptedTensor(TensorInfo):
     row. Rows are computed in blocks that depend on the shapes alone, so that their bits do not depend on what is read.
     """
 
-    base: TensorInfo
+    base: TensorInfo | None  # None: what is added alone
     down: TensorInfo  # (R, N), or (R, M) if transposed
     up: TensorInfo  # (M, R), or (N, R) if transposed
     scaling: float
@@ -64,8 +68,19 @@ class AdaptedTensor(TensorInfo):
             self._last.block = block if first + step < prod(self.shape) else None
             parts.append(block[1][max(start - first, 0) : stop - first])
         if not parts:
-            return elements(self.base, 0, 0)
+            return elements(self.base or self.up, 0, 0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def factors(self, elements: Callable[[TensorInfo, int, int], Tensor]) -> tuple[Tensor, Tensor] | None:
+        """(M, R) and (R, N) in float64, whose product is what is added to the base; None if that is no product."""
+        down, up = (
+            elements(part, 0, prod(part.shape)).double().reshape(part.shape[0], -1)
+            for part in (self.down, self.up)
+        )
+        if self.magnitude:
+            return None
+        left_MR, right_RN = (down.T, up.T) if self.transposed else (up, down)
+        return left_MR * self.scaling, right_RN
 
     def _rows(self, elements: Callable[[TensorInfo, int, int], Tensor], first: int, last: int) -> Tensor:
         rank, width = self.down.shape[0], prod(self.shape[1:])
@@ -77,9 +92,10 @@ class AdaptedTensor(TensorInfo):
         else:
             left_MR = elements(self.up, first * rank, last * rank).reshape(last - first, rank)
             right_RN = elements(self.down, 0, prod(self.down.shape)).reshape(rank, width)
-        base = elements(self.base, first * width, last * width)
         adapted_MN = (left_MR.double() @ right_RN.double()).mul_(self.scaling)
-        adapted_MN += base.double().reshape(adapted_MN.shape)
+        if self.base:
+            base = elements(self.base, first * width, last * width)
+            adapted_MN += base.double().reshape(adapted_MN.shape)
         if self.magnitude:
             length_M = elements(self.magnitude, first, last).double()
             adapted_MN *= (length_M / adapted_MN.norm(dim=1))[:, None]
@@ -127,6 +143,59 @@ def adapt(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
         name = names[f"{module}.weight"]
         tensors[name] = _adapted(tensors[name], module, parts, config, path)
     return AdaptedCheckpoint(adapter.path, tensors, adapter.metadata, adapter=adapter)
+
+
+def is_bare(names: Iterable[str]) -> bool:
+    """Whether these tensors are bare factors, in pairs."""
+    names = set(names)
+    partner = {"A": "B", "B": "A"}
+    return bool(names) and all(_BARE.fullmatch(n) and n[:-1] + partner[n[-1]] in names for n in names)
+
+
+def compose(base: Checkpoint | None, factors: Checkpoint) -> AdaptedCheckpoint:
+    """The checkpoint that bare factors make of their base, or without one what they add (raises UserError)."""
+    tensors = dict(base.tensors) if base else {}
+    for key, down in factors.tensors.items():
+        name, up = key.removesuffix(".lora_A"), factors.tensors.get(key[:-1] + "B")
+        if name == key:
+            continue
+        if base and name not in base.tensors:
+            raise UserError(
+                f"{factors.path}: the base has no '{name}'{did_you_mean(name, base.tensors)}; "
+                "name the base that the factors were trained on"
+            )
+        like = tensors[name] if base else None
+        shape = like.shape if like else (*up.shape[:1], *down.shape[1:])
+        parts = [part for part in (like, down, up) if part]
+        if not (
+            all(part.is_float and len(part.shape) == 2 for part in parts)
+            and down.shape[0] == up.shape[1]
+            and shape == (up.shape[0], down.shape[1])
+        ):
+            raise UserError(
+                f"{factors.path}: factors {list(down.shape)} and {list(up.shape)} do not make '{name}' "
+                f"of shape {list(shape)}; name the base that they were trained on"
+            )
+        dtype = "F64" if "F64" in {part.dtype for part in parts} else "F32"
+        tensors[name] = AdaptedTensor(
+            name, dtype, shape, up.file, up.start, up.stop, like, down, up, 1.0
+        )
+    return AdaptedCheckpoint(factors.path, dict(sorted(tensors.items())), factors.metadata, adapter=factors)
+
+
+def composed(
+    state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """The same in memory: the state dict, and the factors (M, R) and (R, N) in float64 of what is added."""
+    whole, factors = dict(base or {}), {}
+    for key, down_RN in state.items():
+        if key.endswith(".lora_A"):
+            name, up_MR = key.removesuffix(".lora_A"), state[key[:-1] + "B"]
+            factors[name] = up_MR.double(), down_RN.double()
+            product_MN = factors[name][0] @ factors[name][1]
+            start = base[name].double() if base and name in base else 0.0
+            whole[name] = (start + product_MN).to(torch.promote_types(up_MR.dtype, torch.float32))
+    return whole, factors
 
 
 def _read_config(path: Path) -> dict[str, Any]:

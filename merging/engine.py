@@ -151,7 +151,7 @@ def merge_state_dicts_points(
         for misuse in entry.misuses(resolved, len(experts), base is not None, statistics):
             raise UserError(misuse)
         bounds.append(entry.bind(resolved))
-    source = MemoryInputs(experts, base, statistics or {}, seed, factors)
+    source = MemoryInputs(experts, base, statistics or {}, seed, factors, entry.delta)
     merged: list[dict[str, Tensor]] = [{} for _ in points]
     with one_thread(any(bound.is_spectral for bound in bounds)):
         facts = [bound.prepass(Inputs(source.views, map)) for bound in bounds]

@@ -10,6 +10,7 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
+from merging.adapters import AdaptedTensor, composed, is_bare
 from merging.checkpoint import DTYPES, Checkpoint, TensorInfo, content_digest, hasher
 from merging.errors import UserError
 from merging.lazy import torch
@@ -158,6 +159,13 @@ class FileInputs(_Source):
         checkpoint, key = self.plan.statistics_of(kind, key)
         return key in checkpoint.tensors
 
+    def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
+        info = self._checkpoints[origin].tensors[name]
+        found = info.factors(self._elements) if isinstance(info, AdaptedTensor) else None
+        for factor in found or ():
+            _refuse_nonfinite(origin, name, factor)
+        return found and (found[0].to(self.device), found[1].to(self.device))
+
     def length(self, origin: str, name: str) -> int:
         return prod(self._checkpoints[origin].tensors[name].shape)
 
@@ -214,8 +222,15 @@ class MemoryInputs(_Source):
         statistics: Mapping[str, State | Sequence[State]],
         seed: int,
         store: FactorStore | None = None,
+        delta: bool = False,
     ):
+        """delta: bare factors of adapters stand for what they add, where there is no base."""
         super().__init__(seed, "cpu", store)
+        self._factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for name, state in experts.items():
+            if is_bare(state) and (delta or base is not None):
+                state, self._factors[name] = composed(state, base)
+                experts = {**experts, name: state}
         self.experts = list(experts)
         self.has_base = base is not None
         self.states = {**experts, **({} if base is None else {"base": base})}
@@ -268,6 +283,9 @@ class MemoryInputs(_Source):
             return given, key
         expert, _, name = key.partition("/")
         return given[int(expert)], name
+
+    def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
+        return self._factors.get(origin, {}).get(name)
 
     def length(self, origin: str, name: str) -> int:
         return self.states[origin][name].numel()

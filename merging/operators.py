@@ -56,6 +56,15 @@ def total(tau_TX: Sequence[Tensor], weights: Sequence[float] | None = None) -> T
     return sum_X
 
 
+def plain_update(experts: Sequence[Tensor], base_X: Tensor, other: str) -> Tensor:
+    """What a tensor without matrix treatment adds to a float64 base, as `other` says (see `merging.keys`): (X)."""
+    if other == "pretrained":
+        return torch.zeros_like(base_X)
+    if other == "mean":
+        return mean(experts).sub_(base_X)
+    return weighted_sum(experts).sub_(base_X, alpha=len(experts))
+
+
 def elect_signs(tau_TX: Sequence[Tensor], weights: Sequence[float] | None, zero: float) -> Tensor:
     """Sign of the sum over experts, `zero` where they cancel (TIES, 2306.01708): (X)."""
     return total(tau_TX, weights).sign_().add_(zero / 2).sign_()
@@ -155,6 +164,32 @@ def consensus(tau_TX: Sequence[Tensor], merged_tau_X: Tensor, threshold: float, 
     for tau_X in tau_TX:
         count_X += task_mask(tau_X, merged_tau_X, threshold)
     return merged_tau_X * (count_X >= min_tasks)
+
+
+# ---------------------------------------------------------------------------------------------- descending
+
+
+def descend(
+    slope: Callable[[Tensor], Tensor],
+    like_X: Tensor,
+    *,
+    optimizer: str,
+    learning_rate: float,
+    iterations: int,
+    momentum: float = 0.0,
+) -> Tensor:
+    """Where Adam, or SGD with momentum, gets from zero in so many steps along a gradient, as torch's own do: (X)."""
+    at_X, mean_X, square_X = (torch.zeros_like(like_X) for _ in range(3))
+    for step in range(1, iterations + 1):
+        slope_X = slope(at_X)
+        if optimizer == "sgd":
+            at_X -= mean_X.mul_(momentum).add_(slope_X).mul(learning_rate)
+            continue
+        mean_X.lerp_(slope_X, 0.1)
+        square_X.mul_(0.999).addcmul_(slope_X, slope_X, value=0.001)
+        size_X = square_X.sqrt().div_((1 - 0.999**step) ** 0.5).add_(1e-8)
+        at_X.addcdiv_(mean_X, size_X, value=-learning_rate / (1 - 0.9**step))
+    return at_X
 
 
 # ---------------------------------------------------------------------------------------------- sparsifying

@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
-from merging.adapters import adapt, is_adapter
+from merging.adapters import adapt, compose, is_adapter, is_bare
 from merging.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from merging.companions import read_config
 from merging.errors import UserError, did_you_mean
@@ -73,7 +73,8 @@ class Entry:
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
         held = count + 2 if self.bound.changes else 0  # experts and bases that wrappers changed
-        used = 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square)
+        beside = self.bound.beside(self.spec.shape, count)
+        used = 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square + beside)
         return used + min(used, _KEPT_BYTES)
 
 
@@ -238,9 +239,12 @@ def _open(plan: Plan) -> None:
 
 
 def _adapt(plan: Plan) -> None:
-    """Let experts that are PEFT adapters stand for the base as they change it."""
+    """Let experts that are adapters stand for the base as they change it."""
     adapters = {name: c for name, c in plan.experts.items() if is_adapter(c)}
-    if adapters and not plan.recipe.base:
+    delta = plan.method is not None and plan.method.delta
+    if adapters and not plan.recipe.base and delta:
+        plan.problems.append(f"'{next(iter(adapters))}' is a PEFT adapter: name the base that it adds to")
+    elif adapters and not plan.recipe.base:
         plan.warnings.append(
             f"'{next(iter(adapters))}' is an adapter: without a base its factors are merged as they are; name the base"
         )
@@ -249,6 +253,12 @@ def _adapt(plan: Plan) -> None:
             plan.experts[name] = adapt(plan.base, adapter)
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
+    for name, factors in plan.experts.items():
+        if is_bare(factors.tensors) and (plan.base or delta):
+            try:
+                plan.experts[name] = compose(plan.base, factors)
+            except UserError as error:
+                plan.problems.append(f"{name}: {error}")
 
 
 def _find_donor(plan: Plan) -> None:

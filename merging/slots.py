@@ -8,6 +8,7 @@ alone, so that sums over blocks come out the same whatever memory and workers a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Protocol
 
@@ -54,6 +55,9 @@ class Source(Protocol):
     def has_statistic(self, kind: str, key: str) -> bool:
         """Whether there is such a tensor."""
 
+    def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
+        """(M, R) and (R, N) in float64, whose product an adapter adds to a tensor; None if the expert is no adapter."""
+
     def digest(self, origin: str, name: str) -> str:
         """The hash of a tensor's bytes."""
 
@@ -94,7 +98,7 @@ class Experts(Sequence):
 class Slot:
     """One block of one tensor, of shape X, in float32 (float64 if an input is).
 
-    name, tensor_shape: of the tensor (0-d tensors have shape (1,)). start: its first element in the flattened
+    name, tensor_shape: of the tensor (0-d tensors have shape (1,)). store: of its factors, or None. start: its first element in the flattened
     tensor. base: (X) or None. experts: T times (X). facts: what the method's pre-pass found in the whole model;
     measured: what it measured in this tensor. reference, changes: what base and experts are where a wrapper changed
     them, as JSON values for the factor store; None if that cannot be said.
@@ -110,6 +114,7 @@ class Slot:
         self.facts: Any = None
         self.measured: Any = None
         self._memo: dict[Any, Any] = {}
+        self.store = view.source.store
         stop = start + prod(shape)
         source, keep = view.source, unit != "tensor"
 
@@ -197,6 +202,11 @@ class Slot:
     def _key(self, expert: int | None) -> str:
         return self.name if expert is None else f"{expert}/{self.name}"
 
+    def factors(self, t: int) -> tuple[Tensor, Tensor] | None:
+        """(M, R) and (R, N) in float64, whose product expert t adds to this whole tensor, if it is an adapter."""
+        source = self.view.source
+        return source.factors(source.experts[t], self.name)
+
     def given(self, facts: Any, measured: Any) -> Slot:
         """The same block with other facts."""
         other = Slot.__new__(Slot)
@@ -225,13 +235,23 @@ class Slot:
         other._base, other.reference = lambda: base_X, reference
         return other
 
+    def instead(self, shape: tuple[int, ...], base: Tensor, expert: Callable[[int], Tensor]) -> Slot:
+        """Other tensors in the place of this whole one: `expert(index)`, and what stands for the base."""
+        other = self.given(self.facts, self.measured)
+        other._memo = {}
+        other.store = None  # whose entries are of the tensors themselves
+        other.shape = other.tensor_shape = shape
+        other._base = lambda: base
+        other.experts = Experts(len(self.experts), expert, keep=False)
+        return other
+
     def blocks(self, unit: Unit) -> Iterator[Slot]:
         """The block cut into those of a smaller unit, at the places where its tensor is cut."""
         if UNITS.index(unit) >= UNITS.index(self.unit):
             yield self
             return
         experts, base_X = Experts(len(self.experts), self.experts.__getitem__, keep=True), self.base
-        for start, shape in _cuts(self.view, self.elements, unit):
+        for start, shape in _cuts(self.view, self.elements, unit, self.tensor_shape[-1]):
 
             def part(whole_X: Tensor, first: int = start, shape: tuple[int, ...] = shape) -> Tensor:
                 return whole_X.reshape(-1)[first : first + prod(shape)].reshape(shape)
@@ -244,9 +264,9 @@ class Slot:
             yield other
 
 
-def _cuts(view: View, elements: int, unit: Unit) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Where blocks of elements or rows begin in so many elements of a tensor, and their shapes."""
-    width = view.shape[-1] if unit == "row" else 1
+def _cuts(view: View, elements: int, unit: Unit, last: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Where blocks of elements or rows of length `last` begin in so many elements, and their shapes."""
+    width = last if unit == "row" else 1
     step = max(1, block_elements(len(view.source.experts), view.source.device) // width) * width
     for start in range(0, elements, step):
         size = min(step, elements - start)
@@ -273,23 +293,35 @@ class View:
         if unit == "tensor":
             yield Slot(self, 0, self.shape, unit)
             return
-        for start, shape in _cuts(self, self.elements, unit):
+        for start, shape in _cuts(self, self.elements, unit, self.shape[-1]):
             yield Slot(self, start, shape, unit)
 
 
 class ChangedView(View):
     """A view whose blocks pass through `change` first, which needs them to be of `unit` or larger.
 
-    `keep`: the changed tensor is kept, if it is one block, to be cut again.
+    `keep`: the changed tensor is kept, if it is one block, to be cut again. `reshapes`: it may come out in another
+    shape, which is found out when it is asked for.
     """
 
     def __init__(
-        self, view: View, change: Callable[[Slot], Slot], unit: Unit = "element", keep: bool = False
+        self,
+        view: View,
+        change: Callable[[Slot], Slot],
+        unit: Unit = "element",
+        keep: bool = False,
+        reshapes: bool = False,
     ):
         super().__init__(view.source, view.name, view.shape, view.shared)
         self._view, self._unit, self._change = view, unit, change
         self._keep = keep and unit == "tensor"
         self._kept: list[Slot] | None = None
+        if reshapes:
+            del self.shape
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        return next((x.shape for x in self.blocks("tensor")), (0,))
 
     def blocks(self, unit: Unit) -> Iterator[Slot]:
         larger = max(unit, self._unit, key=UNITS.index)
@@ -297,7 +329,8 @@ class ChangedView(View):
         if self._keep:
             changed = self._kept = self._kept or list(changed)
         for x in changed:
-            yield from x.blocks(unit)
+            if x.elements:
+                yield from x.blocks(unit)
 
 
 class Inputs:
@@ -309,11 +342,17 @@ class Inputs:
 
     @property
     def elements(self) -> int:
-        return sum(view.elements for view in self.views)
+        return sum(self.each(lambda view: view.elements))
 
     def each(self, function: Callable[[View], Any]) -> Iterable[Any]:
         """`function` of every view, in their order; computed by all workers."""
         return self._run(function, self.views)
 
+    def only(self, wanted: Callable[[View], bool]) -> Inputs:
+        """Some of the tensors."""
+        return Inputs(filter(wanted, self.views), self._run)
+
     def changed(self, change: Callable[[View], View]) -> Inputs:
-        return Inputs(map(change, self.views), self._run)
+        other = Inputs([], self._run)
+        other.views = [change(view) for view in self.views]  # whose shapes are not asked for yet
+        return other

@@ -8,11 +8,11 @@ an accelerator torch's. Who calls them limits BLAS to one thread (`merging.engin
 
 from __future__ import annotations
 
-from math import acosh
+from math import acosh, pi
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from merging.lazy import torch
-from merging.operators import on_cpu
+from merging.operators import descend, on_cpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,9 +54,8 @@ def directions(
             energy_L, q_RL = _among_equals(x, t, start_MN, reference, count)
         return {"energy": energy_L, "vectors": q_RL}
 
-    store = x.view.source.store
-    key = None if store is None else _dependencies(x, t, reference)
-    found = make() if key is None else store.recall({"directions": count, **key}, make)
+    key = None if x.store is None else _dependencies(x, t, reference)
+    found = make() if key is None else x.store.recall({"directions": count, **key}, make)
     return found["energy"].to(tau_MN.device), found["vectors"].to(tau_MN.device)
 
 
@@ -90,6 +89,37 @@ def factors(
         return energy_L, left_ML.to(dtype), right_NL.to(dtype)
 
     return x.share(("factors", _count(x, rank), t, str(reference), dtype), make)
+
+
+def leading_triplets(
+    x: Slot, t: int, start_MN: Tensor, tau_MN: Tensor, reference: Any, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (M, K), s (K,), V (N, K): the k leading singular triplets of tau, expert t minus start, that are more than noise."""
+    energy_L, q_RL = directions(x, t, start_MN, tau_MN, reference, k)
+    kept = min(k, int(above_noise(energy_L, energy_L.sum()).sum()))
+    return triplets(tau_MN, q_RL[:, :kept])
+
+
+def common_directions(x: Slot, start_MN: Tensor, reference: Any) -> tuple[Tensor, Tensor]:
+    """Squared singular values (K,), descending, and left singular vectors (M, K) of all task vectors side by side.
+
+    Those that are more than noise. Kept in the factor store, if there is one; see `directions`.
+    """
+
+    def make() -> dict[str, Tensor]:
+        taus = (task_vector(x, t, start_MN) for t in range(len(x.experts)))
+        energy_M, q_MM = leading(sum(inner(tau_MN.T) for tau_MN in taus), x.shape[0])
+        kept_M = above_noise(energy_M, energy_M.sum())
+        return {"energy": energy_M[kept_M], "vectors": q_MM[:, kept_M]}
+
+    key = {"common directions": [], **_dependencies(x, 0, [reference])}
+    found = make() if x.store is None else x.store.recall(key, make)
+    return found["energy"].to(start_MN.device), found["vectors"].to(start_MN.device)
+
+
+def rank_for_task(rank: float | str, x: Slot) -> int:
+    """`rank_of`, or for `1/T` an even share of the directions, which may be none: int(min(M, N) * (1 / T))."""
+    return int(min(x.shape) * (1 / len(x.experts))) if rank == "1/T" else rank_of(rank, x.shape)
 
 
 def _count(x: Slot, rank: int | None) -> int:
@@ -127,19 +157,29 @@ def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any] | None:
 
 def gram(a_MN: Tensor) -> Tensor:
     """Gram matrix of the smaller side, (R, R) float64; only its lower triangle is valid. (T, M, N) gives (T, R, R)."""
-    a_MR = a_MN.double() if a_MN.shape[-2] >= a_MN.shape[-1] else a_MN.double().mT
-    if on_cpu(a_MR):
+    return inner(a_MN if a_MN.shape[-2] >= a_MN.shape[-1] else a_MN.mT)
+
+
+def inner(a_MN: Tensor) -> Tensor:
+    """A^T A, (N, N) float64; only its lower triangle is valid. (T, M, N) gives (T, N, N)."""
+    a_MN = a_MN.double()
+    if on_cpu(a_MN):
         from scipy.linalg import blas
 
-        if a_MR.is_contiguous():
-            return torch.from_numpy(blas.dsyrk(1.0, a_MR.numpy().T, trans=0, lower=1))
-        return torch.from_numpy(blas.dsyrk(1.0, a_MR.numpy(), trans=1, lower=1))
-    side = a_MR.shape[-1]
-    gram_RR = a_MR.new_zeros(*a_MR.shape[:-2], side, side)
+        if a_MN.is_contiguous():
+            return torch.from_numpy(blas.dsyrk(1.0, a_MN.numpy().T, trans=0, lower=1))
+        return torch.from_numpy(blas.dsyrk(1.0, a_MN.numpy(), trans=1, lower=1))
+    side = a_MN.shape[-1]
+    inner_NN = a_MN.new_zeros(*a_MN.shape[:-2], side, side)
     for start in range(0, side, _GPU_BLOCK):
         stop = start + _GPU_BLOCK
-        gram_RR[..., start:stop, :stop] = a_MR[..., start:stop].mT @ a_MR[..., :stop]
-    return gram_RR
+        inner_NN[..., start:stop, :stop] = a_MN[..., start:stop].mT @ a_MN[..., :stop]
+    return inner_NN
+
+
+def mirrored(lower_NN: Tensor) -> Tensor:
+    """The symmetric matrix of a lower triangle, in its place."""
+    return lower_NN.tril_().add_(lower_NN.tril(-1).T)
 
 
 def leading(gram_RR: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -251,9 +291,36 @@ def triplets(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return us / s.clamp(min=torch.finfo(s.dtype).tiny), s, q_RK
 
 
-def rank_of(fraction: float, shape: Sequence[int]) -> int:
-    """max(1, int(fraction * min(M, N))), truncated in double precision as the official CART code does."""
-    return max(1, int(fraction * min(shape)))
+def singular_triplets(
+    a_MN: Tensor, k: int | None = None, energy: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (M, K), s (K,), V (N, K) of the k leading (None: all) singular values that are more than noise, descending.
+
+    energy: the square of the norm that noise is measured by, if it is not that of the matrix itself.
+    """
+    energy_K, q_RK = leading(gram(a_MN), min(a_MN.shape) if k is None else min(k, *a_MN.shape))
+    energy = a_MN.square().sum() if energy is None else energy
+    return triplets(a_MN, q_RK[:, above_noise(energy_K, energy)])
+
+
+def dct(a_MN: Tensor, inverse: bool = False) -> Tensor:
+    """The orthonormal DCT-II of each row of a float64 matrix, or what it undoes: (M, N)."""
+    if on_cpu(a_MN):
+        from scipy import fft
+
+        return torch.from_numpy((fft.idct if inverse else fft.dct)(a_MN.numpy(), norm="ortho"))
+    place_N = torch.arange(a_MN.shape[1], dtype=a_MN.dtype, device=a_MN.device)
+    basis_NN = torch.cos(pi / len(place_N) * (place_N[:, None] + 0.5) * place_N) * (2 / len(place_N)) ** 0.5
+    basis_NN[:, 0] /= 2**0.5
+    return a_MN @ (basis_NN.T if inverse else basis_NN)
+
+
+def rank_of(fraction: float, shape: Sequence[int], rounding: str = "floor") -> int:
+    """max(1, int(fraction * min(M, N))), truncated in double precision as the official CART code does.
+
+    `ceil` rounds up, from a thousandth on, as the official SWUDI code does.
+    """
+    return max(1, int(fraction * min(shape) + (0.999 if rounding == "ceil" else 0)))
 
 
 def rank_for_energy(energy_R: Tensor, share: float) -> int:
@@ -273,6 +340,8 @@ def polar(a_MN: Tensor) -> Tensor:
     """
     if a_MN.shape[0] < a_MN.shape[1]:
         return polar(a_MN.T).T
+    if not a_MN.numel():
+        return a_MN
     if not on_cpu(a_MN):
         found = _by_newton_schulz(a_MN)
         if found is not None:
@@ -303,14 +372,16 @@ def partial_polar(a_MN: Tensor) -> Tensor:
     """U V^T over the singular vectors of a float64 matrix whose singular values are not numerically zero."""
     if a_MN.shape[0] < a_MN.shape[1]:
         return partial_polar(a_MN.T).T
+    if not a_MN.numel():
+        return a_MN
     energy_N, q_NN = eigenpairs(gram(a_MN))
-    root_N = torch.where(_nonzero(energy_N), energy_N.clamp(min=_TINY) ** -0.25, 0.0)
+    root_N = torch.where(above_noise(energy_N, energy_N[-1]), energy_N.clamp(min=_TINY) ** -0.25, 0.0)
     return a_MN @ _outer(q_NN * root_N)
 
 
-def _nonzero(energy_R: Tensor) -> Tensor:
-    """Which squared singular values are not zero but for rounding: (R,)."""
-    return energy_R > len(energy_R) * torch.finfo(torch.float64).eps * energy_R.max().clamp(min=_TINY)
+def above_noise(energy_L: Tensor, of: Tensor) -> Tensor:
+    """Which eigenvalues of a Gram matrix of norm `of` are more than its rounding: (L,) bool."""
+    return energy_L > len(energy_L) * torch.finfo(torch.float64).eps * of.clamp(min=_TINY)
 
 
 def raised(a_MN: Tensor, share: float) -> Tensor:
@@ -324,14 +395,13 @@ def raised(a_MN: Tensor, share: float) -> Tensor:
     value_N = energy_N.sqrt()
     held_N = value_N.cumsum(0) / value_N.sum().clamp(min=_TINY)
     least = value_N[min(int((held_N < share).sum()), len(value_N) - 1)]
-    factor_N = torch.where(_nonzero(energy_N), least / value_N.clamp(min=_TINY), 1.0).clamp(min=1)
+    factor_N = torch.where(above_noise(energy_N, energy_N[0]), least / value_N.clamp(min=_TINY), 1.0).clamp(min=1)
     return a_MN @ _outer(q_NN * factor_N.sqrt())
 
 
 def _outer(y_NN: Tensor) -> Tensor:
     """Y Y^T."""
-    lower_NN = gram(y_NN.T)
-    return lower_NN.tril() + lower_NN.tril(-1).T
+    return mirrored(inner(y_NN.T))
 
 
 def orthogonal_sum(factors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -340,3 +410,54 @@ def orthogonal_sum(factors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     u, s, v = torch.cat(us, dim=-1), torch.cat(ss), torch.cat(vs, dim=-1)
     del us, vs  # as large again as what they were made into
     return polar(u).mul_(s) @ polar(v).T
+
+
+# ---------------------------------------------------------------------------------------------- least interference
+
+
+def interference(
+    start_MN: Tensor, terms: Iterable[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Curvature C (N, N) and slope G (M, N) of WUDI's loss (2503.08099) at a float64 start: d -> 2 (d C + G).
+
+    The loss of a merged task vector W is the sum over terms (target (M, N), rows (L, N), size) of
+    |(W - target) rows^T|^2 / size; terms of size 0 say nothing. It is quadratic: C is the sum of rows^T rows / size, G
+    of (start - target) rows^T rows / size, and the gradient at start + d is 2 (d C + G).
+    """
+    slope_MN = torch.zeros_like(start_MN)
+    curvature_NN = start_MN.new_zeros(start_MN.shape[1], start_MN.shape[1])
+    for target_MN, rows_LN, size in terms:
+        if not size > 0:
+            continue
+        apart_MN, inner_NN = (start_MN - target_MN).div_(size), inner(rows_LN)
+        if rows_LN.shape[0] < rows_LN.shape[1]:
+            slope_MN.addmm_(apart_MN @ rows_LN.T, rows_LN)
+        else:
+            slope_MN.addmm_(apart_MN, mirrored(inner_NN))
+        curvature_NN.add_(inner_NN.div_(size))
+    return mirrored(curvature_NN), slope_MN
+
+
+def descended(curvature_NN: Tensor, slope_MN: Tensor, dtype: torch.dtype, **optimizer: Any) -> Tensor:
+    """The displacement by which an optimiser (see `operators.descend`) lowers a loss of this curvature and slope.
+
+    Each step is one product of matrices, in `dtype`; the slope at the start, in which task vectors cancel, is exact.
+    """
+    curvature_NN, slope_MN = curvature_NN.to(dtype), slope_MN.to(dtype)
+    return descend(
+        lambda at_MN: torch.addmm(slope_MN, at_MN, curvature_NN).mul_(2), slope_MN, **optimizer
+    ).double()
+
+
+def damped_minimum(curvature_NN: Tensor, slope_MN: Tensor, damping: float) -> Tensor:
+    """The displacement to the minimum of such a loss plus damping * (mean eigenvalue of C) * |displacement|^2."""
+    added = damping * curvature_NN.diagonal().mean()
+    if not added > 0:
+        return torch.zeros_like(slope_MN)
+    curvature_NN.diagonal().add_(added)
+    if on_cpu(slope_MN):
+        from scipy.linalg import cho_factor, cho_solve
+
+        factor = cho_factor(curvature_NN.numpy(), lower=True, overwrite_a=True, check_finite=False)
+        return torch.from_numpy(-cho_solve(factor, slope_MN.numpy().T, check_finite=False).T)
+    return -torch.cholesky_solve(slope_MN.T, torch.linalg.cholesky(curvature_NN)).T

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from checkpoints import refused
 from safetensors.torch import load_file, save_file
 
-from merging import merge
+from merging import merge, spectral
 from merging.engine import FileInputs
 from merging.manifest import identity
 from merging.plan import make_plan
@@ -197,3 +198,22 @@ def test_another_scaling_is_another_merge(where, family):
     assert identity(make_plan(recipe), "cpu") == before
     edited(lora / "adapter_config.json", lora_alpha=7)
     assert identity(make_plan(recipe), "cpu") != before
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_methods_that_merge_factors_get_those_that_peft_has(model, tmp_path):
+    model().save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "down_proj"] if model is llama else ["c_attn"]
+    merged = save_adapter(model(), tmp_path / "lora", target_modules=targets, fan_in_fan_out=model is gpt2)
+    recipe = {
+        "method": "core_space",
+        "params": {"inner": "task_arithmetic", "scale": 1.0},
+        "experts": {"lora": tmp_path / "lora"},
+    }
+    with refused("'lora' is a PEFT adapter", "name the base"):
+        merge(recipe, tmp_path / "out")
+    with patch.object(spectral, "singular_triplets") as decomposed:  # which others are, where they differ at all
+        decomposed.side_effect = lambda a_MN: (a_MN[:, :0], a_MN[0, :0], a_MN[:0].T)
+        merge({**recipe, "base": tmp_path / "base"}, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.allclose(found[name], merged[name], atol=1e-5) for name in found)

@@ -120,6 +120,26 @@ def test_a_changed_view_changes_every_block():
     assert found.tolist() == [200.0] * 5 and (view.name, view.shape) == ("w", (5,))
 
 
+def test_a_changed_view_of_whole_tensors_may_have_another_shape():
+    asked = []
+
+    def first_row(x: slots.Slot) -> slots.Slot:
+        asked.append(x.shape)
+        return x.instead((1, 3), x.base[:1], lambda t: x.experts[t][:1] + 1)
+
+    with patch.object(slots, "_BLOCK", 2):
+        view = ChangedView(View(source((4, 3)), "w", (4, 3)), first_row, "tensor", reshapes=True)
+        assert not asked and view.elements == 3 and view.shape == (1, 3)
+        [x] = view.blocks("tensor")
+        assert [part.shape for part in view.blocks("element")] == [(1,)] * 3
+        assert [part.shape for part in view.blocks("row")] == [(1, 3)]
+    asked = asked[:2]
+    assert asked == [(4, 3), (4, 3)] and x.shape == (1, 3)
+    assert x.task_vectors.tolist() == [[[101.0] * 3], [[201.0] * 3]]
+    nothing = ChangedView(View(source((4, 3)), "w", (4, 3)), lambda x: x.instead((0, 3), x.base[:0], None), "tensor", False, True)
+    assert nothing.elements == 0 and not list(nothing.blocks("element"))
+
+
 def test_a_pre_pass_sees_every_tensor_that_has_elements():
     shapes = {"a": (2, 3), "b": (0, 4), "c": ()}
     given = {"e": {name: torch.zeros(shape) for name, shape in shapes.items()}}

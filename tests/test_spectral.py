@@ -345,3 +345,53 @@ def test_polar_by_products_gives_up_on_singular_matrices():
     a_MN[:, 3] = a_MN[:, 4]
     assert spectral._by_newton_schulz(a_MN) is None
     assert spectral._by_newton_schulz(0 * a_MN) is None
+
+
+# --------------------------------------------------------------------------------------- quadratic losses, cosines
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_interference_is_the_curvature_and_slope_of_its_loss(rows, way):
+    start_MN = matrix(5, 4)
+    terms = [(matrix(5, 4, t), matrix(rows, 4, t + 9), torch.tensor(1.0 + t)) for t in range(3)]
+    spoilt = (matrix(5, 4, 7), matrix(rows, 4, 8), torch.tensor(0.0))
+    curvature_NN, slope_MN = spectral.interference(start_MN.clone(), [*terms, spoilt])
+    at_MN = start_MN.clone().requires_grad_()
+    moved_MN = start_MN + matrix(5, 4, 5)
+    for place_MN, gradient_MN in (
+        (start_MN, slope_MN),
+        (moved_MN, (moved_MN - start_MN) @ curvature_NN + slope_MN),
+    ):
+        at_MN = place_MN.clone().requires_grad_()
+        sum(((at_MN - target) @ r.T).square().sum() / size for target, r, size in terms).backward()
+        assert close(at_MN.grad, 2 * gradient_MN, 1e-10)
+
+
+def test_damped_minimum_solves_its_equations(way):
+    curvature_NN, slope_MN = of_rank(2, 2, 4).T @ of_rank(2, 2, 4), matrix(3, 4)
+    damped_NN = curvature_NN + 0.1 * curvature_NN.trace() / 4 * torch.eye(4, dtype=torch.float64)
+    found_MN = spectral.damped_minimum(curvature_NN.clone(), slope_MN, 0.1)
+    assert close(found_MN @ damped_NN, -slope_MN, 1e-10)
+    assert not spectral.damped_minimum(torch.zeros(4, 4, dtype=torch.float64), slope_MN, 0.1).any()
+
+
+@pytest.mark.parametrize("side", [1, 2, 7])
+def test_cosine_transform_is_orthonormal_and_undone(side, way):
+    a_MN = matrix(3, side)
+    place = torch.arange(side, dtype=torch.float64)
+    columns = [torch.cos(math.pi / side * (place + 0.5) * j) for j in range(side)]
+    basis_NN = torch.stack([column / column.norm() for column in columns], -1)
+    assert close(spectral.dct(a_MN), a_MN @ basis_NN)
+    assert close(spectral.dct(spectral.dct(a_MN), inverse=True), a_MN)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_singular_triplets_are_those_that_are_more_than_noise(shape, way):
+    a_MN = of_rank(2, *shape)
+    u_MK, s_K, v_NK = spectral.singular_triplets(a_MN)
+    assert len(s_K) == 2 and close((u_MK * s_K) @ v_NK.T, a_MN, 1e-10)
+    assert is_orthonormal(u_MK) and is_orthonormal(v_NK)
+    assert len(spectral.singular_triplets(a_MN, 1)[1]) == 1
+    assert not len(spectral.singular_triplets(a_MN, energy=torch.tensor(1e20, dtype=torch.float64))[1])
+    for polar in (spectral.polar, spectral.partial_polar):
+        assert polar(a_MN[:, :0]).shape == (shape[0], 0)

@@ -81,15 +81,37 @@ SPECTRAL: list[Use] = [
     ("cart", {"rank": 0.3, "origin": "task_arithmetic"}),
     ("cart", {"rank": 0.3, "origin": "tsv_merge", "scale": 0.5}),
     ("cart", {"rank": 0.3, "origin": "cart", "scale": 0.5}),
+    ("cart", {"rank": 0.5, "basis": "dct"}),
     ("cart_indexing", {"rank": 0.5}),
     ("lowrank_task_arithmetic", {"rank": 0.5}),
+    ("lowrank_task_arithmetic", {"rank": 0.5, "basis": "dct"}),
     ("tsv_merge", {}),
     ("tsv_merge", {"rank": 0.5, "keys": "block_linear"}),
     ("tsv_merge", {"orthogonalize": False}),
     ("iso_c", {}),
+    ("iso_cts", {}),
+    ("iso_cts", {"common_fraction": 0.3}),
+    ("opcm", {}),
+    ("opcm", {"threshold": 0.2, "keys": "matrices"}),
+    ("dc_merge", {"density": 0.2}),
+    ("dc_merge", {"density": 0.5, "rank": 0.5, "keys": "block_linear"}),
+    ("star", {}),
+    ("star", {"energy": 0.8, "keys": "matrices"}),
 ]
 
-OPTIMISED: list[Use] = []
+OPTIMISED: list[Use] = [
+    ("wudi", {"iterations": 20, "other": "mean"}),
+    ("wudi", {"iterations": 20, "optimizer": "sgd", "learning_rate": 0.1, "other": "sum"}),
+    ("wudi", {"solver": "direct", "keys": "matrices"}),
+    ("optmerge", {"iterations": 20, "learning_rate": 0.1, "rank": 0.5}),
+    ("optmerge", {"iterations": 20, "variant": "fusion_bench"}),
+    ("swudi", {}),
+    ("swudi", {"variant": "iwudi", "filter": "tikhonov", "keys": "block_linear", "other": "pretrained"}),
+    ("swudi", {"filter": "landweber", "rank_rounding": "floor", "other": "sum"}),
+    ("swudi", {"variant": "aswudi"}),
+    ("doge", {"iterations": 20}),
+    ("doge", {"iterations": 20, "scope": "tensor", "subspace": 2, "keys": "matrices"}),
+]
 
 STATISTICS: list[Use] = []
 
@@ -111,6 +133,14 @@ WRAPPERS: list[Use] = [
     ("truncate", {"rank": 0.5, "inner": "dare", "inner_inner": "ties", "drop_rate": 0.5}),
     ("subspace_boosting", {"beta": 0.5}),
     ("subspace_boosting", {"beta": 0.6, "inner": "ties", "density": 0.9, "keys": "matrices"}),
+    ("core_space", {}),
+    ("core_space", {"inner": "cart", "rank": 0.5}),
+    ("core_space", {"inner": "task_arithmetic", "keys": "block_linear"}),
+    ("knots", {"density": 0.5}),
+    ("knots", {"inner": "average", "keys": "matrices"}),
+    ("knots", {"inner": "ties", "scope": "tensor", "drop_rate": 0.5}),
+    ("svc", {}),
+    ("svc", {"inner": "iso_c", "alpha": 0.5, "keys": "block_linear"}),
 ]
 
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS

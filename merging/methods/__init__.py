@@ -52,12 +52,15 @@ class Method:
     prepass_if: Callable[[Mapping[str, Any]], bool] | None
     measure: Callable[..., Any] | None
     transform: Callable[..., Slot] | None
+    sees: Callable[[str, Sequence[int], Mapping[str, Any]], bool] | None
     check: Callable[[Mapping[str, Any], int], str | None] | None
     warn: Callable[[int, Mapping[str, Any]], str | None] | None
     base_if: Callable[[Mapping[str, Any]], bool] | None
     statistics: Callable[[Mapping[str, Any]], list[str]] | None
     inner_defaults: Mapping[str, Any]
     spectral: bool
+    delta: bool
+    beside: Callable[[int, int, int], int] | None
 
     @property
     def summary(self) -> str:
@@ -186,7 +189,7 @@ class Method:
             for part in filter(None, (bound.origin, bound)):
                 yield from part.method._misuses(part.params, experts, has_base)
                 wanted += part.statistics
-            has_base = has_base or bound.origin is not None
+            has_base = has_base or bound.origin is not None or bound.method.delta  # what it wraps sees one
         given = statistics or {}
         yield from (
             f"{self.id} needs the statistics '{k}': name their file" for k in wanted if k not in given
@@ -281,6 +284,11 @@ class Bound:
         """The kinds of statistics that the method itself reads."""
         return self.method.statistics(self.params) if self.method.statistics else []
 
+    def beside(self, shape: Sequence[int], experts: int) -> int:
+        """Float64 numbers that are held at once of a matrix, beyond what any method holds."""
+        own = self.method.beside(*shape, experts) if self.method.beside and len(shape) == 2 else 0
+        return own + (self.inner.beside(shape, experts) if self.inner else 0)
+
     @property
     def own_unit(self) -> Unit | Literal["matrix"]:
         """What the method declares, with these parameters."""
@@ -325,20 +333,24 @@ class Bound:
         if self.origin and self.origin.has_prepass:
             found["origin"] = self.origin.prepass(inputs)
         if self.inner.has_prepass:
-            found["inner"] = self.inner.prepass(inputs.changed(lambda view: self._seen(view, found)))
+            seen = inputs.only(lambda view: self._is_seen(view.name, view.shape))
+            found["inner"] = self.inner.prepass(seen.changed(lambda view: self._seen(view, found)))
         if self.own_prepass:
             found["own"] = self.method.prepass(inputs, Inner(self, found), **self.params)
         return found
 
     def measure(self, view: View, facts: Any) -> Any:
         """What must be known of one tensor before its blocks are merged; nothing, if it has none."""
-        if not view.elements:
-            return None
+        return self._measure(view, facts) if view.elements else None
+
+    def _measure(self, view: View, facts: Any) -> Any:
         if not self.inner:
             return self._own_measure(view)
         found = self._measure_outside(view, facts)
+        if not self._is_seen(view.name, view.shape):
+            return found | {"inner": None}
         seen = self._changed(view, facts, found, keep=True)
-        return found | {"inner": self.inner.measure(seen, _part(facts, "inner"))}
+        return found | {"inner": self.inner._measure(seen, _part(facts, "inner"))}
 
     def __call__(self, x: Slot, facts: Any, measured: Any) -> Tensor:
         """The merged block."""
@@ -356,6 +368,9 @@ class Bound:
     def _own_measure(self, view: View) -> Any:
         return self.method.measure(view, **self.params) if self.method.measure else None
 
+    def _is_seen(self, name: str, shape: Sequence[int]) -> bool:
+        return self.method.sees is None or self.method.sees(name, shape, self.params)
+
     def _measure_outside(self, view: View, facts: Any) -> dict[str, Any]:
         """What must be known of a tensor to tell what the inner method sees."""
         found = {"own": self._own_measure(view)}
@@ -370,8 +385,9 @@ class Bound:
         """The tensor as the inner method sees it; `keep`: for one that is let go soon."""
         if not self.origin and not self.method.transform:
             return view
-        unit = self._seen_unit(view.name, view.shape)
-        return ChangedView(view, lambda x: self.transformed(x, facts, measured), unit, keep)
+        reshapes = self.method.sees is not None
+        unit = "tensor" if reshapes else self._seen_unit(view.name, view.shape)
+        return ChangedView(view, lambda x: self.transformed(x, facts, measured), unit, keep, reshapes)
 
     def transformed(self, x: Slot, facts: Any, measured: Any) -> Slot:
         """The block as the inner method sees it; points of a sweep share it."""
@@ -435,12 +451,15 @@ def method(
     prepass_if: Callable[[Mapping[str, Any]], bool] | None = None,
     measure: Callable[..., Any] | None = None,
     transform: Callable[..., Slot] | None = None,
+    sees: Callable[[str, Sequence[int], Mapping[str, Any]], bool] | None = None,
     check: Callable[[Mapping[str, Any], int], str | None] | None = None,
     warn: Callable[[int, Mapping[str, Any]], str | None] | None = None,
     base_if: Callable[[Mapping[str, Any]], bool] | None = None,
     statistics: Callable[[Mapping[str, Any]], list[str]] | None = None,
     inner_defaults: Mapping[str, Any] = MappingProxyType({}),
     spectral: bool = False,
+    delta: bool = False,
+    beside: Callable[[int, int, int], int] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add a function to the catalogue under its own name.
 
@@ -451,12 +470,15 @@ def method(
     prepass(inputs, **params): JSON values found in the whole model, as `x.facts`; prepass_if(params): whether needed.
     measure(view, **params): what it must know of a tensor before its blocks, as `x.measured`.
     transform(x, **params): for a wrapper, the slot that the inner method sees; a new one.
+    sees(name, shape, params): for a wrapper that transforms whole tensors, also to other shapes: which of them.
     check(params, experts): what is wrong beyond types and ranges, as a sentence.
     warn(experts, params): a sentence for a legal but pointless use.
     base_if(params): whether parameters make a base necessary.
     statistics(params): the kinds of statistics it reads.
     inner_defaults: for a wrapper, defaults of the inner method that differ under it.
     spectral: it decomposes matrices.
+    delta: without a base, it merges what bare factors of adapters add.
+    beside(rows, columns, experts): float64 numbers that it holds at once of a matrix, beyond what `Entry.peak_bytes` has.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -474,12 +496,15 @@ def method(
             prepass_if=prepass_if,
             measure=measure,
             transform=transform,
+            sees=sees,
             check=check,
             warn=warn,
             base_if=base_if,
             statistics=statistics,
             inner_defaults=inner_defaults,
             spectral=spectral,
+            delta=delta,
+            beside=beside,
         )
         assert entry.id not in _METHODS, f"method '{entry.id}' is defined twice"
         _METHODS[entry.id] = entry

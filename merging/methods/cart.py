@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Share = Annotated[float, Gt(0), Le(1)]
+Basis = Literal["svd", "dct"]
 
 
 def _two_experts(experts: int, params: Mapping[str, Any]) -> str | None:
@@ -29,11 +30,18 @@ def _two_experts(experts: int, params: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
+    if params["basis"] == "dct" and params["reduce"] == "tsv":
+        return "reduce: tsv orthogonalises singular vectors; set basis to svd"
+    return None
+
+
 @method(
     paper="2412.12153",
     code="JH-GEECS/CART@964cfd78",
     reference="mean",
     unit="matrix",
+    check=_wrong,
     warn=_two_experts,
     base_if=lambda params: params["origin"] in ("task_arithmetic", "tsv_merge"),
     spectral=True,
@@ -42,6 +50,7 @@ def cart(
     x: Slot,
     *,
     rank: Share = 0.12,
+    rank_rounding: Literal["floor", "ceil"] = "floor",
     scale: float = 1.0,
     rank_rule: Literal["fraction", "energy"] = "fraction",
     energy: Share = 0.8,
@@ -50,13 +59,15 @@ def cart(
     origin_scale: float = 0.3,
     origin_rank: Share = 0.12,
     reduce: Literal["sum", "tsv"] = "sum",
+    basis: Basis = "svd",
 ) -> Tensor:
     """origin + scale * sum of the rank-k parts of (expert - origin); the origin is the mean of the experts.
 
-    k = max(1, int(rank * min(M, N))), or the smallest that holds `energy` of the squared singular values. Tensors
+    k = max(1, int(rank * min(M, N))), or rounded up (`ceil`), or the smallest that holds `energy` of the squared singular values. Tensors
     that are no block matrices add their (expert - origin) whole, which is nothing around the mean. `origin` may be
     another merge: task_arithmetic with origin_scale, cart with origin_scale and origin_rank, or tsv_merge with scale 1;
-    `reduce: tsv` orthogonalises the factors before summing.
+    `reduce: tsv` orthogonalises the factors before summing. `basis: dct` is cheaper and not optimal: instead of the rank-k
+    part, the k columns of each row's cosine transform with the largest norms.
     """
     reference = "mean" if origin == "mean" else [origin, origin_scale, origin_rank, keys]
     start = x.share(("origin", str(reference)), lambda: _origin(x, origin, origin_scale, origin_rank, keys))
@@ -65,18 +76,27 @@ def cart(
             return start
         return start + scale * (ops.weighted_sum(x.experts) - len(x.experts) * start)
 
-    def update() -> Tensor:
-        return low_rank_sum(x, start, reference, None if rank_rule == "energy" else rank, energy, reduce)
+    k = None if rank_rule == "energy" else spectral.rank_of(rank, x.shape, rank_rounding)
 
-    setting = ("cart", str(reference), rank if rank_rule == "fraction" else energy, rank_rule, reduce)
+    def update() -> Tensor:
+        return low_rank_sum(x, start, reference, k, energy, reduce, basis)
+
+    setting = ("cart", str(reference), k or energy, reduce, basis)
     return torch.add(start, x.share(setting, update), alpha=scale)
 
 
 def low_rank_sum(
-    x: Slot, start: Tensor, reference: Any, rank: float | None, energy: float, reduce: str = "sum"
+    x: Slot,
+    start: Tensor,
+    reference: Any,
+    k: int | None,
+    energy: float = 1.0,
+    reduce: str = "sum",
+    basis: str = "svd",
 ) -> Tensor:
-    """Sum over experts of the rank-k part of (expert - start), k by `rank` or, if that is None, by `energy`: (M, N)."""
-    k = None if rank is None else spectral.rank_of(rank, x.shape)
+    """Sum over experts of the rank-k part of (expert - start), or, if k is None, of what holds `energy`: (M, N)."""
+    if basis == "dct":
+        return _cosine_sum(x, start, k, energy)
     total_MN = torch.zeros_like(start, dtype=x.dtype)
     triplets = []
     for t in range(len(x.experts)):
@@ -91,6 +111,17 @@ def low_rank_sum(
             kept = k or spectral.rank_for_energy(energy_L, energy)
             total_MN.addmm_(left_ML[:, :kept], right_NL[:, :kept].T)
     return spectral.orthogonal_sum(triplets) if reduce == "tsv" else total_MN
+
+
+def _cosine_sum(x: Slot, start: Tensor, k: int | None, energy: float) -> Tensor:
+    """The same with columns of the cosine transform in place of singular vectors (2505.17967): (M, N)."""
+    sum_MN = torch.zeros_like(start, dtype=torch.float64)
+    for t in range(len(x.experts)):
+        cosine_MN = spectral.dct(spectral.task_vector(x, t, start))
+        energy_N, order_N = cosine_MN.square().sum(0).sort(descending=True, stable=True)
+        kept = order_N[: k or spectral.rank_for_energy(energy_N, energy)]
+        sum_MN[:, kept] += cosine_MN[:, kept]
+    return spectral.dct(sum_MN, inverse=True)
 
 
 def _origin(x: Slot, origin: str, scale: float, rank: float, keys: Keys) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merging import operators as ops
+from merging import spectral
 from merging.keys import Keys, is_matrix
 from merging.lazy import torch
 from merging.methods import method
-from merging.methods.cart import Share, low_rank_sum
+from merging.methods.cart import Basis, Share, low_rank_sum
 from merging.slots import Slot
 
 if TYPE_CHECKING:
@@ -24,11 +25,20 @@ if TYPE_CHECKING:
     spectral=True,
 )
 def lowrank_task_arithmetic(
-    x: Slot, *, rank: Share = 0.12, scale: float = 0.3, keys: Keys = "block_linear"
+    x: Slot,
+    *,
+    rank: Share = 0.12,
+    scale: float = 0.3,
+    keys: Keys = "block_linear",
+    basis: Basis = "svd",
 ) -> Tensor:
-    """base + scale * sum of the rank-k parts of the task vectors; tensors that are no block matrices in full."""
+    """base + scale * sum of the rank-k parts of the task vectors; tensors that are no block matrices in full.
+
+    `basis` as in cart.
+    """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
-        return base + scale * (ops.weighted_sum(x.experts) - len(x.experts) * base)
-    update = x.share(("lowrank", rank), lambda: low_rank_sum(x, base, "pretrained", rank, 1.0))
+        return base + scale * ops.plain_update(x.experts, base, "sum")
+    k = spectral.rank_of(rank, x.shape)
+    update = x.share(("lowrank", k, basis), lambda: low_rank_sum(x, base, "pretrained", k, basis=basis))
     return torch.add(base, update, alpha=scale)

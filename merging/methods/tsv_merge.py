@@ -40,15 +40,13 @@ def tsv_merge(
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
-        return base + scale * (ops.mean(x.experts) - base)
-    count = len(x.experts)
-    k = int(min(x.shape) * (1 / count)) if rank == "1/T" else spectral.rank_of(rank, x.shape)
+        return base + scale * ops.plain_update(x.experts, base, "mean")
+    k = spectral.rank_for_task(rank, x)
 
     def factors() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for t in range(count):
+        for t in range(len(x.experts)):
             tau_MN = spectral.task_vector(x, t, base)
-            q_RK = spectral.directions(x, t, base, tau_MN, "pretrained", k)[1][:, :k]
-            yield spectral.triplets(tau_MN, q_RK)
+            yield spectral.leading_triplets(x, t, base, tau_MN, "pretrained", k)
 
     def update() -> Tensor:
         if orthogonalize:

@@ -1,0 +1,72 @@
+"""OPCM: experts merged one after the other, each without what the merge before it already uses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Gt, Lt
+
+from merging import operators as ops
+from merging import spectral
+from merging.keys import Keys, is_matrix
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Inputs, Slot, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Threshold = Annotated[float, Gt(0), Lt(1)]
+
+
+def rescale(inputs: Inputs, *, threshold: float, keys: Keys) -> float:
+    """The mean norm of the task vectors over that of their sum, over the whole model."""
+
+    def energies(view: View) -> list[float]:
+        unit = "tensor" if is_matrix(view.name, view.shape, keys) else "element"
+        found = [0.0] * (len(view.source.experts) + 1)
+        for x in view.blocks(unit):
+            parts = [*(expert - x.base for expert in x.experts), accumulated(x, threshold, keys)]
+            found = [all + float(part.double().square().sum()) for all, part in zip(found, parts)]
+        return found
+
+    *taus, merged = (sum(parts) ** 0.5 for parts in zip(*inputs.each(energies)))
+    return sum(taus) / len(taus) / merged if merged else 0.0
+
+
+@method(
+    paper="2501.09522",
+    code="tanganke/fusion_bench@54c9e8c9",
+    reference="pretrained",
+    unit="matrix",
+    needs_base=True,
+    prepass=rescale,
+    spectral=True,
+    beside=lambda rows, columns, experts: 12 * rows * columns,
+)
+def opcm(x: Slot, *, threshold: Threshold = 0.5, keys: Keys = "block_linear+proj") -> Tensor:
+    """base + S, rescaled to the mean norm of the task vectors; S grows by each expert's part that is orthogonal to it.
+
+    In a basis of singular vectors of S so far, the new task vector loses its diagonal, and the block of the leading
+    directions that hold `threshold` of the sum of singular values; other tensors add it whole. The order of experts
+    matters. The official code rescales after every expert, which cancels but for the last; it leaves parameters
+    outside of leaf modules at the first expert's, here all are merged.
+    """
+    return x.base.double() + x.facts * accumulated(x, threshold, keys)
+
+
+def accumulated(x: Slot, threshold: float, keys: Keys) -> Tensor:
+    """The sum of what each expert adds, before rescaling: (X) float64."""
+    base = x.base.double()
+    if not is_matrix(x.name, x.shape, keys):
+        return ops.plain_update(x.experts, base, "sum")
+    sum_MN = spectral.task_vector(x, 0, base)
+    for t in range(1, len(x.experts)):
+        tau_MN = spectral.task_vector(x, t, base)
+        u_MK, s_K, v_NK = spectral.singular_triplets(sum_MN)
+        split = int((s_K.cumsum(0) <= threshold * s_K.sum()).sum())
+        core_KN = u_MK.T @ tau_MN
+        diagonal_K = (core_KN * v_NK.T).sum(1)
+        sum_MN.add_(tau_MN).sub_((u_MK[:, split:] * diagonal_K[split:]) @ v_NK[:, split:].T)
+        sum_MN.sub_(u_MK[:, :split] @ (core_KN[:split] @ v_NK[:, :split]) @ v_NK[:, :split].T)
+    return sum_MN

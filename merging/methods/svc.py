@@ -1,0 +1,55 @@
+"""SVC: the singular values of a merge calibrated where tasks were counted more than once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Gt
+
+from merging import spectral
+from merging.keys import Keys, is_matrix
+from merging.lazy import torch
+from merging.methods import Inner, method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(
+    paper="2602.05536",
+    code="tanganke/fusion_bench@54c9e8c9",
+    reference="pretrained",
+    unit="matrix",
+    needs_base=True,
+    spectral=True,
+    beside=lambda rows, columns, experts: 10 * rows * columns,
+)
+def svc(
+    x: Slot,
+    merge: Inner,
+    *,
+    inner: str = "task_arithmetic",
+    alpha: Annotated[float, Gt(0)] = 0.1,
+    keys: Keys = "matrices",
+) -> Tensor:
+    """What another method adds to the base, each singular value of it times T / sum over tasks of max(alpha, c_t).
+
+    c_t = <u^T W, u^T tau_t> / |u^T tau_t|^2 says how much of task t's own response in the left direction u the merged
+    W gives back: more than 1 where tasks add up. A task without a response there counts as alpha. Tensors that are no
+    matrices stay as merged. The inner method's parameters stand beside these.
+    """
+    merged = merge(x)
+    if not is_matrix(x.name, x.shape, keys):
+        return merged
+    base = x.base.double()
+    update_MN = merged.double() - base
+    u_MK, _, _ = spectral.singular_triplets(update_MN)
+    response_KN = u_MK.T @ update_MN
+    counted_K = torch.zeros_like(response_KN[:, 0])
+    for t in range(len(x.experts)):
+        own_KN = u_MK.T @ spectral.task_vector(x, t, base)
+        share_K = (response_KN * own_KN).sum(1) / own_KN.square().sum(1)
+        counted_K += share_K.nan_to_num(0.0).clamp(min=alpha)
+    factor_K1 = (len(x.experts) / counted_K)[:, None]
+    return base + update_MN + u_MK @ (response_KN * (factor_K1 - 1))
