@@ -15,14 +15,14 @@ from merging.checkpoint import DTYPES
 from merging.errors import UserError
 from merging.factors import FactorStore, store_at
 from merging.files import empty, resumable, user_errors
-from merging.inputs import FileInputs, MemoryInputs, State, all_finite
+from merging.inputs import FileInputs, MemoryInputs, State
 from merging.journal import Journal
 from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
 from merging.methods import Bound, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe
-from merging.slots import Inputs, View
+from merging.slots import Inputs, View, all_finite
 from merging.writer import CheckpointWriter, TensorWriter
 
 if TYPE_CHECKING:

@@ -231,6 +231,11 @@ def eigenpairs(gram_RR: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(energy_R), torch.from_numpy(q_RR)
 
 
+def largest_singular_value(a_MN: Tensor) -> Tensor:
+    """The spectral norm."""
+    return leading(gram(a_MN), 1)[0][0].sqrt()
+
+
 def triplets(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (M, K), s (K,), V (N, K) of `a` from the K leading singular vectors of its smaller side."""
     if a_MN.shape[0] < a_MN.shape[1]:

@@ -55,7 +55,21 @@ SPECTRAL: list[Use] = [
 
 OPTIMISED: list[Use] = []
 
-STATISTICS: list[Use] = []
+STATISTICS: list[Use] = [
+    ("fisher", {}),
+    ("fisher", {"normalize_fisher": "tensor", "variant": "mergelm"}),
+    ("fisher", {"normalize_fisher": "none", "variant": "dataless", "favor_target": False}),
+    ("regmean", {}),
+    ("regmean", {"keys": "matrices", "nondiagonal": 1.0, "exclude": ["mlp"]}),
+    ("ffg", {}),
+    ("ffg", {"threshold": 0.001}),
+    ("ota", {}),
+    ("ota", {"density": 0.5, "normalize": "global"}),
+    ("ota", {"density": 0.5, "merge": "linear", "rescale": True, "fallback_to_base": False}),
+    ("ota", {"density": 0.5, "merge": "ties", "rank1": True}),
+    ("widen", {}),
+    ("widen", {"threshold": 0.5, "calibration": 0.5, "embeddings": ["mlp.weight"]}),
+]
 
 STORES: list[Use] = []
 
