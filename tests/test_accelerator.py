@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import random_state
+from checkpoints import gathered, random_state
 
 from merging import merge_state_dicts, operators, spectral
 from merging.methods import catalogue
@@ -16,6 +16,7 @@ PARAMS = {
     "ties": {"density": 0.3},
     "sce": {"density": 0.3},
     "lines": {"inner": "cart"},
+    "ota": {"density": 0.5, "merge": "linear", "rescale": True},
 }
 
 
@@ -27,11 +28,13 @@ def test_every_method_gives_the_same(method, monkeypatch):
         f"e{t}": {n: v + 0.1 * random_state(t + 1, shapes=SHAPES)[n] for n, v in base.items()}
         for t in range(count)
     }
-    expected = merge_state_dicts(method, experts, base, params=PARAMS.get(method))
+    params = PARAMS.get(method, {})
+    given = {"params": params, "statistics": gathered(method, experts, params)}
+    expected = merge_state_dicts(method, experts, base, **given)
     seen = []
     for module in (operators, spectral):
         monkeypatch.setattr(module, "on_cpu", lambda tensor: seen.append(tensor) or False)
-    merged = merge_state_dicts(method, experts, base, params=PARAMS.get(method))
+    merged = merge_state_dicts(method, experts, base, **given)
     for name, value in expected.items():
         assert torch.allclose(merged[name], value, rtol=1e-5, atol=1e-5), name
     if catalogue()[method].spectral or method in ("ties", "della", "breadcrumbs", "sce"):

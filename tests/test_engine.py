@@ -21,10 +21,12 @@ from checkpoints import (
     another_process,
     edit,
     file_hashes,
+    gathered,
     random_state,
     refused,
     same_tensors,
     save_family,
+    save_family_for,
     shard,
 )
 from safetensors import safe_open
@@ -705,25 +707,26 @@ ODD_SHAPES = {
 
 @pytest.mark.parametrize("method", sorted(catalogue()))
 def test_names_and_shapes_of_all_kinds(method, tmp_path):
-    recipe = save_family(tmp_path / "in", experts=2 if method == "slerp" else 3, shapes=ODD_SHAPES)
-    merge({**recipe, "method": method}, tmp_path / "out", factors=tmp_path / "factors")
+    recipe = save_family_for(method, tmp_path / "in", ODD_SHAPES)
+    merge(recipe, tmp_path / "out", factors=tmp_path / "factors")
     states = {name: load_file(path) for name, path in recipe["experts"].items()}
-    expected = merge_state_dicts(method, states, load_file(recipe["base"]))
+    statistics = gathered(method, states)
+    expected = merge_state_dicts(method, states, load_file(recipe["base"]), statistics=statistics)
     assert same_tensors(load_file(tmp_path / "out" / "model.safetensors"), expected)
     assert all(p.name in ("in", "out", "factors") for p in tmp_path.iterdir())
     if method == "cart":
-        merge({**recipe, "method": method, "shard_size": 50}, tmp_path / "sharded")
+        merge({**recipe, "shard_size": 50}, tmp_path / "sharded")
         assert open_checkpoint(tmp_path / "sharded").digest() == open_checkpoint(tmp_path / "out").digest()
         assert "bit-identical" in verify(tmp_path / "sharded")
 
 
 @pytest.mark.parametrize("method", sorted(catalogue()))
 def test_a_family_without_anything_to_merge(method, tmp_path):
-    recipe = save_family(tmp_path / "in", experts=2 if method == "slerp" else 3, shapes={"none": (0,)})
+    recipe = save_family_for(method, tmp_path / "in", {"none": (0,)})
     ids = {"ids": torch.arange(3)}
     for path in (recipe["base"], *recipe["experts"].values()):
         edit(path, **ids)
-    merge({**recipe, "method": method}, tmp_path / "out.safetensors")
+    merge(recipe, tmp_path / "out.safetensors")
     assert same_tensors(load_file(tmp_path / "out.safetensors"), load_file(recipe["base"]))
 
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checkpoints import State, random_state, refused, same_tensors
+from checkpoints import State, gathered, random_state, refused, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -35,23 +35,6 @@ def family(seed: int, experts: int = 3, dtype: torch.dtype = torch.float32) -> t
     return base, {
         f"e{t}": {k: (v + 0.1 * tau[k]).to(dtype) for k, v in base.items()} for t, tau in enumerate(taus)
     }
-
-
-def gathered(method: str, experts: dict[str, State], params: dict[str, Any]) -> dict[str, list[State]]:
-    """Statistics that the method reads, made from the experts' own weights so that they go where these go."""
-    make = {
-        "fisher": lambda state: {k: 0.1 + v.double().square() for k, v in state.items()},
-        "gram": lambda state: {
-            k: v.double().T @ v.double() + torch.eye(v.shape[-1]) for k, v in state.items() if is_linear(k, v)
-        },
-    }
-    entry = get_method(method)
-    kinds = entry.statistics(entry.resolve(params)) if entry.statistics else []
-    return {kind: [make[kind](state) for state in experts.values()] for kind in kinds}
-
-
-def is_linear(name: str, tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and is_matrix(name, tensor.shape, "block_linear")
 
 
 def merged(method: str, experts: dict[str, State], base: State | None = None, **params: Any) -> State:
