@@ -116,6 +116,8 @@ def test_scale_zero_is_the_reference_bit_for_bit(method, params, seed, dtype):
         return
     found = merged(method, experts, base, **{**params, "scale": 0.0})
     wrapped = params.get("inner", method) if method == "lines" else method
+    if wrapped == "twin":  # of what the experts share alone
+        return
     if wrapped not in ("cart", "cart_indexing"):
         assert same_tensors(found, base)
     elif params.get("origin", "mean") == "mean" and method != "lines":
@@ -127,7 +129,7 @@ def test_scale_zero_is_the_reference_bit_for_bit(method, params, seed, dtype):
 @every_use
 def test_the_order_of_experts_does_not_matter(method, params, seed, order):
     base, experts = family(seed)
-    if method == "cart_indexing":  # it gives back the expert of a number
+    if get_method(method).store:  # it gives back the expert of a number
         params, other = {**params, "task": order[0]}, params
     else:
         other = params
@@ -193,7 +195,7 @@ def test_how_tensors_are_cut_into_blocks_changes_nothing(method, params, seed, s
     whole = merged(method, experts, base, **params)
     with patch.object(slots, "_BLOCK", size):
         found = merged(method, experts, base, **params)
-    sums = {"sce", "slerp", "karcher", "model_stock", "lines", "fisher", "ota", "widen"}
+    sums = {"sce", "slerp", "karcher", "model_stock", "lines", "fisher", "ota", "widen", "emr"}
     if method in sums or params.get("variant") == "mergekit":
         assert close(found, whole)
     else:

@@ -71,7 +71,16 @@ STATISTICS: list[Use] = [
     ("widen", {"threshold": 0.5, "calibration": 0.5, "embeddings": ["mlp.weight"]}),
 ]
 
-STORES: list[Use] = []
+STORES: list[Use] = [
+    ("cart_indexing", {"rank": 0.5, "scale": 1.5, "keys": "matrices"}),
+    ("tsv_compress", {}),
+    ("tsv_compress", {"rank": 0.5, "keys": "block_linear"}),
+    ("twin", {"rank": 0.5}),
+    ("twin", {"rank": 0.2, "inner": "ties"}),
+    ("tall_mask", {}),
+    ("tall_mask", {"inner": "ties", "threshold": 0.2}),
+    ("emr", {}),
+]
 
 WRAPPERS: list[Use] = [
     ("lines", {}),

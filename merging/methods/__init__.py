@@ -16,10 +16,11 @@ import pkgutil
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequence
 
 from merging.errors import UserError, did_you_mean
 from merging.keys import is_matrix
+from merging.lazy import torch
 from merging.slots import ChangedView, Inputs, Slot, Unit, View
 
 if TYPE_CHECKING:
@@ -28,6 +29,38 @@ if TYPE_CHECKING:
 _UNITS: tuple[Unit, ...] = ("element", "row", "tensor")
 # Parameters that mean the same to a wrapper and to what it wraps: the inner one's get this prefix.
 _OF_INNER = "inner_"
+
+
+class Store(NamedTuple):
+    """How a method that gives one expert back is kept for all of them, in `merging.stores`.
+
+    parts(name, shape, experts, **params): what is kept of a tensor, once and of every expert: names to `Part`s.
+    encode(x, [merge,] tasks, **params): the parts of a block, once and of each task, made when they are asked for.
+    decode(base_X, once, own, **params): the block as the method gives it; (X), base_X is None without a base.
+    """
+
+    parts: Callable[..., tuple[dict[str, Part], dict[str, Part]]]
+    encode: Callable[..., tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]]
+    decode: Callable[..., Tensor]
+
+
+class Part(NamedTuple):
+    """What is kept as one tensor, in the shape that it has for a whole tensor.
+
+    kind: `number`, in the dtype of `stored_dtype`; `exact`, what an expert itself holds, in its own; `bits`, a mask;
+    `fact`, a number of each expert that the method's pre-pass found, the same for all tensors.
+    """
+
+    kind: Literal["number", "exact", "bits", "fact"]
+    shape: tuple[int, ...] = ()
+
+
+Stored = Literal["float32", "float16", "bfloat16"]
+
+
+def stored_dtype(x: Slot, stored: Stored | None) -> torch.dtype:
+    """What numbers of a store are kept in: the dtype asked for, or what the tensor is read as."""
+    return getattr(torch, stored) if stored else x.dtype
 
 
 @dataclass(frozen=True)
@@ -53,6 +86,7 @@ class Method:
     statistics: Callable[[Mapping[str, Any]], list[str]] | None
     inner_defaults: Mapping[str, Any]
     spectral: bool
+    store: Store | None
 
     @property
     def summary(self) -> str:
@@ -176,6 +210,8 @@ class Method:
             yield f"{self.id}: {len(weights)} weights for {experts} experts; give one an expert, in order"
         if weights and params.get("normalize") and sum(weights) == 0:
             yield f"{self.id}: the weights sum to 0, so they cannot be normalised; set normalize to false"
+        if params.get("task", 0) >= experts:
+            yield f"{self.id}: task {params['task']} is none of {experts} experts, counted from 0"
         wrong = self.check and self.check(params, experts)
         if wrong:
             yield f"{self.id}: {wrong}"
@@ -246,10 +282,19 @@ class Bound:
 
     def __call__(self, x: Slot, facts: Any, measured: Any) -> Tensor:
         """The merged block."""
+        return self.method.function(*self._arguments(x, facts, measured), **self.params)
+
+    def encode(
+        self, x: Slot, facts: Any, measured: Any, tasks: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]:
+        """The parts of the block in a compressed store; see `Store`."""
+        return self.method.store.encode(*self._arguments(x, facts, measured), tasks, **self.params)
+
+    def _arguments(self, x: Slot, facts: Any, measured: Any) -> tuple[Any, ...]:
+        """The block as the method sees it, and what it wraps."""
         if not self.inner:
-            return self.method.function(x.given(facts, measured), **self.params)
-        own = x.given(_part(facts, "own"), _part(measured, "own"))
-        return self.method.function(own, Inner(self, facts, measured), **self.params)
+            return (x.given(facts, measured),)
+        return x.given(_part(facts, "own"), _part(measured, "own")), Inner(self, facts, measured)
 
     def _own_measure(self, view: View) -> Any:
         return self.method.measure(view, **self.params) if self.method.measure else None
@@ -308,6 +353,7 @@ def method(
     statistics: Callable[[Mapping[str, Any]], list[str]] | None = None,
     inner_defaults: Mapping[str, Any] = MappingProxyType({}),
     spectral: bool = False,
+    store: Store | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add a function to the catalogue under its own name.
 
@@ -324,6 +370,7 @@ def method(
     statistics(params): the kinds of statistics it reads.
     inner_defaults: for a wrapper, defaults of the inner method that differ under it.
     spectral: it decomposes matrices.
+    store: how it is kept for all experts, if it gives the expert of its parameter `task` back.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -347,6 +394,7 @@ def method(
             statistics=statistics,
             inner_defaults=inner_defaults,
             spectral=spectral,
+            store=store,
         )
         assert entry.id not in _METHODS, f"method '{entry.id}' is defined twice"
         _METHODS[entry.id] = entry
