@@ -22,7 +22,7 @@ from merging.checkpoint import DTYPES, FLOATS, Checkpoint, open_checkpoint
 from merging.companions import carry
 from merging.engine import (
     Job, Output, Progress, check_device, follow, keep_freed_memory, merged_blocks, one_thread, own_stream,
-    rounded, torch_dtype, worker_count,
+    rounded, worker_count,
 )  # fmt: skip
 from merging.errors import UserError, did_you_mean
 from merging.factors import store_at
@@ -95,6 +95,8 @@ def _spec(name: str, part: Part, dtypes: Mapping[str, str]) -> TensorSpec:
 
 def _parts_of(bound: Bound, name: str, shape: tuple[int, ...], experts: int) -> Iterator[tuple[str, Part, int | None]]:
     """Every stored tensor that belongs to a tensor: its name, the part, and the expert (None: all)."""
+    if not prod(shape):
+        return
     once, own = bound.method.store.parts(name, shape, experts, **bound.params)
     for part, what in once.items():
         yield _once(part, name), what, None
@@ -277,7 +279,7 @@ class _Sink:
         if value.dtype == torch.bool and self._spec.dtype == "U8":
             self._append_bits(value)
         else:
-            self._writer.append(value if value.dtype == torch_dtype(self._spec) else rounded(value, self._spec))
+            self._writer.append(_finite(value, self._spec))
 
     def _append_bits(self, mask: Tensor) -> None:
         import numpy as np
@@ -295,6 +297,11 @@ class _Sink:
         if self._bits is not None and len(self._bits):
             self._writer.append(torch.from_numpy(np.packbits(self._bits)))
         return self._writer.close()
+
+
+def _finite(value: Tensor, spec: TensorSpec) -> Tensor:
+    """Floats in the dtype that is written (raises UserError if one is not finite); others as they are."""
+    return rounded(value, spec) if value.is_floating_point() else value
 
 
 # ---------------------------------------------------------------------------------------------- extracting
@@ -334,7 +341,7 @@ def extract_expert(
         for done, spec in enumerate(specs, 1):
             sink = writer.open(spec.name)
             for block in kept.blocks(files, spec, task):
-                sink.append(block if block.dtype == torch_dtype(spec) else rounded(block, spec))
+                sink.append(_finite(block, spec))
             sink.close()
             if progress:
                 progress(done, len(specs))
@@ -447,7 +454,7 @@ class CompressedStore:
             raise UserError(f"{path}: is not the base that the store was made with ({self.header.base})")
         for name, kept in self.header.tensors.items():
             info = self._base.tensors.get(name)
-            if info is None if kept.how == "base" else info is not None and list(info.shape) != kept.shape:
+            if kept.how != "copy" and (info is None or list(info.shape) != kept.shape):
                 raise self._damaged(f"tensor '{name}' does not fit the base")
 
     def blocks(self, files: Files, spec: TensorSpec, task: int) -> Iterator[Tensor]:
