@@ -210,7 +210,7 @@ class Method:
             yield f"{self.id}: {len(weights)} weights for {experts} experts; give one an expert, in order"
         if weights and params.get("normalize") and sum(weights) == 0:
             yield f"{self.id}: the weights sum to 0, so they cannot be normalised; set normalize to false"
-        if params.get("task", 0) >= experts:
+        if params.get("task", -1) >= experts:
             yield f"{self.id}: task {params['task']} is none of {experts} experts, counted from 0"
         wrong = self.check and self.check(params, experts)
         if wrong:
