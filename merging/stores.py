@@ -1,9 +1,9 @@
 """Compressed stores: N experts in the space of a few, any of which is given back on its own.
 
-A store is a safetensors file, or a folder with one or more, of what a method (see `merging.methods.Store`) keeps of every
-tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits. Its metadata says the rest:
-the method and its parameters, the experts' names, the base's digest, the dtype and shape of every tensor. What comes out
-is, bit for bit, what the method merges with the expert's number as `task`.
+A store is a safetensors file, or a folder with one or more, of what a method (see `merging.methods.Store`) keeps of
+every tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits. Its metadata says
+the rest: the method and its parameters, the experts' names, the base's digest, the dtype and shape of every tensor. What
+comes out is, bit for bit, what the method merges with the expert's number as `task`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ def _spec(name: str, part: Part, dtypes: Mapping[str, str]) -> TensorSpec:
     return TensorSpec(name, dtype, part.shape, prod(part.shape) * DTYPES[dtype][1])
 
 
-def _parts_of(bound: Bound, name: str, shape: tuple[int, ...], experts: int) -> Iterator[tuple[str, Part, int | None]]:
+def _parts_of(
+    bound: Bound, name: str, shape: tuple[int, ...], experts: int
+) -> Iterator[tuple[str, Part, int | None]]:
     """Every stored tensor that belongs to a tensor: its name, the part, and the expert (None: all)."""
     if not prod(shape):
         return
@@ -121,8 +123,8 @@ def compress(
     """Keep all experts of a recipe in one store, from one reading; returns its manifest.
 
     The recipe's method says how; its `task` is not used. Everything else is as with `merging.merge`: the bytes do not
-    depend on workers, memory or factors, memory is bounded, and a killed run goes on where it was. The manifest's `store`
-    has the bytes that are kept once and of each expert, and those of a checkpoint.
+    depend on workers, memory or factors, memory is bounded, and a killed run goes on where it was. The manifest's
+    `store` has the bytes that are kept once and of each expert, and those of a checkpoint.
 
     Raises:
         UserError: as `merging.merge`; a method that is no store, vocabularies that differ.
@@ -130,9 +132,9 @@ def compress(
     plan, out = make_plan(recipe), Path(out)
     plan.check()
     if plan.method.store is None:
-        raise UserError(f"{plan.method.id} makes one merge of all experts; choose one of {', '.join(stores())}")
+        raise UserError(f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}")
     if plan.alignment:
-        raise UserError("the vocabularies differ, and a store keeps no others than the base's; align them first")
+        raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
     check_device(device)
     with user_errors(out):
         refuse_to_replace(plan, out)
@@ -214,7 +216,9 @@ class _Layout:
         return {"checkpoint": self.plan.bytes_written, "once": once, "experts": own}
 
 
-def _run(layout: _Layout, output: Output, source: FileInputs, pool: ThreadPoolExecutor, progress: Any) -> None:
+def _run(
+    layout: _Layout, output: Output, source: FileInputs, pool: ThreadPoolExecutor, progress: Progress | None
+) -> None:
     """Encode what the journal does not have, and journal it as it is finished."""
     journal, writer, entries = output.journal, output.writer, layout.plan.entries
     left = []
@@ -321,8 +325,8 @@ def extract_expert(
     A store that is relative to a base needs it: by default the one that its manifest names, or else `base`.
 
     Raises:
-        UserError: no store or a damaged one, an unknown expert, another base than the store was made with, an `out` that
-            holds something else.
+        UserError: no store or a damaged one, an unknown expert, another base than the store was made with, an `out`
+            that holds something else.
     """
     kept, out = CompressedStore(store), Path(out)
     task = kept.task(name)
@@ -332,7 +336,8 @@ def extract_expert(
         refuse_place(inputs, out)
     kept.check_base(base_path)
     specs = kept.specs
-    metadata = {"format": "pt", "mergeline.expert": canonical_json({"method": kept.header.method, "expert": name})}
+    lineage = canonical_json({"method": kept.header.method, "expert": name})
+    metadata = {"format": "pt", "mergeline.expert": lineage}
     with one_thread(), staged(out) as folder, Files() as files:
         writer = CheckpointWriter(folder / "out", specs, metadata, shard_size)
         if out.suffix == ".safetensors" and len(writer.files) > 1:
@@ -389,7 +394,9 @@ class CompressedStore:
                 return _Header.model_validate(found)
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise self._damaged(f"its description is malformed ({_first_line(error)})") from None
-        raise UserError(f"{self.path}: is a store of format {version!r}, this Mergeline knows {_FORMAT}; update it")
+        raise UserError(
+            f"{self.path}: is a store of format {version!r}, this Mergeline knows {_FORMAT}; update it"
+        )
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.path}: the store was damaged: {what}; copy it again")
@@ -442,7 +449,7 @@ class CompressedStore:
             return Path(given)
         origin = read_manifest(self.path).get("recipe", {}).get("base") or {}
         if not isinstance(origin.get("path"), str):
-            raise UserError(f"{self.path}: is relative to a base checkpoint, which no manifest names; give --base")
+            raise UserError(f"{self.path}: is relative to a base, which no manifest names; give --base")
         return (self.path if self.path.is_dir() else self.path.parent) / origin["path"]
 
     def check_base(self, path: Path | None) -> None:
@@ -462,7 +469,8 @@ class CompressedStore:
         name, kept = spec.name, self.header.tensors[spec.name]
         elements = prod(spec.shape)
         if kept.how != "parts":
-            info = self._base.tensors[name] if kept.how == "base" else self.checkpoint.tensors[_once("whole", name)]
+            from_base = kept.how == "base"
+            info = self._base.tensors[name] if from_base else self.checkpoint.tensors[_once("whole", name)]
             for start in range(0, elements, block_elements(1)):
                 yield files.elements(info, start, min(start + block_elements(1), elements))
             return

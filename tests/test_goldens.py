@@ -120,7 +120,8 @@ def test_inputs_are_not_modified(case):
     assert all(same_tensors(given["experts"][stem], again["experts"][stem]) for stem in case["experts"])
     assert given["base"] is None or same_tensors(given["base"], again["base"])
     for kind, held in given["statistics"].items():
-        pairs = zip(held, again["statistics"][kind]) if isinstance(held, list) else [(held, again["statistics"][kind])]
+        other = again["statistics"][kind]
+        pairs = zip(held, other) if isinstance(held, list) else [(held, other)]
         assert all(same_tensors(*pair) for pair in pairs)
 
 

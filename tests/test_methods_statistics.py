@@ -23,7 +23,9 @@ def of(*rows: list[float]) -> dict[str, State]:
     return {f"e{t}": {"w": torch.tensor(row)} for t, row in enumerate(rows)}
 
 
-def merged(method: str, experts: dict[str, State], kind: str | None, *rows: Any, base: Any = None, **params: Any):
+def merged(
+    method: str, experts: dict[str, State], kind: str | None, *rows: Any, base: Any = None, **params: Any
+) -> Tensor:
     """The merged `w`, of one list of statistics an expert."""
     statistics = {kind: [{"w": torch.tensor(row)} for row in rows]} if kind else {}
     base = None if base is None else {"w": torch.tensor(base)}
@@ -152,7 +154,8 @@ def test_regmean_averages_what_has_no_gram_matrix_or_is_excluded():
     assert torch.equal(found["l.0.b"], mean["l.0.b"])
     assert torch.allclose(found["l.0.w"], (experts["a"]["l.0.w"] + 6 * experts["b"]["l.0.w"]) / 7)
     params = {"weights": weights, "exclude": ["0.w"]}
-    assert torch.equal(merge_state_dicts("regmean", experts, params=params, statistics=grams)["l.0.w"], mean["l.0.w"])
+    found = merge_state_dicts("regmean", experts, params=params, statistics=grams)
+    assert torch.equal(found["l.0.w"], mean["l.0.w"])
     empty = {"gram": [{"l.0.w": torch.zeros(3, 3)}] * 2}
     found = merge_state_dicts("regmean", experts, params={"weights": weights}, statistics=empty)
     assert torch.equal(found["l.0.w"], mean["l.0.w"])
@@ -295,7 +298,8 @@ def test_widen_scores_columns_by_the_ranks_of_their_changes(seed, turned, thresh
     base_MN = random(seed, 4, 6)
     experts = [base_MN + random(seed + 1 + i, 4, 6) for i in range(count)]
     params = {"threshold": threshold, "calibration": calibration}
-    found = merge_state_dicts("widen", {f"e{i}": {name: e} for i, e in enumerate(experts)}, {name: base_MN}, params=params)
+    states = {f"e{i}": {name: e} for i, e in enumerate(experts)}
+    found = merge_state_dicts("widen", states, {name: base_MN}, params=params)
     assert torch.allclose(found[name], widened(base_MN, experts, turned, threshold, calibration), atol=1e-12)
 
 

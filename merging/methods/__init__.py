@@ -39,8 +39,8 @@ class Store(NamedTuple):
     decode(base_X, once, own, **params): the block as the method gives it; (X), base_X is None without a base.
     """
 
-    parts: Callable[..., tuple[dict[str, Part], dict[str, Part]]]
-    encode: Callable[..., tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]]
+    parts: Callable[..., Parts]
+    encode: Callable[..., Encoded]
     decode: Callable[..., Tensor]
 
 
@@ -55,6 +55,8 @@ class Part(NamedTuple):
     shape: tuple[int, ...] = ()
 
 
+Parts = tuple[dict[str, Part], dict[str, Part]]  # kept once, and of each expert
+Encoded = tuple[dict[str, "Tensor"], Iterator[dict[str, "Tensor"]]]
 Stored = Literal["float32", "float16", "bfloat16"]
 
 
@@ -284,9 +286,7 @@ class Bound:
         """The merged block."""
         return self.method.function(*self._arguments(x, facts, measured), **self.params)
 
-    def encode(
-        self, x: Slot, facts: Any, measured: Any, tasks: Sequence[int]
-    ) -> tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]:
+    def encode(self, x: Slot, facts: Any, measured: Any, tasks: Sequence[int]) -> Encoded:
         """The parts of the block in a compressed store; see `Store`."""
         return self.method.store.encode(*self._arguments(x, facts, measured), tasks, **self.params)
 

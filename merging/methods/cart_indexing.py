@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Sequence
 
 from annotated_types import Ge
 
 from merging import operators as ops
 from merging import spectral
 from merging.keys import Keys, is_matrix
-from merging.methods import Part, Store, Stored, method, stored_dtype
+from merging.methods import Encoded, Part, Parts, Store, Stored, method, stored_dtype
 from merging.methods.cart import Share
 from merging.slots import Slot
 
@@ -37,7 +37,7 @@ def low_rank(own: dict[str, Tensor]) -> Tensor:
 
 def _parts(
     name: str, shape: Sequence[int], experts: int, *, rank: float, scale: float, keys: Keys, **_: Any
-) -> tuple[dict[str, Part], dict[str, Part]]:
+) -> Parts:
     mean = {"mean": Part("number", tuple(shape))}
     if is_matrix(name, shape, keys):
         return mean, low_rank_parts(shape, spectral.rank_of(rank, shape))
@@ -46,7 +46,7 @@ def _parts(
 
 def _encode(
     x: Slot, tasks: Sequence[int], *, rank: float, scale: float, keys: Keys, stored: Stored | None, **_: Any
-) -> tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]:
+) -> Encoded:
     once, _ = _parts(x.name, x.tensor_shape, len(x.experts), rank=rank, scale=scale, keys=keys)
     start_X = ops.mean(x.experts) if once else None
     mean = {"mean": start_X.to(stored_dtype(x, stored))} if once else {}
@@ -56,7 +56,9 @@ def _encode(
     return mean, (low_rank_factors(x, t, start_X, "mean", k, stored) for t in tasks)
 
 
-def _decode(base_X: Tensor | None, once: dict[str, Tensor], own: dict[str, Tensor], *, scale: float, **_: Any) -> Tensor:
+def _decode(
+    base_X: Tensor | None, once: dict[str, Tensor], own: dict[str, Tensor], *, scale: float, **_: Any
+) -> Tensor:
     if not once:
         return own["whole"]
     mean_X = once["mean"].double()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Sequence
 
 from annotated_types import Ge
 
 from merging import operators as ops
 from merging.lazy import torch
-from merging.methods import Part, Store, Stored, method, stored_dtype
+from merging.methods import Encoded, Part, Parts, Store, Stored, method, stored_dtype
 from merging.slots import Inputs, Slot, View
 
 if TYPE_CHECKING:
@@ -37,14 +37,12 @@ def rescalers(inputs: Inputs, **_: Any) -> list[float]:
     return torch.where(masked_T > 0, whole_T / masked_T, 1.0).tolist()
 
 
-def _parts(name: str, shape: Sequence[int], experts: int, **_: Any) -> tuple[dict[str, Part], dict[str, Part]]:
+def _parts(name: str, shape: Sequence[int], experts: int, **_: Any) -> Parts:
     own = {"mask": Part("bits", tuple(shape)), "rescaler": Part("fact")}
     return {"vector": Part("number", tuple(shape))}, own
 
 
-def _encode(
-    x: Slot, tasks: Sequence[int], *, stored: Stored | None, **_: Any
-) -> tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]:
+def _encode(x: Slot, tasks: Sequence[int], *, stored: Stored | None, **_: Any) -> Encoded:
     sign_X, unified_X = _unified(x)
     own = ({"mask": x.task_vectors[t] * sign_X > 0, "rescaler": x.facts[t]} for t in tasks)
     return {"vector": unified_X.to(stored_dtype(x, stored))}, own

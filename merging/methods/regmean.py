@@ -55,12 +55,13 @@ def regmean(
     if any(part in x.name for part in exclude) or not x.has_statistic("gram", 0):
         return mean
     if not is_matrix(x.name, x.shape, keys):
-        raise UserError(f"regmean: '{x.name}' has a Gram matrix, but is no {keys} tensor; set keys or exclude")
+        raise UserError(f"regmean: '{x.name}' has a Gram matrix, but is none of {keys}; set keys or exclude")
     gram_NN = x.experts[0].new_zeros((x.shape[-1],) * 2, dtype=torch.float64)
     moved_MN = torch.zeros_like(mean, dtype=torch.float64)
     for t, expert_MN in enumerate(x.experts):
         own_NN = x.statistic("gram", t).double()
-        own_NN = own_NN.mul(nondiagonal).diagonal_scatter(own_NN.diagonal()).mul_(share_T[t] if share_T else 1.0)
+        own_NN = own_NN.mul(nondiagonal).diagonal_scatter(own_NN.diagonal())
+        own_NN *= share_T[t] if share_T else 1.0
         gram_NN += own_NN
         moved_MN.addmm_(expert_MN.double() - mean, own_NN)
     lower_NN = _cholesky(gram_NN)
@@ -69,10 +70,10 @@ def regmean(
 
 def _cholesky(gram_NN: Tensor) -> Tensor | None:
     """The Cholesky factor with the smallest ridge that makes it one; None of a matrix of zeros."""
-    size = float(gram_NN.diagonal().mean())
-    ridge = _RIDGE
+    size, ridge = float(gram_NN.diagonal().mean()), _RIDGE
+    one_NN = torch.eye(len(gram_NN)).to(gram_NN)
     while 0 < size and ridge < 1:
-        lower_NN, failed = torch.linalg.cholesky_ex(gram_NN + ridge * size * torch.eye(len(gram_NN)).to(gram_NN))
+        lower_NN, failed = torch.linalg.cholesky_ex(gram_NN + ridge * size * one_NN)
         if not failed:
             return lower_NN
         ridge *= 100

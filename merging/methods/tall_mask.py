@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Sequence
 
 from annotated_types import Ge
 
 from merging import operators as ops
-from merging.methods import Inner, Part, Store, Stored, method, stored_dtype
+from merging.methods import Encoded, Inner, Part, Parts, Store, Stored, method, stored_dtype
 from merging.slots import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _parts(name: str, shape: Sequence[int], experts: int, **_: Any) -> tuple[dict[str, Part], dict[str, Part]]:
+def _parts(name: str, shape: Sequence[int], experts: int, **_: Any) -> Parts:
     return {"vector": Part("number", tuple(shape))}, {"mask": Part("bits", tuple(shape))}
 
 
 def _encode(
     x: Slot, merge: Inner, tasks: Sequence[int], *, threshold: float, stored: Stored | None, **_: Any
-) -> tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]:
+) -> Encoded:
     merged_X = (merge(x).double() - x.base).to(x.dtype)
     masks = ({"mask": ops.task_mask(x.task_vectors[t], merged_X, threshold)} for t in tasks)
     return {"vector": merged_X.to(stored_dtype(x, stored))}, masks
 
 
-def _decode(base_X: Tensor, once: dict[str, Tensor], own: dict[str, Tensor], *, scale: float, **_: Any) -> Tensor:
+def _decode(
+    base_X: Tensor, once: dict[str, Tensor], own: dict[str, Tensor], *, scale: float, **_: Any
+) -> Tensor:
     return (once["vector"].to(base_X.dtype) * own["mask"]).mul_(scale).add_(base_X)
 
 
@@ -51,8 +53,8 @@ def tall_mask(
 ) -> Tensor:
     """base + scale * the entries of the merged task vector m with |tau| > threshold * |m - tau|, tau of expert `task`.
 
-    m is what the inner method adds to the base, whose parameters stand beside these; its scale (`inner_scale`) is 1, and
-    ties sums. It is rounded to the dtype `stored`, by default float32, as a compressed store keeps it.
+    m is what the inner method adds to the base, whose parameters stand beside these; its scale (`inner_scale`) is 1,
+    and ties sums. It is rounded to the dtype `stored`, by default float32, as a compressed store keeps it.
     """
     once, [own] = _encode(x, merge, [task], threshold=threshold, stored=stored)
     return _decode(x.base, once, own, scale=scale)

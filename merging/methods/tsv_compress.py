@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Sequence
 
 from annotated_types import Ge, Gt, Le
 
 from merging import spectral
 from merging.keys import Keys, is_matrix
-from merging.methods import Part, Store, Stored, method
+from merging.methods import Encoded, Part, Parts, Store, Stored, method
 from merging.methods.cart_indexing import low_rank, low_rank_factors, low_rank_parts
 from merging.slots import Slot
 
@@ -24,7 +24,7 @@ def _rank(shape: Sequence[int], rank: Rank, experts: int) -> int:
 
 def _parts(
     name: str, shape: Sequence[int], experts: int, *, rank: Rank, keys: Keys, **_: Any
-) -> tuple[dict[str, Part], dict[str, Part]]:
+) -> Parts:
     if is_matrix(name, shape, keys):
         return {}, low_rank_parts(shape, _rank(shape, rank, experts))
     return {}, {"whole": Part("exact", tuple(shape))}
@@ -32,7 +32,7 @@ def _parts(
 
 def _encode(
     x: Slot, tasks: Sequence[int], *, rank: Rank, keys: Keys, stored: Stored | None, **_: Any
-) -> tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]:
+) -> Encoded:
     if not is_matrix(x.name, x.shape, keys):
         return {}, ({"whole": x.experts[t]} for t in tasks)
     base_MN, k = x.base.double(), _rank(x.shape, rank, len(x.experts))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Sequence
 
 from annotated_types import Ge, Gt, Le
 
 from merging import spectral
 from merging.keys import Keys, is_matrix
-from merging.methods import Inner, Part, Store, Stored, method, stored_dtype
+from merging.methods import Encoded, Inner, Part, Parts, Store, Stored, method, stored_dtype
 from merging.methods.cart_indexing import low_rank, low_rank_parts
 from merging.slots import Slot
 
@@ -22,7 +22,7 @@ def _rank(rank: float, shape: Sequence[int]) -> int:
 
 def _parts(
     name: str, shape: Sequence[int], experts: int, *, rank: float, keys: Keys, **_: Any
-) -> tuple[dict[str, Part], dict[str, Part]]:
+) -> Parts:
     if is_matrix(name, shape, keys):
         return {"vector": Part("number", tuple(shape))}, low_rank_parts(shape, _rank(rank, shape))
     return {}, {"whole": Part("exact", tuple(shape))}
@@ -30,7 +30,7 @@ def _parts(
 
 def _encode(
     x: Slot, merge: Inner, tasks: Sequence[int], *, rank: float, keys: Keys, stored: Stored | None, **_: Any
-) -> tuple[dict[str, Tensor], Iterator[dict[str, Tensor]]]:
+) -> Encoded:
     if not is_matrix(x.name, x.shape, keys):
         return {}, ({"whole": x.experts[t]} for t in tasks)
     base_MN, dtype = x.base.double(), stored_dtype(x, stored)

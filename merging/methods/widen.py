@@ -45,7 +45,8 @@ def _column_products(view: View, turned: bool) -> tuple[Tensor, Tensor, Tensor]:
         base_MN, axis = x.base.double(), 1 if turned else 0
         experts = [expert_MN.double() for expert_MN in x.experts]
         own_TN = torch.stack([e.square().sum(axis) for e in experts])
-        parts.append((base_MN.square().sum(axis), own_TN, torch.stack([(e * base_MN).sum(axis) for e in experts])))
+        mixed_TN = torch.stack([(e * base_MN).sum(axis) for e in experts])
+        parts.append((base_MN.square().sum(axis), own_TN, mixed_TN))
     return tuple(torch.cat(p, -1) if turned else sum(p) for p in zip(*parts))
 
 
@@ -80,8 +81,8 @@ def widen(
     """base + sum of score * tau; a column's score is the mean of those of its change in length and in direction.
 
     Changes are ranked among the columns of an expert; the softmax of the ranks over the experts is the score, or
-    `calibration` where a rank is above `threshold` times the mean. Columns stand for inputs; for tensors whose names end
-    like one of `embeddings` rows do. Entries of tensors that are no matrices are scored by |tau| itself, unranked.
+    `calibration` where a rank is above `threshold` times the mean. Columns stand for inputs; for tensors whose names
+    end like one of `embeddings` rows do. Entries of tensors that are no matrices are scored by |tau| itself, unranked.
     """
     tau_TX = x.task_vectors
     if len(x.tensor_shape) != 2:
