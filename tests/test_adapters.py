@@ -15,6 +15,7 @@ from merging import merge
 from merging.engine import FileInputs
 from merging.manifest import identity
 from merging.plan import make_plan
+from merging.stores import compress, extract_expert
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -197,3 +198,15 @@ def test_another_scaling_is_another_merge(where, family):
     assert identity(make_plan(recipe), "cpu") == before
     edited(lora / "adapter_config.json", lora_alpha=7)
     assert identity(make_plan(recipe), "cpu") != before
+
+
+def test_a_store_gives_adapters_back_as_full_models(family, tmp_path):
+    base, lora, _ = family
+    experts = {"a": lora}
+    for seed, name in ((2, "b"), (3, "c")):
+        save_adapter(llama(), tmp_path / name, seed)
+        experts[name] = tmp_path / name
+    recipe = {"method": "tsv_compress", "base": base, "experts": experts, "params": {"task": 1}}
+    compress(recipe, tmp_path / "store.safetensors")
+    found = extract_expert(tmp_path / "store.safetensors", "b", tmp_path / "found.safetensors")
+    assert found["output"]["digest"] == merge(recipe, tmp_path / "out.safetensors")["output"]["digest"]
