@@ -131,6 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     diff = add("diff", _diff, "how two checkpoints differ")
     diff.add_argument("a", type=Path)
     diff.add_argument("b", type=Path)
+    compress = add("compress", _compress, "keep many experts in the space of a few, by a method with a task")
+    _add_recipe(compress)
+    compress.add_argument(
+        "--out", required=True, type=Path, metavar="STORE", help="x.safetensors for one file, else a folder"
+    )
+    _add_engine(compress)
+    extract = add("extract-expert", _extract_expert, "give one expert of a store back as a checkpoint")
+    extract.add_argument("store", type=Path, metavar="STORE")
+    extract.add_argument("name", metavar="NAME")
+    extract.add_argument("--base", metavar="P", help="the store's base (default: where it was)")
+    extract.add_argument("--out", required=True, type=Path, help="x.safetensors for one file, else a folder")
+    extract.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="split the output, such as 5GiB")
     verify = add("verify", _verify, "re-derive a merge from its manifest and compare bit for bit")
     verify.add_argument("out", type=Path)
     return parser
@@ -383,6 +395,34 @@ def _sweep(args: argparse.Namespace) -> None:
     _print_notes(recipe.model_copy(update={"params": {**recipe.params, **first}}))
     for point in sweep(recipe, grid, args.out, **_engine(args)):
         print(f"{args.out / point['folder']}  {point['digest']}")
+
+
+def _compress(args: argparse.Namespace) -> None:
+    from merging.stores import compress
+
+    recipe = _recipe(args)
+    _print_notes(recipe)
+    manifest = compress(recipe, args.out, **_engine(args))
+    print(f"{args.out}  {manifest['output']['digest']}")
+    kept = manifest["store"]
+    whole, own = kept["checkpoint"], kept["experts"]
+    rows = {"once": kept["once"], **own}
+    width = max(map(len, rows))
+    for name, count in rows.items():
+        print(f"{name:{width}}  {_size(count):>10}  {count / max(whole, 1):6.1%} of a checkpoint, {_size(whole)}")
+    total = sum(rows.values())
+    print(f"{len(own)} experts in {_size(total)}, {total / max(len(own) * whole, 1):.1%} of their checkpoints")
+
+
+def _extract_expert(args: argparse.Namespace) -> None:
+    from merging.stores import extract_expert
+    from tasks.fetch import local_checkpoint
+
+    base = args.base and local_checkpoint(args.base)
+    manifest = extract_expert(
+        args.store, args.name, args.out, base=base, shard_size=args.shard_size, progress=_progress()
+    )
+    print(f"{args.out}  {manifest['output']['digest']}")
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import os
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Protocol, Sequence
 
 from merging.checkpoint import DTYPES
 from merging.errors import UserError
 from merging.factors import FactorStore, store_at
 from merging.files import empty, resumable, user_errors
-from merging.inputs import FileInputs, MemoryInputs, State, all_finite
+from merging.inputs import FileInputs, MemoryInputs, State
 from merging.journal import Journal
 from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
 from merging.methods import Bound, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, unfolded
-from merging.slots import Inputs, View
-from merging.writer import CheckpointWriter, TensorWriter
+from merging.slots import Inputs, View, all_finite
+from merging.writer import CheckpointWriter, TensorSpec, TensorWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,20 +83,20 @@ def merge_points(
     for plan in plans:
         plan.check()
     _check_inputs(plans)
-    _check_device(device)
+    check_device(device)
     store = store_at(factors)
     outs = [Path(out) for _, out in points]
     for plan, out in zip(plans, outs):
         with user_errors(out):
             refuse_to_replace(plan, out)
-    workers = _worker_count(plans, workers, memory)
-    _keep_freed_memory()
+    workers = worker_count(plans, workers, memory)
+    keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
         folders = [stack.enter_context(resumable(out)) for out in outs]
         source = stack.enter_context(FileInputs(plans[0], device, store))
         outputs = [stack.enter_context(Output(p, o, f, device)) for p, o, f in zip(plans, outs, folders)]
-        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=_own_stream, initargs=(device,)))
+        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
         for output in outputs:
             output.find_facts(source, pool.map)
         _run(source, outputs, pool, executor, progress)
@@ -195,7 +195,7 @@ def one_thread(lapack: bool = False) -> Iterator[None]:
 
 
 @cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next block, instead of faulting every block in anew."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -205,7 +205,7 @@ def _keep_freed_memory() -> None:
         mallopt(option, value)
 
 
-def _own_stream(device: str) -> None:
+def own_stream(device: str) -> None:
     """A stream for each worker: one worker's copies overlap another's computation."""
     if device != "cpu":
         torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -222,15 +222,15 @@ def _one_scipy_thread() -> Any:
 
 
 class Output:
-    """One merged checkpoint in the making: its plan, its files, its journal."""
+    """One merged checkpoint (or store, which has a layout of its own) in the making: plan, files, journal."""
 
-    def __init__(self, plan: Plan, out: Path, folder: Path, device: str):
+    def __init__(self, plan: Plan, out: Path, folder: Path, device: str, layout: Layout | None = None):
         self.plan, self.out, self.folder = plan, out, folder
-        self.journal = Journal(folder, identity(plan, device))
+        self.journal = Journal(folder, identity(plan, device) + (" store" if layout else ""))
         if not self.journal.resumes:
             empty(folder, keep=self.journal.path)
         try:
-            self.writer = _writer(plan, folder)
+            self.writer = _writer(plan, folder, layout=layout)
         except BaseException:
             self.journal.close()
             raise
@@ -255,12 +255,18 @@ class Output:
             self.journal.add_facts(self.plan.bound.prepass(Inputs(views, run)))
 
 
-def _writer(plan: Plan, folder: Path, join: bool = False) -> CheckpointWriter:
+class Layout(Protocol):
+    """What is written instead of the merged tensors: its specifications, and the metadata of the files."""
+
+    specs: list[TensorSpec]
+    metadata: dict[str, str]
+
+
+def _writer(plan: Plan, folder: Path, join: bool = False, layout: Layout | None = None) -> CheckpointWriter:
     """The files in a staging folder; `join` only opens what another process made."""
-    specs = [entry.spec for entry in plan.entries]
-    return CheckpointWriter(
-        folder / "out", specs, checkpoint_metadata(plan), plan.recipe.shard_size, resume=True, join=join
-    )
+    specs = layout.specs if layout else [entry.spec for entry in plan.entries]
+    metadata = layout.metadata if layout else checkpoint_metadata(plan)
+    return CheckpointWriter(folder / "out", specs, metadata, plan.recipe.shard_size, resume=True, join=join)
 
 
 @dataclass
@@ -294,7 +300,7 @@ class Job:
             facts = [self.facts_for(entry, facts) for entry, facts in zip(entries, self.facts)]
             view, bounds = self.source.view(entries[0]), [entry.bound for entry in entries]
             for i, block in merged_blocks(view, bounds, facts):
-                sinks[i].append(_rounded(block, entries[i]))
+                sinks[i].append(rounded(block, entries[i].spec))
         origins = [*entries[0].sources, *(["base"] if entries[0].base else [])]
         inputs = {o: self.source.hashes[o, name] for o in origins if (o, name) in self.source.hashes}
         return Finished(name, [sink.close() for sink in sinks], inputs)
@@ -309,21 +315,21 @@ class Job:
         origins = [*(["base"] if first.base else []), *first.sources]
         for block in self.source.agreed(origins, first.name):
             for entry, sink in zip(entries, sinks):
-                sink.append(block if block.dtype == _torch_dtype(entry) else _rounded(block, entry))
+                sink.append(block if block.dtype == torch_dtype(entry.spec) else rounded(block, entry.spec))
 
 
-def _rounded(value: Tensor, entry: Entry) -> Tensor:
+def rounded(value: Tensor, spec: TensorSpec) -> Tensor:
     """The one rounding, to the dtype that is written (raises UserError if it overflows)."""
-    result = value.to(_torch_dtype(entry))
+    result = value.to(torch_dtype(spec))
     if not all_finite(result):
         raise UserError(
-            f"tensor '{entry.name}' overflows {result.dtype}; choose a wider dtype or a smaller scale"
+            f"tensor '{spec.name}' overflows {result.dtype}; choose a wider dtype or a smaller scale"
         )
     return result
 
 
-def _torch_dtype(entry: Entry) -> torch.dtype:
-    return getattr(torch, DTYPES[entry.spec.dtype][0])
+def torch_dtype(spec: TensorSpec) -> torch.dtype:
+    return getattr(torch, DTYPES[spec.dtype][0])
 
 
 # ---------------------------------------------------------------------------------------------- workers
@@ -336,7 +342,7 @@ def merge_unit(address: Address, names: list[str]) -> list[Finished]:
     """Merge some tensors in a process that knows nothing yet but paths; the staging folders are another's."""
     points, device = address
     plans = [make_plan(recipe) for recipe, _, _ in points]
-    _keep_freed_memory()
+    keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
         source = stack.enter_context(FileInputs(plans[0], device))
@@ -383,13 +389,19 @@ def _run(
         # Who merged a tensor journals it, so that a kill finds no finished ones that wait for this thread.
         futures = [pool.submit(lambda name: record(job.merge([name])), entry.name) for entry in left]
         counts = (future.result() for future in as_completed(futures))
-    done = len(entries) - len(left)
+    follow(futures, counts, len(entries) - len(left), len(entries), progress)
+
+
+def follow(
+    futures: Sequence[Future], counts: Iterable[int], done: int, total: int, progress: Progress | None
+) -> None:
+    """Wait for units of work, which finish so many tensors each; if one fails, none is left running."""
     try:
         for count in counts:
             for _ in range(count):
                 done += 1
                 if progress:
-                    progress(done, len(entries))
+                    progress(done, total)
     except BaseException:
         for future in futures:
             future.cancel()
@@ -418,7 +430,7 @@ def _check_inputs(plans: Sequence[Plan]) -> None:
             raise UserError(f"recipes that are merged together need the same {field}; merge them one by one")
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Raises UserError unless it is `cpu`, or a `cuda` or `cuda:N` of this machine."""
     kind, _, index = device.partition(":")
     if device == "cpu":
@@ -429,7 +441,7 @@ def _check_device(device: str) -> None:
         raise UserError(f"device '{device}' is not in this machine; choose cpu")
 
 
-def _worker_count(plans: Sequence[Plan], workers: int | None, memory: int | None) -> int:
+def worker_count(plans: Sequence[Plan], workers: int | None, memory: int | None) -> int:
     workers = workers if workers is not None else os.cpu_count() or 1
     if workers < 1:
         raise UserError(f"{workers} workers: give one or more")

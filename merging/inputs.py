@@ -6,15 +6,15 @@ Everything is hashed, and looked at for NaN and Inf, the first time it is read f
 from __future__ import annotations
 
 import os
-from math import isfinite, prod
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Self, Sequence
 
 from merging.adapters import AdaptedTensor, composed, is_bare
 from merging.checkpoint import DTYPES, Checkpoint, TensorInfo, content_digest, hasher
 from merging.errors import UserError
 from merging.lazy import torch
-from merging.slots import View, block_elements
+from merging.slots import View, all_finite, block_elements
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,12 +114,6 @@ def _blocks(length: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, length)
 
 
-def all_finite(value: Tensor) -> bool:
-    """Whether no element is NaN or Inf."""
-    # The sum of finite numbers may overflow, but no sum hides a NaN or Inf; it is six times cheaper than isfinite.
-    return isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
-
-
 def _refuse_nonfinite(origin: str, name: str, value: Tensor) -> None:
     if all_finite(value):
         return
@@ -127,55 +121,23 @@ def _refuse_nonfinite(origin: str, name: str, value: Tensor) -> None:
     raise UserError(f"'{origin}': tensor '{name}' holds {kind}; leave this checkpoint out or repair it")
 
 
-class FileInputs(_Source):
-    """The checkpoints of a plan."""
+class Files:
+    """Files that are open for reading, by their tensors' places; a context manager that closes them."""
 
-    def __init__(self, plan: Plan, device: str = "cpu", store: FactorStore | None = None):
-        super().__init__(plan.recipe.seed, device, store)
-        self.plan = plan
-        self.experts = list(plan.experts)
-        self.has_base = plan.base is not None
+    device = "cpu"
+
+    def __init__(self) -> None:
         self._handles: dict[Path, int] = {}
-        self._checkpoints = {**plan.experts, **({"base": plan.base} if plan.base else {})}
-        self._dtypes = {entry.name: entry.dtypes for entry in plan.entries}
 
-    def __enter__(self) -> FileInputs:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
 
-    def view(self, entry: Entry) -> View:
-        return View(self, entry.name, entry.spec.shape)
-
-    def stored(self, origin: str, name: str, start: int, stop: int) -> Tensor:
-        return self._checkpoints[origin].tensors[name].read(self._elements, start, stop)
-
-    def statistic(self, kind: str, key: str, start: int, stop: int) -> Tensor:
-        return self._elements(self.plan.statistic(kind, key), start, stop).to(self.device)
-
-    def has_statistic(self, kind: str, key: str) -> bool:
-        checkpoint, key = self.plan.statistics_of(kind, key)
-        return key in checkpoint.tensors
-
-    def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
-        info = self._checkpoints[origin].tensors[name]
-        found = info.factors(self._elements) if isinstance(info, AdaptedTensor) else None
-        for factor in found or ():
-            _refuse_nonfinite(origin, name, factor)
-        return found and (found[0].to(self.device), found[1].to(self.device))
-
-    def length(self, origin: str, name: str) -> int:
-        return prod(self._checkpoints[origin].tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float64 if "F64" in self._dtypes[name] else torch.float32
-
-    def precision(self, name: str) -> torch.dtype:
-        return torch.float32 if self._dtypes[name] <= {"BF16", "F16"} else torch.float64
-
-    def _elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+    def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""
         dtype, size = DTYPES[info.dtype]
         # What goes to an accelerator is read into pinned memory, from which copies need not be waited for.
         buffer = torch.empty((stop - start) * size, dtype=torch.uint8, pin_memory=self.device != "cpu")
@@ -200,6 +162,48 @@ class FileInputs(_Source):
             if self._handles.setdefault(path, handle) != handle:  # another thread was faster
                 os.close(handle)
         return self._handles[path]
+
+
+class FileInputs(_Source, Files):
+    """The checkpoints of a plan."""
+
+    def __init__(self, plan: Plan, device: str = "cpu", store: FactorStore | None = None):
+        _Source.__init__(self, plan.recipe.seed, device, store)
+        Files.__init__(self)
+        self.plan = plan
+        self.experts = list(plan.experts)
+        self.has_base = plan.base is not None
+        self._checkpoints = {**plan.experts, **({"base": plan.base} if plan.base else {})}
+        self._dtypes = {entry.name: entry.dtypes for entry in plan.entries}
+
+    def view(self, entry: Entry) -> View:
+        return View(self, entry.name, entry.spec.shape)
+
+    def stored(self, origin: str, name: str, start: int, stop: int) -> Tensor:
+        return self._checkpoints[origin].tensors[name].read(self.elements, start, stop)
+
+    def statistic(self, kind: str, key: str, start: int, stop: int) -> Tensor:
+        return self.elements(self.plan.statistic(kind, key), start, stop).to(self.device)
+
+    def has_statistic(self, kind: str, key: str) -> bool:
+        checkpoint, key = self.plan.statistics_of(kind, key)
+        return key in checkpoint.tensors
+
+    def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
+        info = self._checkpoints[origin].tensors[name]
+        found = info.factors(self.elements) if isinstance(info, AdaptedTensor) else None
+        for factor in found or ():
+            _refuse_nonfinite(origin, name, factor)
+        return found and (found[0].to(self.device), found[1].to(self.device))
+
+    def length(self, origin: str, name: str) -> int:
+        return prod(self._checkpoints[origin].tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float64 if "F64" in self._dtypes[name] else torch.float32
+
+    def precision(self, name: str) -> torch.dtype:
+        return torch.float32 if self._dtypes[name] <= {"BF16", "F16"} else torch.float64
 
     def checkpoint_digest(self, origin: str) -> str:
         """The digest of a whole checkpoint, of which everything was read."""

@@ -6,12 +6,12 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 from merging.adapters import ADAPTER_CONFIG
 from merging.card import model_card
 from merging.checkpoint import content_digest
-from merging.companions import TOKENIZER, carry, source_of
+from merging.companions import TOKENIZER, carry, read_object, source_of
 from merging.errors import UserError
 from merging.files import publish, write_json
 from merging.inputs import FileInputs
@@ -66,7 +66,12 @@ def identity(plan: Plan, device: str) -> str:
 def refuse_to_replace(plan: Plan, out: Path) -> None:
     """Only a merge gives way to a merge: raises UserError for an input, or a folder of something else."""
     statistics = [checkpoint.path for files in plan.statistics.values() for checkpoint in files]
-    for path in filter(None, (*plan.recipe.experts.values(), plan.recipe.base, *statistics)):
+    refuse_place(filter(None, (*plan.recipe.experts.values(), plan.recipe.base, *statistics)), out)
+
+
+def refuse_place(inputs: Iterable[Path], out: Path) -> None:
+    """Raises UserError if `out` holds an input, or is there and was not made by Mergeline."""
+    for path in inputs:
         if path.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{out}: holds the input {path}; choose another place")
     if out.suffix == ".safetensors":
@@ -79,18 +84,32 @@ def refuse_to_replace(plan: Plan, out: Path) -> None:
         raise UserError(f"{out}: is there already and is no earlier merge; choose another place")
 
 
+def read_manifest(out: Path) -> Manifest:
+    """The manifest of a file or folder; empty if there is none (raises UserError if it is no JSON object)."""
+    return read_object(manifest_path(out))
+
+
 def publish_merge(
-    plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Path, staging: Path, device: str
+    plan: Plan,
+    source: FileInputs,
+    writer: CheckpointWriter,
+    out: Path,
+    staging: Path,
+    device: str,
+    store: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Give the finished files in `staging/out` their final name, with manifest, card and configs beside them."""
-    manifest = _manifest(plan, source, writer, out, device)
+    """Give the finished files in `staging/out` their final name, with manifest, card and configs beside them.
+
+    store: what the manifest says of a compressed store.
+    """
+    manifest = _manifest(plan, source, writer, out, device) | ({"store": store} if store else {})
     if out.suffix == ".safetensors":
         write_json(manifest_path(out), manifest)
         publish(writer.folder / writer.files[0], out)
         return manifest
     if plan.donor:
         layers = plan.stack.layers if plan.stack else None
-        carry(plan.donor, writer.specs.values(), writer.folder, plan.alignment, layers)
+        carry(plan.donor, [entry.spec for entry in plan.entries], writer.folder, plan.alignment, layers)
     (writer.folder / "README.md").write_text(model_card(manifest))
     (writer.folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     publish(writer.folder, out)
@@ -126,19 +145,24 @@ def _manifest(plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Pat
         "experts": [[name, e["digest"]] for name, e in experts.items()],
         "statistics": {kind: [s["digest"] for s in files] for kind, files in statistics.items()},
     }
-    specs = writer.specs.values()
     return {
         "format": 1,
         "recipe": lineage,
         "recipe_digest": text_digest(by_content),
-        "output": {
-            "digest": content_digest((t.name, t.dtype, t.shape, writer.hashes[t.name]) for t in specs),
-            "files": writer.files,
-            "bytes": sum(t.nbytes for t in specs),
-            "tensors": dict(sorted(writer.hashes.items())),
-        },
+        "output": described_output(writer),
         "device": device.split(":")[0],
         "versions": _versions(),
+    }
+
+
+def described_output(writer: CheckpointWriter) -> dict[str, Any]:
+    """What a manifest says of the files that were written."""
+    specs = writer.specs.values()
+    return {
+        "digest": content_digest((t.name, t.dtype, t.shape, writer.hashes[t.name]) for t in specs),
+        "files": writer.files,
+        "bytes": sum(t.nbytes for t in specs),
+        "tensors": dict(sorted(writer.hashes.items())),
     }
 
 

@@ -48,6 +48,22 @@ def mean(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     return weighted_sum(tensors, dtype=dtype).div_(len(tensors))
 
 
+def weighted_mean(x: Slot, weight: Callable[[int], Tensor]) -> Tensor:
+    """Sum of weight * expert over the sum of the weights, entry by entry, in `x.precision`; where it is 0, the mean.
+
+    `weight(t)` gives expert t's: (X).
+    """
+    sum_X, weights_X = (torch.zeros(x.shape, dtype=x.precision, device=x.experts[0].device) for _ in "ab")
+    for t, expert_X in enumerate(x.experts):
+        weight_X = weight(t).to(x.precision)
+        sum_X.addcmul_(weight_X, expert_X.to(x.precision))
+        weights_X += weight_X
+    nothing_X = weights_X == 0
+    if nothing_X.any():
+        return torch.where(nothing_X, mean(x.experts, x.precision), sum_X / weights_X)
+    return sum_X.div_(weights_X)
+
+
 def total(tau_TX: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Sum over experts of weight x tensor, in the tensors' own dtype."""
     sum_X = tau_TX[0].clone() if weights is None else tau_TX[0] * weights[0]
@@ -385,3 +401,8 @@ def row_order(tau_MN: Tensor, places: Sequence[int]) -> list[Tensor]:
     else:
         sorted_MN = tau_MN.float().abs().sort(dim=-1).values
     return [sorted_MN[:, p : p + 1].clone() for p in places]
+
+
+def task_mask(tau_X: Tensor, merged_tau_X: Tensor, threshold: float) -> Tensor:
+    """Where a task vector matters to its own task (TALL masks, 2405.07813): |tau| > threshold * |merged - tau|: (X) bool."""
+    return tau_X.abs() > (merged_tau_X - tau_X).abs_().mul_(threshold)

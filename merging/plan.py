@@ -16,7 +16,7 @@ from merging.errors import UserError, did_you_mean
 from merging.methods import Bound, Method, get_method
 from merging.recipe import Recipe, canonical_json
 from merging.rules import block_counts, is_merged, parameters_for, values_of
-from merging.slots import MASK_BYTES, Unit, block_elements
+from merging.slots import MASK_BYTES, Unit, block_elements, statistic_shape
 from merging.stack import Stack, stack
 from merging.tied import without_tied_head
 from merging.vocabulary import Alignment, align
@@ -29,6 +29,7 @@ _SQUARE_BUFFERS = 4  # float64 matrices as large as the smaller side squared
 _KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker (engine._keep_freed_memory)
 _BYTES_PER_SECOND = 5e8  # read, hash, convert and combine on one core
 _FLOPS_PER_SECOND = 3e10  # float64 on one core
+PARTIAL_STATISTICS = ("gram", "masks")  # tensors without any are merged in a simpler way
 # What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
 _QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
 
@@ -72,6 +73,8 @@ class Entry:
             masks = min(elements * count // 8, MASK_BYTES) if self.bound.method.measure else 0
             return min(max(block_elements(count), width), elements) * (count + 1) * 8 * _BLOCK_BUFFERS + masks
         square = min(self.spec.shape) ** 2 if len(self.spec.shape) == 2 else 0
+        if "gram" in self.bound.statistics:
+            square = max(square, prod(statistic_shape("gram", self.spec.shape)))
         held = count + 2 if self.bound.changes else 0  # experts and bases that wrappers changed
         beside = self.bound.beside(self.spec.shape, count)
         used = 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square + beside)
@@ -108,10 +111,10 @@ class Plan:
     def statistics_of(self, kind: str, key: str) -> tuple[Checkpoint, str]:
         """The file of a statistics tensor, and its name there: one file for all experts has keys `INDEX/TENSOR`."""
         files = self.statistics[kind]
-        if len(files) == 1:
-            return files[0], key
         expert, _, name = key.partition("/")
-        return files[int(expert)], name
+        if len(files) > 1 or len(self.experts) == 1 and expert == "0" and key not in files[0].tensors:
+            return files[int(expert)], name
+        return files[0], key
 
     def statistic(self, kind: str, key: str) -> TensorInfo:
         """Where a tensor of the statistics lies (raises UserError if it is missing)."""
@@ -362,20 +365,35 @@ def _match_tensors(plan: Plan) -> None:
 
 
 def _statistics_mismatches(plan: Plan) -> Iterator[str]:
-    """A sentence for each kind of statistics with too few or many files, or with a tensor of another shape."""
+    """A sentence for each kind of statistics with too few or many files, or with a tensor of another shape or none."""
     shapes = {entry.name: entry.spec.shape for entry in plan.entries}
+    merged = [e.name for e in plan.entries if e.bound and e.bound.method is plan.method and prod(e.spec.shape)]
     for kind, files in plan.statistics.items():
         if len(files) not in (1, len(plan.experts)):
             yield f"statistics '{kind}': {len(files)} files for {len(plan.experts)} experts; one an expert, in order"
         for file in files:
             for key, info in file.tensors.items():
-                shape = shapes.get(key, shapes.get(key.partition("/")[2], info.shape))
+                shape = shapes.get(key, shapes.get(key.partition("/")[2]))
+                shape = info.shape if shape is None else statistic_shape(kind, shape)
                 if info.shape != shape:
                     yield (
                         f"statistics '{kind}': '{key}' of {file.path} has shape {list(info.shape)}, "
                         f"the tensor {list(shape)}"
                     )
                     break
+        if len(files) in (1, len(plan.experts)) and kind not in PARTIAL_STATISTICS:
+            yield from _missing_statistics(plan, kind, merged)
+
+
+def _missing_statistics(plan: Plan, kind: str, names: list[str]) -> Iterator[str]:
+    """A sentence if a tensor that is merged has no statistics."""
+    for t, expert in enumerate(plan.experts):
+        for name in names:
+            checkpoint, key = plan.statistics_of(kind, f"{t}/{name}")
+            for_all = len(plan.statistics[kind]) == 1 and name in checkpoint.tensors
+            if not for_all and key not in checkpoint.tensors:
+                yield f"statistics '{kind}' of expert '{expert}' lack the tensor '{name}'"
+                return
 
 
 class _Bounds:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Protocol
 
+from merging.errors import UserError
 from merging.lazy import torch
 
 if TYPE_CHECKING:
@@ -29,6 +30,17 @@ MASK_BYTES = 1 << 26  # what all masks of one tensor may take that are left for 
 def block_elements(experts: int, device: str = "cpu") -> int:
     """About how many elements of a tensor are in a block; all experts' blocks take the same for any number of them."""
     return max(1, (_BLOCK if device == "cpu" else _DEVICE_BLOCK) // max(experts, 1))
+
+
+def statistic_shape(kind: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a tensor's statistics: its own; `gram` has a row and a column for each of its columns."""
+    return (shape[-1], shape[-1]) if kind == "gram" and shape else tuple(shape)
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or Inf."""
+    # The sum of finite numbers may overflow, but no sum hides a NaN or Inf; it is six times cheaper than isfinite.
+    return isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
 
 
 class Source(Protocol):
@@ -191,9 +203,28 @@ class Slot:
         return mask_X.to(self.experts[0])
 
     def statistic(self, kind: str, expert: int | None = None) -> Tensor:
-        """This block of a statistics tensor, of one expert or of all: (X)."""
-        start, stop = self.start, self.start + self.elements
-        return self.view.source.statistic(kind, self._key(expert), start, stop).reshape(self.shape)
+        """This block of a statistics tensor, of one expert or of all: (X); one of another shape as a whole.
+
+        Raises:
+            UserError: NaN or Inf among it.
+        """
+        shape, start = statistic_shape(kind, self.tensor_shape), 0
+        if shape == self.tensor_shape:
+            shape, start = self.shape, self.start
+        key = self._key(expert)
+        found = self.view.source.statistic(kind, key, start, start + prod(shape)).reshape(shape)
+        if not all_finite(found):
+            raise UserError(f"statistics '{kind}': tensor '{key}' holds NaN or Inf; gather them again")
+        return found
+
+    def positive_statistic(self, kind: str, expert: int) -> Tensor:
+        """`statistic` of squares (raises UserError if one is negative), in the dtype that is computed in: (X)."""
+        found = self.statistic(kind, expert)
+        if found.min() < 0:
+            raise UserError(
+                f"statistics '{kind}': tensor '{self._key(expert)}' holds negative numbers, but squares are expected"
+            )
+        return found.to(torch.promote_types(found.dtype, self.dtype))
 
     def has_statistic(self, kind: str, expert: int | None = None) -> bool:
         """Whether the statistics hold this tensor."""

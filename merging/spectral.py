@@ -83,9 +83,7 @@ def factors(
     def make() -> tuple[Tensor, Tensor, Tensor]:
         tau_MN = task_vector(x, t, start_MN)
         energy_L, q_RL = directions(x, t, start_MN, tau_MN, reference, rank)
-        wide = tau_MN.shape[0] < tau_MN.shape[1]
-        other_SL = (tau_MN.T if wide else tau_MN) @ q_RL
-        left_ML, right_NL = (q_RL, other_SL) if wide else (other_SL, q_RL)
+        left_ML, right_NL = projected(tau_MN, q_RL)
         return energy_L, left_ML.to(dtype), right_NL.to(dtype)
 
     return x.share(("factors", _count(x, rank), t, str(reference), dtype), make)
@@ -279,6 +277,18 @@ def eigenpairs(gram_RR: Tensor) -> tuple[Tensor, Tensor]:
 
     energy_R, q_RR = eigh(gram_RR.numpy(), driver="evd", check_finite=False)
     return torch.from_numpy(energy_R), torch.from_numpy(q_RR)
+
+
+def largest_singular_value(a_MN: Tensor) -> Tensor:
+    """The spectral norm."""
+    return leading(gram(a_MN), 1)[0][0].sqrt()
+
+
+def projected(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (M, K) and (N, K) whose product is the part of `a` in K directions of its smaller side."""
+    if a_MN.shape[0] < a_MN.shape[1]:
+        return q_RK, a_MN.T @ q_RK
+    return a_MN @ q_RK, q_RK
 
 
 def triplets(a_MN: Tensor, q_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from merging.engine import merge
 from merging.errors import UserError
 from merging.files import user_errors
 from merging.manifest import manifest_path
+from merging.stores import compress
 
 
 class _Origin(BaseModel):
@@ -42,6 +43,7 @@ class _Manifest(BaseModel):
     output: _Output
     device: str
     versions: dict[str, str]
+    store: dict[str, Any] | None = None  # of a compressed store
 
 
 def verify(out: Path) -> str:
@@ -77,7 +79,7 @@ def verify(out: Path) -> str:
         user_errors(out.parent),
         tempfile.TemporaryDirectory(dir=out.parent, prefix=".verify-", suffix=".partial") as scratch,
     ):
-        made = merge(again, Path(scratch) / "again", device=manifest.device)
+        made = (compress if manifest.store else merge)(again, Path(scratch) / "again", device=manifest.device)
     if made["output"]["digest"] != digest:
         differ = [n for n, h in made["output"]["tensors"].items() if manifest.output.tensors.get(n) != h]
         versions = {k: v for k, v in manifest.versions.items() if made["versions"].get(k) != v}
@@ -95,5 +97,7 @@ def _read(path: Path) -> _Manifest:
         raise UserError(f"{path}: no manifest; only what Mergeline merged can be verified") from None
     except ValidationError as error:
         first = error.errors()[0]
+        if b'"extracted": {' in path.read_bytes():
+            raise UserError(f"{path}: was extracted from a store; verify the store that it names") from None
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path}: the manifest was damaged: {where}: {first['msg']}") from None

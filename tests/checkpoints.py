@@ -12,10 +12,12 @@ from typing import Any, Iterator, Mapping
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merging.errors import UserError
+from merging.keys import is_matrix
+from merging.methods import get_method
 
 State = dict[str, Tensor]
 
@@ -92,10 +94,47 @@ def save_family(
     return {"method": "average", "base": paths.pop("base"), "experts": paths, **recipe}
 
 
+def gathered(method: str, experts: Mapping[str, State], params: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Statistics that the method reads, made from the experts' own weights so that they go where these go."""
+    entry = get_method(method)
+    kinds = entry.statistics(entry.resolve(params)) if entry.statistics else []
+    found: dict[str, Any] = {}
+    for kind in kinds:
+        if kind == "instruction":  # one for all: a further expert
+            found[kind] = {name: tensor * 1.5 for name, tensor in next(iter(experts.values())).items()}
+        else:
+            found[kind] = [_STATISTICS[kind](state) for state in experts.values()]
+    return found
+
+
+def _grams(state: State) -> State:
+    """Of matrices of blocks: of full rank, whatever the weights."""
+    linear = {k: v.double() for k, v in state.items() if is_matrix(k, v.shape, "block_linear")}
+    return {k: v.T @ v + torch.eye(v.shape[1]) for k, v in linear.items()}
+
+
+_STATISTICS = {
+    "fisher": lambda state: {k: 0.1 + v.double().square() for k, v in state.items() if v.is_floating_point()},
+    "gram": _grams,
+    "gradients": lambda state: {k: v.double().abs() for k, v in state.items() if v.is_floating_point()},
+}
+
+
+def save_family_for(method: str, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """As many experts as the method takes, up to three, and the statistics that it reads; a recipe."""
+    recipe = save_family(folder, get_method(method).maximum_experts or 3, shapes=shapes, method=method)
+    states = {name: load_file(path) for name, path in recipe["experts"].items()}
+    recipe["statistics"] = {}
+    for kind, held in gathered(method, states).items():
+        held = held if isinstance(held, list) else [held]
+        recipe["statistics"][kind] = [folder / f"{kind}-{t}.safetensors" for t in range(len(held))]
+        for state, path in zip(held, recipe["statistics"][kind]):
+            save_file(state, path)
+    return recipe
+
+
 def edit(path: Path, **changes: Tensor | None) -> None:
     """Replace (or, with None, remove) tensors of a safetensors file; `__` in a name stands for `.`."""
-    from safetensors.torch import load_file
-
     state = load_file(path)
     for key, value in changes.items():
         name = key.replace("__", ".")

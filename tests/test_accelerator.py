@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import random_state
-from uses import statistics_for
+from checkpoints import gathered, random_state
 
 from merging import merge_state_dicts, operators, spectral
 from merging.methods import catalogue
@@ -19,6 +18,7 @@ PARAMS = {
     "pcb": {"density": 0.3},
     "tatr": {"density": 0.6},
     "lines": {"inner": "cart"},
+    "ota": {"density": 0.5, "merge": "linear", "rescale": True},
 }
 
 
@@ -30,7 +30,8 @@ def test_every_method_gives_the_same(method, monkeypatch):
         f"e{t}": {n: v + 0.1 * random_state(t + 1, shapes=SHAPES)[n] for n, v in base.items()}
         for t in range(count)
     }
-    given = {"params": PARAMS.get(method), "statistics": statistics_for(method, PARAMS.get(method, {}), base)}
+    params = PARAMS.get(method, {})
+    given = {"params": params, "statistics": gathered(method, experts, params)}
     expected = merge_state_dicts(method, experts, base, **given)
     seen = []
     for module in (operators, spectral):

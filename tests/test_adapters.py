@@ -16,6 +16,7 @@ from merging import merge, spectral
 from merging.engine import FileInputs
 from merging.manifest import identity
 from merging.plan import make_plan
+from merging.stores import compress, extract_expert
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -217,3 +218,15 @@ def test_methods_that_merge_factors_get_those_that_peft_has(model, tmp_path):
         merge({**recipe, "base": tmp_path / "base"}, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.allclose(found[name], merged[name], atol=1e-5) for name in found)
+
+
+def test_a_store_gives_adapters_back_as_full_models(family, tmp_path):
+    base, lora, _ = family
+    experts = {"a": lora}
+    for seed, name in ((2, "b"), (3, "c")):
+        save_adapter(llama(), tmp_path / name, seed)
+        experts[name] = tmp_path / name
+    recipe = {"method": "tsv_compress", "base": base, "experts": experts, "params": {"task": 1}}
+    compress(recipe, tmp_path / "store.safetensors")
+    found = extract_expert(tmp_path / "store.safetensors", "b", tmp_path / "found.safetensors")
+    assert found["output"]["digest"] == merge(recipe, tmp_path / "out.safetensors")["output"]["digest"]

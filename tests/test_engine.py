@@ -21,15 +21,16 @@ from checkpoints import (
     another_process,
     edit,
     file_hashes,
+    gathered,
     random_state,
     refused,
     same_tensors,
     save_family,
+    save_family_for,
     shard,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from uses import statistics_for
 
 from merging import merge, merge_state_dicts
 from merging.checkpoint import INDEX, open_checkpoint
@@ -704,22 +705,12 @@ ODD_SHAPES = {
 }
 
 
-def family_for(method, folder, shapes):
-    """A recipe of as many experts as the method takes, with statistics if it reads any."""
-    recipe = save_family(folder, catalogue()[method].maximum_experts or 3, shapes=shapes, method=method)
-    recipe["statistics"] = {}
-    for kind, state in statistics_for(method, {}, load_file(recipe["base"])).items():
-        recipe["statistics"][kind] = folder / f"{kind}.safetensors"
-        save_file(state, recipe["statistics"][kind])
-    return recipe
-
-
 @pytest.mark.parametrize("method", sorted(catalogue()))
 def test_names_and_shapes_of_all_kinds(method, tmp_path):
-    recipe = family_for(method, tmp_path / "in", ODD_SHAPES)
+    recipe = save_family_for(method, tmp_path / "in", ODD_SHAPES)
     merge(recipe, tmp_path / "out", factors=tmp_path / "factors")
     states = {name: load_file(path) for name, path in recipe["experts"].items()}
-    statistics = {kind: load_file(path) for kind, path in recipe["statistics"].items()}
+    statistics = gathered(method, states)
     expected = merge_state_dicts(method, states, load_file(recipe["base"]), statistics=statistics)
     assert same_tensors(load_file(tmp_path / "out" / "model.safetensors"), expected)
     assert all(p.name in ("in", "out", "factors") for p in tmp_path.iterdir())
@@ -731,7 +722,7 @@ def test_names_and_shapes_of_all_kinds(method, tmp_path):
 
 @pytest.mark.parametrize("method", sorted(catalogue()))
 def test_a_family_without_anything_to_merge(method, tmp_path):
-    recipe = family_for(method, tmp_path / "in", {"none": (0,)})
+    recipe = save_family_for(method, tmp_path / "in", {"none": (0,)})
     ids = {"ids": torch.arange(3)}
     for path in (recipe["base"], *recipe["experts"].values()):
         edit(path, **ids)

@@ -8,11 +8,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checkpoints import State, random_state, refused, same_tensors
+from checkpoints import State, gathered, random_state, refused, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from uses import USES, statistics_for
+from uses import USES
 
 from merging import merge_state_dicts, slots
 from merging.engine import merge_state_dicts_points
@@ -41,9 +41,9 @@ def family(seed: int, experts: int = 3, dtype: torch.dtype = torch.float32) -> t
 
 def merged(method: str, experts: dict[str, State], base: State | None = None, **params: Any) -> State:
     """The merge of as many of the experts as the method takes, with statistics if it reads any."""
-    some = dict(list(experts.items())[: get_method(method).maximum_experts])
-    given = statistics_for(method, params, base)
-    return merge_state_dicts(method, some, base, params=params, statistics=given)
+    experts = dict(list(experts.items())[: get_method(method).maximum_experts])
+    statistics = gathered(method, experts, params)
+    return merge_state_dicts(method, experts, base, params=params, statistics=statistics)
 
 
 def close(a: State, b: State, atol: float = 1e-6) -> bool:
@@ -118,6 +118,8 @@ def test_scale_zero_is_the_reference_bit_for_bit(method, params, seed, dtype):
         return
     found = merged(method, experts, base, **{**params, "scale": 0.0})
     wrapped = params.get("inner", method) if method in ("lines", "core_space") else method
+    if wrapped == "twin":  # of what the experts share alone
+        return
     if method == "around":
         if params.get("inner") != "cart":
             start = "average" if params.get("origin", "mean") == "mean" else params["origin"]
@@ -138,7 +140,7 @@ def test_the_order_of_experts_does_not_matter(method, params, seed, order):
     if method in ORDERED:
         return
     base, experts = family(seed)
-    if method == "cart_indexing":  # it gives back the expert of a number
+    if get_method(method).store:  # it gives back the expert of a number
         params, other = {**params, "task": order[0]}, params
     else:
         other = params
@@ -205,7 +207,7 @@ def test_how_tensors_are_cut_into_blocks_changes_nothing(method, params, seed, s
     with patch.object(slots, "_BLOCK", size):
         found = merged(method, experts, base, **params)
     sums = {"opcm", "sce", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "lines"}
-    sums |= {"metagpt", "delta_guided", "lata"}
+    sums |= {"metagpt", "delta_guided", "lata", "fisher", "ota", "widen", "emr"}
     if sums & {method, *map(str, params.values())} or params.get("variant") == "mergekit":
         assert close(found, whole)
     else:
@@ -220,8 +222,8 @@ def test_points_of_a_sweep_are_what_each_is_alone(method):
         has_scale = "scale" in get_method(method).resolve(params)
         points += [params, *({**params, "scale": scale} for scale in (0.9, 0.2) if has_scale)]
     base, experts = family(0, get_method(method).maximum_experts or 3)
-    given = statistics_for(method, points[0], base)
-    found = merge_state_dicts_points(method, experts, base, points=points, statistics=given)
+    statistics = gathered(method, experts, points[0])
+    found = merge_state_dicts_points(method, experts, base, points=points, statistics=statistics)
     for params, state in zip(points, found, strict=True):
         assert same_tensors(state, merged(method, experts, base, **params))
 

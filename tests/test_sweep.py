@@ -62,13 +62,13 @@ def test_sweep_json_lists_the_points(recipe, tmp_path):
 
 def test_the_inputs_are_read_once(recipe, tmp_path, monkeypatch):
     read: Counter[str] = Counter()
-    elements = FileInputs._elements
+    elements = FileInputs.elements
 
     def counted(self: FileInputs, info: Any, start: int, stop: int) -> Any:
         read[f"{info.file.name}/{info.name}"] += stop - start
         return elements(self, info, start, stop)
 
-    monkeypatch.setattr(FileInputs, "_elements", counted)
+    monkeypatch.setattr(FileInputs, "elements", counted)
     sweep({**recipe, "method": "task_arithmetic"}, {"scale": [0.1, 0.2, 0.3]}, tmp_path / "out")
     assert set(read.values()) == {24, 15, 7, 1} and len(read) == 4 * len(SHAPES)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from merging.methods import get_method
 
 Use = tuple[str, dict[str, Any]]
 
@@ -113,9 +112,32 @@ OPTIMISED: list[Use] = [
     ("doge", {"iterations": 20, "scope": "tensor", "subspace": 2, "keys": "matrices"}),
 ]
 
-STATISTICS: list[Use] = []
+STATISTICS: list[Use] = [
+    ("fisher", {}),
+    ("fisher", {"normalize_fisher": "tensor", "variant": "mergelm"}),
+    ("fisher", {"normalize_fisher": "none", "variant": "dataless", "favor_target": False}),
+    ("regmean", {}),
+    ("regmean", {"keys": "matrices", "nondiagonal": 1.0, "exclude": ["mlp"]}),
+    ("ffg", {}),
+    ("ffg", {"threshold": 0.001}),
+    ("ota", {}),
+    ("ota", {"density": 0.5, "normalize": "global"}),
+    ("ota", {"density": 0.5, "merge": "linear", "rescale": True, "fallback_to_base": False}),
+    ("ota", {"density": 0.5, "merge": "ties", "rank1": True}),
+    ("widen", {}),
+    ("widen", {"threshold": 0.5, "calibration": 0.5, "embeddings": ["mlp.weight"]}),
+]
 
-STORES: list[Use] = []
+STORES: list[Use] = [
+    ("cart_indexing", {"rank": 0.5, "scale": 1.5, "keys": "matrices"}),
+    ("tsv_compress", {}),
+    ("tsv_compress", {"rank": 0.5, "keys": "block_linear"}),
+    ("twin", {"rank": 0.5}),
+    ("twin", {"rank": 0.2, "inner": "ties"}),
+    ("tall_mask", {}),
+    ("tall_mask", {"inner": "ties", "threshold": 0.2}),
+    ("emr", {}),
+]
 
 WRAPPERS: list[Use] = [
     ("lines", {}),
@@ -144,10 +166,3 @@ WRAPPERS: list[Use] = [
 ]
 
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS
-
-
-def statistics_for(method: str, params: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]:
-    """What the method reads beside checkpoints, in shapes that fit the base."""
-    kinds = {"instruction": lambda: {name: tensor * 1.5 for name, tensor in base.items()}}
-    entry = get_method(method)
-    return {k: kinds[k]() for k in (entry.statistics(entry.resolve(params)) if entry.statistics else [])}

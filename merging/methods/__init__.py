@@ -17,7 +17,7 @@ import pkgutil
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, NamedTuple, Sequence
 
 from merging.errors import UserError, did_you_mean
 from merging.keys import is_matrix
@@ -33,6 +33,40 @@ if TYPE_CHECKING:
 _OF_INNER, _OF_ORIGIN = "inner_", "origin_"
 # Parameters whose lists have one entry an expert.
 _PER_EXPERT = ("weights", "density", "epsilon", "drop_rate", "outlier_rate")
+
+
+class Store(NamedTuple):
+    """How a method that gives one expert back is kept for all of them, in `merging.stores`.
+
+    parts(name, shape, experts, **params): what is kept of a tensor, once and of every expert: names to `Part`s.
+    encode(x, [merge,] tasks, **params): the parts of a block, once and of each task, made when they are asked for.
+    decode(base_X, once, own, **params): the block as the method gives it; (X), base_X is None without a base.
+    """
+
+    parts: Callable[..., Parts]
+    encode: Callable[..., Encoded]
+    decode: Callable[..., Tensor]
+
+
+class Part(NamedTuple):
+    """What is kept as one tensor, in the shape that it has for a whole tensor.
+
+    kind: `number`, in the dtype of `stored_dtype`; `exact`, what an expert itself holds, in its own; `bits`, a mask;
+    `fact`, a number of each expert that the method's pre-pass found, the same for all tensors.
+    """
+
+    kind: Literal["number", "exact", "bits", "fact"]
+    shape: tuple[int, ...] = ()
+
+
+Parts = tuple[dict[str, Part], dict[str, Part]]  # kept once, and of each expert
+Encoded = tuple[dict[str, "Tensor"], Iterator[dict[str, "Tensor"]]]
+Stored = Literal["float32", "float16", "bfloat16"]
+
+
+def stored_dtype(x: Slot, stored: Stored | None) -> torch.dtype:
+    """What numbers of a store are kept in: the dtype asked for, or what the tensor is read as."""
+    return getattr(torch, stored) if stored else x.dtype
 
 
 @dataclass(frozen=True)
@@ -61,6 +95,7 @@ class Method:
     spectral: bool
     delta: bool
     beside: Callable[[int, int, int], int] | None
+    store: Store | None
 
     @property
     def summary(self) -> str:
@@ -216,6 +251,8 @@ class Method:
         weights = params.get("weights")
         if weights and params.get("normalize") and sum(weights) == 0:
             yield f"{self.id}: the weights sum to 0, so they cannot be normalised; set normalize to false"
+        if params.get("task", -1) >= experts:
+            yield f"{self.id}: task {params['task']} is none of {experts} experts, counted from 0"
         wrong = self.check and self.check(params, experts)
         if wrong:
             yield f"{self.id}: {wrong}"
@@ -354,10 +391,17 @@ class Bound:
 
     def __call__(self, x: Slot, facts: Any, measured: Any) -> Tensor:
         """The merged block."""
+        return self.method.function(*self._arguments(x, facts, measured), **self.params)
+
+    def encode(self, x: Slot, facts: Any, measured: Any, tasks: Sequence[int]) -> Encoded:
+        """The parts of the block in a compressed store; see `Store`."""
+        return self.method.store.encode(*self._arguments(x, facts, measured), tasks, **self.params)
+
+    def _arguments(self, x: Slot, facts: Any, measured: Any) -> tuple[Any, ...]:
+        """The block as the method sees it, and what it wraps."""
         if not self.inner:
-            return self.method.function(x.given(facts, measured), **self.params)
-        own = x.given(_part(facts, "own"), _part(measured, "own"))
-        return self.method.function(own, Inner(self, facts, measured), **self.params)
+            return (x.given(facts, measured),)
+        return x.given(_part(facts, "own"), _part(measured, "own")), Inner(self, facts, measured)
 
     def merged(self, x: Slot, facts: Any, measured: Any) -> Tensor:
         """The merged block, from blocks of the method's own unit."""
@@ -460,6 +504,7 @@ def method(
     spectral: bool = False,
     delta: bool = False,
     beside: Callable[[int, int, int], int] | None = None,
+    store: Store | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add a function to the catalogue under its own name.
 
@@ -479,6 +524,7 @@ def method(
     spectral: it decomposes matrices.
     delta: without a base, it merges what bare factors of adapters add.
     beside(rows, columns, experts): float64 numbers that it holds at once of a matrix, beyond what `Entry.peak_bytes` has.
+    store: how it is kept for all experts, if it gives the expert of its parameter `task` back.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -505,6 +551,7 @@ def method(
             spectral=spectral,
             delta=delta,
             beside=beside,
+            store=store,
         )
         assert entry.id not in _METHODS, f"method '{entry.id}' is defined twice"
         _METHODS[entry.id] = entry

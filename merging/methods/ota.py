@@ -1,0 +1,144 @@
+"""OTA: every entry is averaged with powers of the experts' second moments as weights, which Adam leaves behind."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Mapping
+
+from annotated_types import Gt
+
+from merging import operators as ops
+from merging import spectral
+from merging.lazy import torch
+from merging.methods import method
+from merging.methods.ffg import Density, kept, roots_for_density
+from merging.methods.fisher import needs_fisher
+from merging.slots import Inputs, Slot, Unit, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SPARED = 1e-6  # share of the norm below which a masked task vector is not rescaled, but dropped
+
+
+def _unit(params: Mapping[str, Any]) -> Unit:
+    return "tensor" if params["rank1"] or params["rescale"] else "element"
+
+
+def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
+    threshold = params["threshold"]
+    if threshold is not None and len(threshold) != experts:
+        return f"{len(threshold)} thresholds for {experts} experts; give one an expert, in order"
+    if threshold is not None and params["density"] is not None:
+        return "threshold and density say the same; leave one out"
+    if threshold is not None and min(threshold) < 0:
+        return "a threshold is negative"
+    return None
+
+
+def _moment(x: Slot, t: int, rank1: bool) -> Tensor:
+    """The second moments of expert t, or of a matrix what its row and column sums say of them: (X)."""
+    moment_X = x.positive_statistic("fisher", t)
+    if not rank1 or moment_X.ndim != 2:
+        return moment_X
+    row_M1 = moment_X.sum(1, keepdim=True, dtype=torch.float64)
+    column_1N = moment_X.sum(0, keepdim=True, dtype=torch.float64)
+    share_1N = column_1N / row_M1.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return (row_M1 @ share_1N).to(moment_X.dtype)
+
+
+def _roots(inputs: Inputs, *, density: float, rank1: bool, rescale: bool, **_: Any) -> list[float]:
+    unit = _unit({"rank1": rank1, "rescale": rescale})
+    return roots_for_density(inputs, unit, lambda x, t: _moment(x, t, rank1), density)
+
+
+def _means(view: View, *, power: float, normalize: str, rank1: bool, **_: Any) -> list[float] | None:
+    """The mean of each expert's v^p over the tensor."""
+    if normalize == "none":
+        return None
+    sums = [0.0] * len(view.source.experts)
+    for x in view.blocks("tensor" if rank1 else "element"):
+        for t in range(len(sums)):
+            sums[t] += float(_moment(x, t, rank1).double().pow(power).sum())
+    return [total / view.elements for total in sums]
+
+
+@method(
+    paper="2509.11167",
+    code="pmahdavi/ota-merge@eee703f5",
+    reference="pretrained",
+    unit=_unit,
+    prepass=_roots,
+    prepass_if=lambda params: params["density"] is not None,
+    measure=_means,
+    check=_wrong,
+    base_if=lambda params: params["rescale"] or params["merge"] != "precond",
+    statistics=needs_fisher,
+    spectral=True,
+)
+def ota(
+    x: Slot,
+    *,
+    power: Annotated[float, Gt(0)] = 0.5,
+    epsilon: Annotated[float, Gt(0)] = 1e-26,
+    normalize: Literal["none", "global"] = "none",
+    threshold: list[float] | None = None,
+    density: Density | None = None,
+    merge: Literal["precond", "linear", "ties"] = "precond",
+    rescale: bool = False,
+    fallback_to_base: bool = True,
+    rank1: bool = False,
+) -> Tensor:
+    """base + sum of w * tau over the sum of w, w = v^power + epsilon, v the second moments (statistics `fisher`).
+
+    Without a base the experts themselves are averaged. Entries with v * tau^2 (v alone, without a base) below an
+    expert's `threshold`, or outside the `density` largest of the model, are masked; where everything is, the base
+    stands, or else the mean. `linear` takes the mean of the masked task vectors, `ties` of what agrees with the elected
+    sign. `rescale` gives a masked task vector its norm back: largest singular value, RMS of a vector. `global` divides
+    v^power by its mean over the tensor, as the official code does. `rank1` knows row and column sums of v alone. The
+    official code masks `linear` and `ties` only if it rescales too.
+    """
+    count, start = len(x.experts), x.base
+    roots = x.facts or (threshold and [sqrt(value) for value in threshold])
+
+    def part(t: int) -> tuple[Tensor, Tensor]:
+        """The weights of expert t, and what they weigh: (X), (X)."""
+        moment_X = _moment(x, t, rank1)
+        scale = 1.0 if x.measured is None else 1 / (x.measured[t] + epsilon)
+        weight_X = moment_X.to(x.precision).pow(power).mul_(scale).add_(epsilon)
+        tau_X = x.experts[t] if start is None else x.experts[t] - start
+        if roots is None:
+            return weight_X, tau_X
+        mask_X = kept(x, t, moment_X, roots[t])
+        masked_X = tau_X * mask_X
+        return weight_X.mul_(mask_X), _rescaled(masked_X, tau_X) if rescale else masked_X
+
+    total_X = weights_X = 0.0
+    taus = []
+    for t in range(count):
+        weight_X, tau_X = part(t)
+        weights_X = weights_X + weight_X
+        if merge == "precond":
+            total_X = total_X + weight_X * tau_X
+        else:
+            taus.append(tau_X)
+    if merge == "precond":
+        merged_X = total_X / weights_X
+    elif merge == "linear":
+        merged_X = ops.mean(taus, x.precision)
+    else:
+        merged_X = ops.orthant_sum(taus, ops.elect_signs(taus, None, 1.0))[0] / count
+    merged_X = merged_X if start is None else merged_X + start
+    if roots is None:
+        return merged_X
+    other_X = start if fallback_to_base and start is not None else ops.mean(x.experts, x.precision)
+    return torch.where(weights_X <= 1.1 * count * epsilon, other_X.to(merged_X.dtype), merged_X)
+
+
+def _rescaled(masked_X: Tensor, tau_X: Tensor) -> Tensor:
+    """The masked task vector with the norm of the whole one; kernels, which have neither norm, as they are."""
+    if tau_X.ndim > 2:
+        return masked_X
+    norm = spectral.largest_singular_value if tau_X.ndim == 2 else torch.linalg.norm
+    before, after = float(norm(tau_X.double())), float(norm(masked_X.double()))
+    return masked_X * (before / after) if after > _SPARED * before else torch.zeros_like(tau_X)

@@ -1,0 +1,516 @@
+"""Compressed stores: N experts in the space of a few, any of which is given back on its own.
+
+A store is a safetensors file, or a folder with one or more, of what a method (see `merging.methods.Store`) keeps of
+every tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits. Its metadata says
+the rest: the method and its parameters, the experts' names, the base's digest, the dtype and shape of every tensor. What
+comes out is, bit for bit, what the method merges with the expert's number as `task`.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from merging.checkpoint import DTYPES, FLOATS, Checkpoint, open_checkpoint
+from merging.companions import carry
+from merging.engine import (
+    Job, Output, Progress, check_device, follow, keep_freed_memory, merged_blocks, one_thread, own_stream,
+    rounded, worker_count,
+)  # fmt: skip
+from merging.errors import UserError, did_you_mean
+from merging.factors import store_at
+from merging.files import publish, resumable, staged, user_errors, write_json
+from merging.inputs import FileInputs, Files
+from merging.lazy import torch
+from merging.manifest import (
+    Manifest, described_output, manifest_path, publish_merge, read_manifest, refuse_place, refuse_to_replace,
+)  # fmt: skip
+from merging.methods import Bound, Part, get_method
+from merging.plan import Entry, Plan, make_plan
+from merging.recipe import Recipe, canonical_json
+from merging.slots import block_elements
+from merging.writer import CheckpointWriter, TensorSpec, TensorWriter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FORMAT = 1
+_METADATA = "mergeline.store"
+_BITS = 8  # in a byte of a mask
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class _Kept(BaseModel):
+    """A tensor that a store gives back: the base's, a `copy` that all experts share, or restored from its `parts`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: str
+    shape: list[int]
+    how: Literal["base", "copy", "parts"]
+    read: Literal["F32", "F64"] = "F32"  # what it is computed in
+    params: dict[str, Any] = {}  # that differ from the store's
+
+
+class _Header(BaseModel):
+    """What the metadata of a store says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    method: str
+    params: dict[str, Any]
+    experts: list[str]
+    base: str | None
+    tensors: dict[str, _Kept]
+
+
+def _once(part: str, name: str) -> str:
+    return f"once/{part}/{name}"
+
+
+def _own(t: int, part: str, name: str) -> str:
+    return f"{t}/{part}/{name}"
+
+
+def _fact(t: int, part: str) -> str:
+    return f"{t}/{part}"
+
+
+def _spec(name: str, part: Part, dtypes: Mapping[str, str]) -> TensorSpec:
+    """How a part is written; `dtypes` says it for the kinds that depend on the tensor."""
+    if part.kind == "bits":
+        length = -(-prod(part.shape) // _BITS)
+        return TensorSpec(name, "U8", (length,), length)
+    dtype = {"fact": "F64", **dtypes}[part.kind]
+    return TensorSpec(name, dtype, part.shape, prod(part.shape) * DTYPES[dtype][1])
+
+
+def _parts_of(
+    bound: Bound, name: str, shape: tuple[int, ...], experts: int
+) -> Iterator[tuple[str, Part, int | None]]:
+    """Every stored tensor that belongs to a tensor: its name, the part, and the expert (None: all)."""
+    if not prod(shape):
+        return
+    once, own = bound.method.store.parts(name, shape, experts, **bound.params)
+    for part, what in once.items():
+        yield _once(part, name), what, None
+    for t in range(experts):
+        for part, what in own.items():
+            yield (_fact(t, part) if what.kind == "fact" else _own(t, part, name)), what, t
+
+
+# ---------------------------------------------------------------------------------------------- compressing
+
+
+def compress(
+    recipe: Recipe | Mapping[str, Any],
+    out: str | os.PathLike,
+    *,
+    device: str = "cpu",
+    memory: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    factors: str | os.PathLike | None = None,
+) -> Manifest:
+    """Keep all experts of a recipe in one store, from one reading; returns its manifest.
+
+    The recipe's method says how; its `task` is not used. Everything else is as with `merging.merge`: the bytes do not
+    depend on workers, memory or factors, memory is bounded, and a killed run goes on where it was. The manifest's
+    `store` has the bytes that are kept once and of each expert, and those of a checkpoint.
+
+    Raises:
+        UserError: as `merging.merge`; a method that is no store, vocabularies that differ.
+    """
+    plan, out = make_plan(recipe), Path(out)
+    plan.check()
+    if plan.method.store is None:
+        raise UserError(f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}")
+    if plan.alignment:
+        raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
+    check_device(device)
+    with user_errors(out):
+        refuse_to_replace(plan, out)
+    workers = worker_count([plan], workers, memory)
+    keep_freed_memory()
+    with ExitStack() as stack:
+        stack.enter_context(one_thread(plan.is_spectral))
+        folder = stack.enter_context(resumable(out))
+        source = stack.enter_context(FileInputs(plan, device, store_at(factors)))
+        layout = _Layout(plan, source)
+        output = stack.enter_context(Output(plan, out, folder, device, layout))
+        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
+        output.find_facts(source, pool.map)
+        _run(layout, output, source, pool, progress)
+        output.writer.finish()
+        return publish_merge(plan, source, output.writer, out, folder, device, layout.sizes())
+
+
+def stores() -> list[str]:
+    """The methods that can be kept as a store."""
+    from merging.methods import catalogue
+
+    return [id for id, entry in catalogue().items() if entry.store]
+
+
+class _Layout:
+    """What a store of a plan will hold, from headers and the digest of the base, which is read for it."""
+
+    def __init__(self, plan: Plan, source: FileInputs):
+        self.plan = plan
+        self.names = list(plan.experts)
+        self.parts: dict[str, dict[str, TensorSpec]] = {}  # of each tensor
+        self.facts: dict[str, TensorSpec] = {}
+        tensors = {entry.name: self._add(entry, source) for entry in plan.entries}
+        self.specs = [spec for parts in self.parts.values() for spec in parts.values()]
+        self.specs += self.facts.values()
+        needs_base = plan.method.needs_base or any(kept.how == "base" for kept in tensors.values())
+        header = _Header(
+            format=_FORMAT,
+            method=plan.method.id,
+            params={k: v for k, v in plan.params.items() if k != "task"},
+            experts=self.names,
+            base=plan.base.digest() if needs_base else None,
+            tensors=tensors,
+        )
+        self.metadata = {_METADATA: canonical_json(header.model_dump(exclude_defaults=True))}
+
+    def _add(self, entry: Entry, source: FileInputs) -> _Kept:
+        spec, parts = entry.spec, self.parts.setdefault(entry.name, {})
+        kept = {"dtype": spec.dtype, "shape": list(spec.shape)}
+        if entry.action == "copy" and entry.base:
+            return _Kept(**kept, how="base")
+        if not self.is_encoded(entry):
+            name = _once("whole", spec.name)
+            parts[name] = TensorSpec(name, spec.dtype, spec.shape, spec.nbytes)
+            return _Kept(**kept, how="copy")
+        read = "F64" if source.dtype(spec.name) == torch.float64 else "F32"
+        dtypes = {"number": _STORED.get(entry.bound.params["stored"], read)}
+        for name, part, t in _parts_of(entry.bound, spec.name, spec.shape, len(self.names)):
+            if part.kind == "exact":
+                dtypes["exact"] = entry.sources[self.names[t]].dtype
+            (self.facts if part.kind == "fact" else parts)[name] = _spec(name, part, dtypes)
+        differ = {k: v for k, v in entry.bound.flat.items() if k != "task" and v != self.plan.params[k]}
+        return _Kept(**kept, how="parts", read=read, params=differ)
+
+    def is_encoded(self, entry: Entry) -> bool:
+        """Whether the store keeps parts of it; what all experts share is kept as it is."""
+        return entry.bound is not None and entry.bound.method is self.plan.method
+
+    def sizes(self) -> dict[str, Any]:
+        """Bytes that are kept once, of each expert, and of a checkpoint."""
+        once, own = 0, dict.fromkeys(self.names, 0)
+        for spec in self.specs:
+            owner = spec.name.partition("/")[0]
+            if owner == "once":
+                once += spec.nbytes
+            else:
+                own[self.names[int(owner)]] += spec.nbytes
+        return {"checkpoint": self.plan.bytes_written, "once": once, "experts": own}
+
+
+def _run(
+    layout: _Layout, output: Output, source: FileInputs, pool: ThreadPoolExecutor, progress: Progress | None
+) -> None:
+    """Encode what the journal does not have, and journal it as it is finished."""
+    journal, writer, entries = output.journal, output.writer, layout.plan.entries
+    left = []
+    for entry in entries:
+        lines = [journal.tensors.get(name) for name in layout.parts[entry.name]]
+        if not lines or None in lines:
+            left.append(entry)
+        else:
+            source.hashes |= {(origin, entry.name): hash for origin, hash in lines[0]["inputs"].items()}
+    for name, spec in layout.facts.items():
+        t = int(name.partition("/")[0])
+        writer.write(name, torch.tensor(journal.facts[t] if journal.facts else 1.0, dtype=torch.float64))
+
+    def encode(entry: Entry) -> int:
+        hashes = _encode(layout, entry, source, writer, journal.facts)
+        origins = [*entry.sources, *(["base"] if entry.base else [])]
+        inputs = {o: source.hashes[o, entry.name] for o in origins if (o, entry.name) in source.hashes}
+        for name, hash in hashes.items():
+            journal.add_tensor(name, hash, inputs)
+        return 1
+
+    futures = [pool.submit(encode, entry) for entry in left]
+    follow(futures, (f.result() for f in futures), len(entries) - len(left), len(entries), progress)
+
+
+def _encode(
+    layout: _Layout, entry: Entry, source: FileInputs, writer: CheckpointWriter, facts: Any
+) -> dict[str, str]:
+    """Write what is kept of a tensor; the hashes of what was written."""
+    sinks = {name: _Sink(writer.open(name), spec) for name, spec in layout.parts[entry.name].items()}
+    if entry.action == "copy":
+        origins = [*(["base"] if entry.base else []), *entry.sources]
+        for block in source.agreed(origins, entry.name):
+            for sink in sinks.values():
+                sink.append(block)
+    elif not layout.is_encoded(entry):
+        [sink] = sinks.values()
+        for _, block in merged_blocks(source.view(entry), [entry.bound], [None]):
+            sink.append(block)
+    else:
+        view, facts = source.view(entry), Job.facts_for(entry, facts)
+        measured = entry.bound.measure(view, facts)
+        for x in view.blocks(entry.unit):
+            once, own = entry.bound.encode(x, facts, measured, range(len(layout.names)))
+            for part, value in once.items():
+                sinks[_once(part, entry.name)].append(value)
+            for t, values in enumerate(own):
+                for part, value in values.items():
+                    if _own(t, part, entry.name) in sinks:  # facts are not kept by tensor
+                        sinks[_own(t, part, entry.name)].append(value)
+    return {name: sink.close() for name, sink in sinks.items()}
+
+
+class _Sink:
+    """Writes one part, block by block: numbers in the announced dtype, masks as bits."""
+
+    def __init__(self, writer: TensorWriter, spec: TensorSpec):
+        self._writer, self._spec = writer, spec
+        self._bits = None  # of a mask, that do not fill a byte yet
+
+    def append(self, value: Tensor) -> None:
+        if value.dtype == torch.bool and self._spec.dtype == "U8":
+            self._append_bits(value)
+        else:
+            self._writer.append(_finite(value, self._spec))
+
+    def _append_bits(self, mask: Tensor) -> None:
+        import numpy as np
+
+        bits = mask.reshape(-1).cpu().numpy()
+        if self._bits is not None:
+            bits = np.concatenate([self._bits, bits])
+        full = len(bits) // _BITS * _BITS
+        self._writer.append(torch.from_numpy(np.packbits(bits[:full])))
+        self._bits = bits[full:]
+
+    def close(self) -> str:
+        import numpy as np
+
+        if self._bits is not None and len(self._bits):
+            self._writer.append(torch.from_numpy(np.packbits(self._bits)))
+        return self._writer.close()
+
+
+def _finite(value: Tensor, spec: TensorSpec) -> Tensor:
+    """Floats in the dtype that is written (raises UserError if one is not finite); others as they are."""
+    return rounded(value, spec) if value.is_floating_point() else value
+
+
+# ---------------------------------------------------------------------------------------------- extracting
+
+
+def extract_expert(
+    store: str | os.PathLike,
+    name: str,
+    out: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    shard_size: int | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write one expert of a store as a checkpoint; returns what was written.
+
+    A store that is relative to a base needs it: by default the one that its manifest names, or else `base`.
+
+    Raises:
+        UserError: no store or a damaged one, an unknown expert, another base than the store was made with, an `out`
+            that holds something else.
+    """
+    kept, out = CompressedStore(store), Path(out)
+    task = kept.task(name)
+    base_path = kept.find_base(base)
+    inputs = [kept.path, *([base_path] if base_path else [])]
+    with user_errors(out):
+        refuse_place(inputs, out)
+    kept.check_base(base_path)
+    specs = kept.specs
+    lineage = canonical_json({"method": kept.header.method, "expert": name})
+    metadata = {"format": "pt", "mergeline.expert": lineage}
+    with one_thread(), staged(out) as folder, Files() as files:
+        writer = CheckpointWriter(folder / "out", specs, metadata, shard_size)
+        if out.suffix == ".safetensors" and len(writer.files) > 1:
+            writer.close()
+            raise UserError(f"{out}: --shard-size makes several files; name a folder instead")
+        for done, spec in enumerate(specs, 1):
+            sink = writer.open(spec.name)
+            for block in kept.blocks(files, spec, task):
+                sink.append(_finite(block, spec))
+            sink.close()
+            if progress:
+                progress(done, len(specs))
+        writer.finish()
+        extracted = {"store": str(kept.path), "expert": name, "base": base_path and str(base_path)}
+        manifest = {"format": 1, "extracted": extracted, "output": described_output(writer)}
+        if out.suffix == ".safetensors":
+            write_json(manifest_path(out), manifest)
+            publish(writer.folder / writer.files[0], out)
+        else:
+            if kept.path.is_dir():
+                carry(kept.path, specs, writer.folder)
+            write_json(writer.folder / "manifest.json", manifest)
+            publish(writer.folder, out)
+    return manifest
+
+
+@dataclass(init=False)
+class CompressedStore:
+    """A store, whose header was checked; raises UserError if it is none, damaged, or of a newer format."""
+
+    path: Path
+    checkpoint: Checkpoint
+    header: _Header
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.checkpoint = open_checkpoint(path)
+        self.header = self._read_header()
+        self._bounds: dict[str, Bound] = {}
+        self._base: Checkpoint | None = None
+        for name, kept in self.header.tensors.items():
+            self._check_parts(name, kept)
+
+    def _read_header(self) -> _Header:
+        import json
+
+        text = self.checkpoint.metadata.get(_METADATA)
+        if text is None:
+            raise UserError(f"{self.path}: is no compressed store; `mergeline compress` makes one")
+        try:
+            found = json.loads(text)
+            version = found["format"]
+            if version == _FORMAT:
+                return _Header.model_validate(found)
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise self._damaged(f"its description is malformed ({_first_line(error)})") from None
+        raise UserError(
+            f"{self.path}: is a store of format {version!r}, this Mergeline knows {_FORMAT}; update it"
+        )
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.path}: the store was damaged: {what}; copy it again")
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of each expert."""
+        return [
+            TensorSpec(name, kept.dtype, tuple(kept.shape), prod(kept.shape) * DTYPES[kept.dtype][1])
+            for name, kept in self.header.tensors.items()
+        ]
+
+    def task(self, name: str) -> int:
+        """The number of an expert."""
+        experts = self.header.experts
+        if name not in experts:
+            raise UserError(f"{self.path}: holds no expert '{name}'{did_you_mean(name, experts)}")
+        return experts.index(name)
+
+    def _bound(self, name: str) -> Bound:
+        kept = self.header.tensors[name]
+        key = canonical_json(kept.params)
+        if key not in self._bounds:
+            method = get_method(self.header.method)
+            if method.store is None:
+                raise self._damaged(f"{method.id} is no method of stores")
+            self._bounds[key] = method.bind(method.resolve({**self.header.params, **kept.params}))
+        return self._bounds[key]
+
+    def _check_parts(self, name: str, kept: _Kept) -> None:
+        if kept.dtype not in DTYPES or min(kept.shape, default=0) < 0:
+            raise self._damaged(f"tensor '{name}' has dtype {kept.dtype} and shape {kept.shape}")
+        shape, expected = tuple(kept.shape), []
+        if kept.how == "copy":
+            expected = [(_once("whole", name), shape, {kept.dtype})]
+        elif kept.how == "parts":
+            for key, part, _ in _parts_of(self._bound(name), name, shape, len(self.header.experts)):
+                spec = _spec(key, part, {"number": "F32", "exact": "F32"})
+                expected.append((key, spec.shape, {"U8"} if part.kind == "bits" else set(FLOATS)))
+        for key, shape, dtypes in expected:
+            info = self.checkpoint.tensors.get(key)
+            if info is None or info.shape != shape or info.dtype not in dtypes:
+                raise self._damaged(f"'{key}' of shape {list(shape)} is not in it")
+
+    def find_base(self, given: str | os.PathLike | None) -> Path | None:
+        """Where the base lies: as given, or as the manifest says; None if none is needed."""
+        if self.header.base is None:
+            return None
+        if given is not None:
+            return Path(given)
+        origin = read_manifest(self.path).get("recipe", {}).get("base") or {}
+        if not isinstance(origin.get("path"), str):
+            raise UserError(f"{self.path}: is relative to a base, which no manifest names; give --base")
+        return (self.path if self.path.is_dir() else self.path.parent) / origin["path"]
+
+    def check_base(self, path: Path | None) -> None:
+        """Open the base, and refuse any but the one that the store was made with."""
+        if path is None:
+            return
+        self._base = open_checkpoint(path)
+        if self._base.digest() != self.header.base:
+            raise UserError(f"{path}: is not the base that the store was made with ({self.header.base})")
+        for name, kept in self.header.tensors.items():
+            info = self._base.tensors.get(name)
+            if kept.how != "copy" and (info is None or list(info.shape) != kept.shape):
+                raise self._damaged(f"tensor '{name}' does not fit the base")
+
+    def blocks(self, files: Files, spec: TensorSpec, task: int) -> Iterator[Tensor]:
+        """One expert's tensor, block by block, not yet rounded."""
+        name, kept = spec.name, self.header.tensors[spec.name]
+        elements = prod(spec.shape)
+        if kept.how != "parts":
+            from_base = kept.how == "base"
+            info = self._base.tensors[name] if from_base else self.checkpoint.tensors[_once("whole", name)]
+            for start in range(0, elements, block_elements(1)):
+                yield files.elements(info, start, min(start + block_elements(1), elements))
+            return
+        bound = self._bound(name)
+        dtype = getattr(torch, DTYPES[kept.read][0])
+        whole = bound.unit(name, spec.shape) == "tensor"
+        step = max(elements, 1) if whole else -(-block_elements(1) // _BITS) * _BITS
+        parts = list(_parts_of(bound, name, spec.shape, len(self.header.experts)))
+
+        def part(key: str, what: Part, start: int, stop: int) -> Tensor:
+            info = self.checkpoint.tensors[key]
+            if what.kind == "bits":
+                return _unpacked(files.elements(info, start // _BITS, -(-stop // _BITS)), stop - start)
+            if what.kind == "fact" or whole:
+                return files.elements(info, 0, prod(info.shape)).reshape(info.shape)
+            return files.elements(info, start, stop)
+
+        for start in range(0, elements, step):
+            stop = min(start + step, elements)
+            base_X = None
+            if self._base and name in self._base.tensors:
+                base_X = files.elements(self._base.tensors[name], start, stop).to(dtype)
+                base_X = base_X.reshape(spec.shape) if whole else base_X
+            once, own = (
+                {key.split("/")[1]: part(key, what, start, stop) for key, what, t in parts if t == owner}
+                for owner in (None, task)
+            )
+            if "whole" in own:
+                own["whole"] = own["whole"].to(dtype)
+            yield bound.method.store.decode(base_X, once, own, **bound.params)
+
+
+def _unpacked(packed: Tensor, count: int) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count)).bool()
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error).partition("\n")[0]

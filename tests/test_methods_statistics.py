@@ -1,0 +1,391 @@
+"""Methods that weigh experts by statistics, or by what changed in them: hand-computed examples, limits, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import State, refused, same_tensors, save_family
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from merging import merge, merge_state_dicts
+from merging.plan import make_plan
+
+SEEDS = st.integers(0, 1000)
+
+
+def of(*rows: list[float]) -> dict[str, State]:
+    return {f"e{t}": {"w": torch.tensor(row)} for t, row in enumerate(rows)}
+
+
+def merged(
+    method: str, experts: dict[str, State], kind: str | None, *rows: Any, base: Any = None, **params: Any
+) -> Tensor:
+    """The merged `w`, of one list of statistics an expert."""
+    statistics = {kind: [{"w": torch.tensor(row)} for row in rows]} if kind else {}
+    base = None if base is None else {"w": torch.tensor(base)}
+    return merge_state_dicts(method, experts, base, params=params, statistics=statistics)["w"]
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------- fisher
+
+
+def test_fisher_of_equal_statistics_is_the_average():
+    found = merged("fisher", of([1.0, 2.0], [3.0, 6.0]), "fisher", [5.0, 7.0], [5.0, 7.0])
+    assert found.tolist() == pytest.approx([2.0, 4.0])
+
+
+def test_fisher_weighs_entry_by_entry():
+    experts = of([1.0, 2.0], [3.0, 6.0])
+    plain = {"normalize_fisher": "none", "floor": 0.0}
+    assert merged("fisher", experts, "fisher", [1.0, 3.0], [3.0, 1.0], **plain).tolist() == [2.5, 3.0]
+    found = merged("fisher", experts, "fisher", [1.0, 3.0], [3.0, 1.0], weights=[3.0, 1.0], **plain)
+    assert found.tolist() == pytest.approx([2.0, 2.4])
+    # Where no expert has any information, the mean.
+    assert merged("fisher", experts, "fisher", [0.0, 3.0], [0.0, 1.0], **plain).tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "favor_target", "expected"),
+    [
+        ("official", True, [(0.5 * 1 + 0.1 * 3) / 0.6, (2 * 2 + 0.1 * 6) / 2.1]),  # max(F, 0.5), the first's alone
+        ("official", False, [2.0, (2 * 2 + 0.5 * 6) / 2.5]),
+        ("mergelm", True, [(0.7 * 1 + 0.6 * 3) / 1.3, (2.5 * 2 + 0.6 * 6) / 3.1]),  # F + 0.5, all experts'
+        ("dataless", True, [(0.7 * 1 + 0.6 * 3) / 1.3, (2.5 * 2 + 0.6 * 6) / 3.1]),
+    ],
+)
+def test_the_floor_of_fisher_is_what_the_variant_says(variant, favor_target, expected):
+    params = {"variant": variant, "favor_target": favor_target, "floor": 0.5, "normalize_fisher": "none"}
+    found = merged("fisher", of([1.0, 2.0], [3.0, 6.0]), "fisher", [0.2, 2.0], [0.1, 0.1], **params)
+    assert found.tolist() == pytest.approx(expected)
+
+
+@given(SEEDS, st.sampled_from(["global", "tensor"]), st.sampled_from(["official", "mergelm", "dataless"]))
+def test_fisher_does_not_see_the_unit_of_an_experts_statistics(seed, normalize, variant):
+    names = ("v", "w")
+    experts = {e: {n: random(seed + i + 10 * t, 4) for i, n in enumerate(names)} for t, e in enumerate("ab")}
+    fishers = [{n: random(seed + 50 + i + 10 * t, 4).square() for i, n in enumerate(names)} for t in range(2)]
+    louder = [fishers[0], {n: 1000 * value for n, value in fishers[1].items()}]
+    params = {"floor": 0.0, "normalize_fisher": normalize, "variant": variant}
+
+    def found(statistics: list[State]) -> State:
+        return merge_state_dicts("fisher", experts, params=params, statistics={"fisher": statistics})
+
+    for name in names:
+        assert torch.allclose(found(fishers)[name], found(louder)[name])
+    norms = [
+        torch.cat([f[n] for n in names]).norm() if normalize == "global" else f["w"].norm() for f in fishers
+    ]
+    weights = [f["w"] / norm for f, norm in zip(fishers, norms)]
+    expected = sum(w * e["w"] for w, e in zip(weights, experts.values())) / sum(weights)
+    assert torch.allclose(found(fishers)["w"], expected)
+
+
+def test_statistics_are_not_modified():
+    fishers = [{"w": torch.ones(2, dtype=torch.float64)} for _ in "ab"]
+    experts = {e: {"w": random(0, 2)} for e in "ab"}
+    merge_state_dicts("fisher", experts, params={"weights": [3.0, 2.0]}, statistics={"fisher": fishers})
+    merge_state_dicts("ota", experts, params={"normalize": "global"}, statistics={"fisher": fishers})
+    assert all(fisher["w"].tolist() == [1.0, 1.0] for fisher in fishers)
+
+
+# --------------------------------------------------------------------------------------- regmean
+
+
+def test_regmean_is_the_golden_toy():
+    """Of tanganke/fusion_bench@54c9e8c9: sums over rows for means, which changes nothing for equal counts."""
+    held = load_file(Path(__file__).parent / "goldens" / "unit-regmean-toy.safetensors")
+    experts = {f"e{t}": {"l.0.weight": held[f"W.{t}"], "l.0.bias": held[f"b.{t}"]} for t in range(3)}
+    grams = [{"l.0.weight": held[f"X.{t}"].double().T @ held[f"X.{t}"].double()} for t in range(3)]
+    for nondiagonal in (1.0, 0.9):
+        found = merge_state_dicts(
+            "regmean", experts, params={"nondiagonal": nondiagonal}, statistics={"gram": grams}
+        )
+        for part in ("weight", "bias"):
+            expected = held[f"out.{nondiagonal}.{part}"]
+            assert torch.allclose(found[f"l.0.{part}"], expected, atol=1e-4, rtol=1e-4)
+
+
+@given(SEEDS)
+def test_regmean_gives_each_expert_its_way_on_its_own_inputs(seed):
+    """Inputs that only one expert ever saw go through its own weights, those that none saw through the mean's."""
+    a_MN, b_MN = random(seed, 3, 5), random(seed + 1, 3, 5)
+    gram_a, gram_b = torch.zeros(5, 5), torch.zeros(5, 5)
+    gram_a[:2, :2] = (random(seed + 2, 2, 9) @ random(seed + 2, 2, 9).T).float()
+    gram_b[2, 2] = 3.0
+    experts = {"a": {"l.0.w": a_MN}, "b": {"l.0.w": b_MN}}
+    statistics = {"gram": [{"l.0.w": gram_a}, {"l.0.w": gram_b}]}
+    found = merge_state_dicts("regmean", experts, params={"nondiagonal": 1.0}, statistics=statistics)["l.0.w"]
+    expected = torch.cat([a_MN[:, :2], b_MN[:, 2:3], (a_MN[:, 3:] + b_MN[:, 3:]) / 2], dim=1)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@given(SEEDS, st.sampled_from([0.0, 0.5, 1.0]))
+def test_regmean_solves_the_normal_equations(seed, nondiagonal):
+    weights, names = [0.5, 0.3, 0.2], "abc"
+    experts = {e: {"l.0.w": random(seed + t, 2, 4)} for t, e in enumerate(names)}
+    grams = [x.T @ x for x in (random(seed + 10 + t, 9, 4) for t in range(3))]
+    found = merge_state_dicts(
+        "regmean",
+        experts,
+        params={"nondiagonal": nondiagonal, "weights": weights},
+        statistics={"gram": [{"l.0.w": gram} for gram in grams]},
+    )["l.0.w"]
+    kept = [w * (g * nondiagonal + (1 - nondiagonal) * g.diag().diag()) for w, g in zip(weights, grams)]
+    right = sum(e["l.0.w"] @ g for e, g in zip(experts.values(), kept))
+    assert torch.allclose(found @ sum(kept), right, atol=1e-7)
+
+
+def test_regmean_averages_what_has_no_gram_matrix_or_is_excluded():
+    experts = {e: {"l.0.w": random(t, 2, 3), "l.0.b": random(t + 9, 2)} for t, e in enumerate("ab")}
+    grams = {"gram": [{"l.0.w": (t + 1) * torch.eye(3)} for t in range(2)]}
+    weights = [1.0, 3.0]
+    mean = merge_state_dicts("linear", experts, params={"weights": weights})
+    found = merge_state_dicts("regmean", experts, params={"weights": weights}, statistics=grams)
+    assert torch.equal(found["l.0.b"], mean["l.0.b"])
+    assert torch.allclose(found["l.0.w"], (experts["a"]["l.0.w"] + 6 * experts["b"]["l.0.w"]) / 7)
+    params = {"weights": weights, "exclude": ["0.w"]}
+    found = merge_state_dicts("regmean", experts, params=params, statistics=grams)
+    assert torch.equal(found["l.0.w"], mean["l.0.w"])
+    empty = {"gram": [{"l.0.w": torch.zeros(3, 3)}] * 2}
+    found = merge_state_dicts("regmean", experts, params={"weights": weights}, statistics=empty)
+    assert torch.equal(found["l.0.w"], mean["l.0.w"])
+
+
+def test_regmean_of_a_matrix_that_is_not_treated_says_so():
+    experts = {e: {"proj": random(t, 2, 3)} for t, e in enumerate("ab")}
+    grams = {"gram": [{"proj": torch.eye(3)}] * 2}
+    with refused("proj", "set keys or exclude"):
+        merge_state_dicts("regmean", experts, statistics=grams)
+    merge_state_dicts("regmean", experts, params={"keys": "matrices"}, statistics=grams)
+    with refused("regmean", "weights"):
+        merge_state_dicts("regmean", experts, params={"weights": [1.0, -1.0]}, statistics=grams)
+
+
+# --------------------------------------------------------------------------------------- ffg, ota
+
+
+def test_ffg_grafts_what_matters():
+    experts, moments = of([1.0, 5.0, 2.0, 0.0]), [4.0, 0.01, 1.0, 9.0]  # scores 4, 0.16, 1, 0 from the base 0, 1, 1, 0
+    base = [0.0, 1.0, 1.0, 0.0]
+    assert merged("ffg", experts, "fisher", moments, base=base, threshold=1.0).tolist() == [1, 1, 2, 0]
+    assert merged("ffg", experts, "fisher", moments, base=base, density=0.75).tolist() == [1, 5, 2, 0]
+    assert merged("ffg", experts, "fisher", moments, base=base, density=0.5).tolist() == [1, 1, 2, 0]
+    assert merged("ffg", experts, "fisher", moments, base=base, density=1.0).tolist() == [1, 5, 2, 0]
+
+
+def test_ffg_ranks_moments_that_a_float32_of_their_scores_could_not_hold():
+    moments = [1e-36, 4e-36, 9e-36, 16e-36]
+    found = merged("ffg", of([1e-4] * 4), "fisher", moments, base=[0.0] * 4, density=0.5)
+    assert found.tolist() == pytest.approx([0, 0, 1e-4, 1e-4])
+
+
+@given(SEEDS, st.sampled_from([0.25, 0.5, 1.0]))
+def test_a_density_is_the_threshold_that_keeps_it(seed, density):
+    experts = {e: {"w": random(seed + t, 40).float()} for t, e in enumerate("ab")}
+    base = {"w": random(seed + 7, 40).float()}
+    moments = [{"w": random(seed + 8 + t, 40).float().square()} for t in range(2)]
+    scores = [m["w"].double() * (e["w"] - base["w"]).double() ** 2 for e, m in zip(experts.values(), moments)]
+    keep = int(40 * density)
+    thresholds = [score.sort(descending=True).values[keep - 1].item() * (1 - 1e-5) for score in scores]
+    for more in ({}, {"merge": "linear"}, {"merge": "ties"}):
+        by_density, by_threshold = (
+            merge_state_dicts("ota", experts, base, params={**one, **more}, statistics={"fisher": moments})["w"]
+            for one in ({"density": density}, {"threshold": thresholds})
+        )
+        assert torch.equal(by_density, by_threshold)
+
+
+def test_ota_weighs_by_powers_of_the_moments():
+    experts, moments = of([1.0, 2.0], [3.0, 6.0]), ([1.0, 9.0], [9.0, 1.0])
+    assert merged("ota", experts, "fisher", *moments).tolist() == pytest.approx([2.5, 3.0])
+    assert merged("ota", experts, "fisher", *moments, power=1.0).tolist() == pytest.approx([2.8, 2.4])
+    assert merged("ota", experts, "fisher", *moments, base=[7.0, 7.0]).tolist() == pytest.approx([2.5, 3.0])
+    # Divided by their means, 2 and 3, the roots 1, 3 and 2, 4 are 1/2, 3/2 and 2/3, 4/3.
+    found = merged("ota", experts, "fisher", [1.0, 9.0], [4.0, 16.0], normalize="global")
+    assert found.tolist() == pytest.approx([(0.5 + 2) / (7 / 6), (3 + 8) / (17 / 6)])
+    assert merged("ota", experts, "fisher", [0.0, 1.0], [0.0, 1.0]).tolist() == pytest.approx([2.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, [3.0, 10.0, 7.0]),  # both, the second alone, none: the base
+        ({"fallback_to_base": False}, [3.0, 10.0, 7.0 + 0.15]),
+        ({"merge": "linear"}, [3.0, 5.0, 7.0]),
+        ({"merge": "ties"}, [5.0, 5.0, 7.0]),  # the sum of 4 and 10, over two
+    ],
+)
+def test_ota_masks_what_is_insignificant(params, expected):
+    experts, base = of([-1.0 + 0.0, 0.1, 7.1], [7.0, 10.0, 7.2]), [0.0, 0.0, 7.0]
+    if params.get("merge") == "ties":
+        experts = of([-4.0 + 8.0, 0.1, 7.1], [6.0, 10.0, 7.2])
+    found = merged("ota", experts, "fisher", [1.0] * 3, [1.0] * 3, base=base, threshold=[1.0, 1.0], **params)
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_ota_gives_masked_task_vectors_their_norm_back():
+    tau_MN = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    ones = {"fisher": [{"m": torch.ones(2, 2), "v": torch.ones(2), "k": torch.ones(1, 1, 2)}]}
+    expert = {"e": {"m": tau_MN, "v": torch.tensor([4.0, 3.0]), "k": torch.tensor([[[4.0, 3.0]]])}}
+    base = {name: torch.zeros_like(tensor) for name, tensor in expert["e"].items()}
+    params = {"threshold": [9.5], "merge": "linear", "rescale": True}
+    found = merge_state_dicts("ota", expert, base, params=params, statistics=ones)
+    assert found["m"].tolist() == [[0, 0], [0, 0]]  # nothing is left to rescale
+    assert found["v"].tolist() == pytest.approx([5.0, 0.0])
+    assert found["k"].flatten().tolist() == [4.0, 0.0]
+    expert["e"]["m"] = torch.tensor([[3.0, 3.0], [3.0, 4.0]])
+    found = merge_state_dicts("ota", expert, base, params=params, statistics=ones)["m"]
+    largest = torch.linalg.matrix_norm(expert["e"]["m"], ord=2)
+    assert found.flatten().tolist() == pytest.approx([0, 0, 0, largest.item()])
+
+
+def test_ota_of_rank_one_knows_row_and_column_sums_alone():
+    experts = of([[1.0, 1.0], [1.0, 1.0]], [[3.0, 3.0], [3.0, 3.0]])
+    first, second = [[1.0, 2.0], [3.0, 6.0]], [[4.0, 0.0], [0.0, 4.0]]  # the first is of rank one
+    found = merged("ota", experts, "fisher", first, second, rank1=True, power=1.0)
+    expected = [(v + 3 * 2.0) / (v + 2.0) for v in (1.0, 2.0, 3.0, 6.0)]
+    assert found.flatten().tolist() == pytest.approx(expected)
+    none = merged("ota", experts, "fisher", [[0.0, 0.0]] * 2, [[0.0, 0.0]] * 2, rank1=True)
+    assert none.flatten().tolist() == pytest.approx([2.0] * 4)
+
+
+def test_what_ota_refuses():
+    experts, moments = of([1.0], [3.0]), ([1.0], [1.0])
+    with refused("ota", "1 thresholds for 2 experts"):
+        merged("ota", experts, "fisher", *moments, threshold=[0.1])
+    with refused("ota", "leave one out"):
+        merged("ota", experts, "fisher", *moments, threshold=[0.1, 0.1], density=0.5)
+    with refused("ota", "base"):
+        merged("ota", experts, "fisher", *moments, merge="ties")
+    with refused("ota", "negative"):
+        merged("ota", experts, "fisher", *moments, threshold=[0.1, -0.1])
+
+
+# --------------------------------------------------------------------------------------- widen
+
+
+def widened(base_MN: Tensor, experts: list[Tensor], turned: bool, t: float, s: float) -> Tensor:
+    """The definition, column by column."""
+    if turned:
+        base_MN, experts = base_MN.T, [e.T for e in experts]
+    columns = base_MN.shape[1]
+    scores = torch.zeros(2, len(experts), columns, dtype=torch.float64)
+    for kind in range(2):
+        changes = torch.stack([
+            (e.norm(dim=0) - base_MN.norm(dim=0)).abs()
+            if kind == 0 else 1 - torch.cosine_similarity(e, base_MN, dim=0)
+            for e in experts
+        ])  # fmt: skip
+        rank = changes.argsort(dim=1, stable=True).argsort(dim=1).double() / columns
+        scores[kind] = torch.where(rank > t * rank.mean(1, keepdim=True), s, rank.softmax(0))
+    merged_MN = base_MN + sum((e - base_MN) * score for e, score in zip(experts, scores.mean(0)))
+    return merged_MN.T if turned else merged_MN
+
+
+@given(SEEDS, st.booleans(), st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0.0, 1.0]), st.integers(1, 3))
+def test_widen_scores_columns_by_the_ranks_of_their_changes(seed, turned, threshold, calibration, count):
+    name = "model.embed_tokens.weight" if turned else "w"
+    base_MN = random(seed, 4, 6)
+    experts = [base_MN + random(seed + 1 + i, 4, 6) for i in range(count)]
+    params = {"threshold": threshold, "calibration": calibration}
+    states = {f"e{i}": {name: e} for i, e in enumerate(experts)}
+    found = merge_state_dicts("widen", states, {name: base_MN}, params=params)
+    assert torch.allclose(found[name], widened(base_MN, experts, turned, threshold, calibration), atol=1e-12)
+
+
+def test_widen_scores_entries_of_vectors_by_how_far_they_went():
+    experts, base = of([1.0, 0.0, 5.0], [0.0, 0.0, 1.0]), [0.0, 0.0, 0.0]
+    found = merged("widen", experts, None, base=base)
+    e = torch.tensor(1.0).exp().item()
+    # The means are 2 and 1/3: 5 and 1 are calibrated to 1, and the other 1 has the softmax of (1, 0).
+    assert found.tolist() == pytest.approx([e / (e + 1), 0.0, 6.0])
+
+
+def test_widen_of_columns_of_zeros_is_finite():
+    base = [[0.0, 1.0], [0.0, 1.0]]
+    for expert in (base, [[0.0, 2.0], [0.0, 1.0]], [[1.0, 2.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]):
+        assert torch.isfinite(merged("widen", of(expert, base), None, base=base)).all()
+
+
+# --------------------------------------------------------------------------------------- files of statistics
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> dict[str, Any]:
+    recipe = save_family(tmp_path, method="fisher")
+    paths = []
+    for name, path in recipe["experts"].items():
+        paths.append(tmp_path / f"fisher-{name}.safetensors")
+        save_file({k: v.double().square().float() for k, v in load_file(path).items()}, paths[-1])
+    return {**recipe, "statistics": {"fisher": paths}}
+
+
+def test_one_file_holds_the_statistics_of_all_experts_or_of_the_only_one(family, tmp_path):
+    each = merge(family, tmp_path / "each.safetensors")
+    together = tmp_path / "all.safetensors"
+    held = [load_file(path) for path in family["statistics"]["fisher"]]
+    save_file({f"{t}/{k}": v for t, state in enumerate(held) for k, v in state.items()}, together)
+    one = merge({**family, "statistics": {"fisher": together}}, tmp_path / "one.safetensors")
+    assert each["output"]["digest"] == one["output"]["digest"]
+    [name, path] = next(iter(family["experts"].items()))
+    single = {**family, "method": "ffg", "experts": {name: path}}
+    first = family["statistics"]["fisher"][0]
+    found = [
+        merge({**single, "statistics": {"fisher": files}}, tmp_path / f"{i}.safetensors")["output"]["digest"]
+        for i, files in enumerate((first, [first], together))
+    ]
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda state: state.pop("logit_scale"), ["'fisher' of expert 'b' lack the tensor 'logit_scale'"]),
+        (lambda state: state["blocks.1.bias"].fill_(float("nan")), ["'fisher'", "1/blocks.1.bias", "NaN"]),
+        (lambda state: state["blocks.1.bias"].fill_(-1.0), ["'fisher'", "1/blocks.1.bias", "negative"]),
+        (lambda state: state.update({"blocks.1.bias": torch.ones(3)}), ["'fisher'", "shape [3]", "[7]"]),
+    ],
+)
+@pytest.mark.parametrize("normalize", ["global", "none"])
+def test_statistics_that_do_not_fit_are_named(normalize, change, parts, family, tmp_path):
+    path = family["statistics"]["fisher"][1]
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+    with refused(*parts):
+        merge({**family, "params": {"normalize_fisher": normalize}}, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_gram_matrices_have_a_row_and_a_column_for_each_input(family, tmp_path):
+    name, paths = "blocks.0.attn.weight", []
+    for t, expert in enumerate(family["experts"]):
+        paths.append(tmp_path / f"gram-{expert}.safetensors")
+        save_file({name: (t + 1) * torch.eye(4)}, paths[-1])
+    recipe = {**family, "method": "regmean", "statistics": {"gram": paths}}
+    merge(recipe, tmp_path / "out.safetensors")
+    states = {e: load_file(path) for e, path in family["experts"].items()}
+    expected = merge_state_dicts("linear", states, params={"weights": [1.0, 2.0, 3.0]})[name]
+    assert torch.allclose(load_file(tmp_path / "out.safetensors")[name], expected)
+    alone = merge_state_dicts("regmean", states, statistics={"gram": [load_file(p) for p in paths]})
+    assert same_tensors(alone, load_file(tmp_path / "out.safetensors"))
+    save_file({name: torch.eye(6)}, paths[0])
+    assert "shape [6, 6]" in make_plan(recipe).problems[0]
+
+
+def test_the_plan_knows_how_large_gram_matrices_are(family, tmp_path):
+    for name, path in {**family["experts"], "base": family["base"]}.items():
+        save_file({"l.0.w": torch.zeros(2, 900)}, path)
+    save_file({f"{t}/l.0.w": torch.eye(900) for t in range(3)}, tmp_path / "gram.safetensors")
+    plan = make_plan({**family, "method": "regmean", "statistics": {"gram": tmp_path / "gram.safetensors"}})
+    assert not plan.problems and plan.peak_bytes > 4 * 8 * 900**2
