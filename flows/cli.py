@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from merging.methods import Method
     from merging.recipe import Recipe
 
+_LONGEST = 2000  # characters of metadata that are printed: a store describes every tensor in its
 STEPS = {
     "fetch": "bring checkpoints into build/checkpoints",
     "data": "decode datasets into build/data",
@@ -535,6 +536,7 @@ def _described(entry: Method) -> dict[str, Any]:
         "minimum_experts": entry.minimum_experts,
         "maximum_experts": entry.maximum_experts,
         "reads_statistics": entry.statistics is not None,
+        "is_store": entry.store is not None,
         "wraps": entry.wraps,
     }
 
@@ -569,7 +571,7 @@ def _inspect(args: argparse.Namespace) -> None:
             f"{path}\n  {found['digest']}\n  {found['tensors']} tensors ({dtypes}), {_size(found['bytes'])}"
         )
         for name, value in found["metadata"].items():
-            print(f"  {name}: {value}")
+            print(f"  {name}: {value if len(value) <= _LONGEST else value[:_LONGEST] + ' ...'}")
 
 
 def _diff(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ def model_card(manifest: dict[str, Any]) -> str:
     method = get_method(recipe["method"])
     origins = [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values()]
     models = [name for name in (hub_id(origin.get("source")) for origin in origins) if name]
+    store = "store" in manifest
     lines = [
         "---",
         *(["base_model:", *(f"- {name}" for name in models), "base_model_relation: merge"] if models else []),
@@ -24,7 +25,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         f"- {method.id}",
         "---",
         "",
-        f"# Merged by {method.id}",
+        f"# {'Compressed' if store else 'Merged'} by {method.id}",
         "",
         f"{method.summary} Paper: {method.citation}.",
         "",
@@ -35,12 +36,13 @@ def model_card(manifest: dict[str, Any]) -> str:
         lines.append(f"| base | base | `{recipe['base']['digest']}` |")
     lines += [f"| {_cell(name)} | expert | `{e['digest']}` |" for name, e in recipe["experts"].items()]
     lines += [
-        f"| this | merged | `{manifest['output']['digest']}` |",
+        f"| this | {'store' if store else 'merged'} | `{manifest['output']['digest']}` |",
         "",
         "```json",
         json.dumps({"method": recipe["method"], "params": recipe["params"]}, indent=1, ensure_ascii=False),
         "```",
         "",
+        *(["`mergeline extract-expert` gives any of the experts back as a checkpoint.", ""] if store else []),
         "Made with Mergeline; `mergeline verify` re-derives it bit for bit.",
         "",
     ]

@@ -276,7 +276,8 @@ def test_folders_carry_configs_and_are_verified(recipe, tmp_path):
     recipe["base"], recipe["experts"]["a"] = tmp_path / "in" / "base", tmp_path / "in" / "a"
     recipe = {**recipe, "method": "twin", "dtype": "bfloat16", "shard_size": 300}
     compress(recipe, tmp_path / "store")
-    assert (tmp_path / "store" / INDEX).exists() and (tmp_path / "store" / "README.md").exists()
+    card = (tmp_path / "store" / "README.md").read_text()
+    assert (tmp_path / "store" / INDEX).exists() and "# Compressed by twin" in card and "extract-expert" in card
     assert "bit-identical" in verify(tmp_path / "store")
     extract_expert(tmp_path / "store", "a", tmp_path / "out", shard_size=200)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
