@@ -345,7 +345,7 @@ def method(
     inner_defaults: for a wrapper, defaults of the inner method that differ under it.
     spectral: it decomposes matrices.
     delta: without a base, it merges what bare factors of adapters add.
-    beside(rows, columns, experts): float64 numbers that it holds at once of a matrix, beyond what `Entry.peak_bytes` has.
+    beside(rows, columns, experts): float64 numbers that it holds of a matrix beyond what any does (`Entry.peak_bytes`).
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
