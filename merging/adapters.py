@@ -1,7 +1,7 @@
 """Adapters as experts: the base with a LoRA, rsLoRA or DoRA update, computed block by block as it is read.
 
-What PEFT writes, or bare factors: a file of nothing but pairs `NAME.lora_A` (R, N) and `NAME.lora_B` (M, R), whose product
-is what is added to the tensor NAME; these also without a base, for methods that merge what is added.
+What PEFT writes, or bare factors: a file of nothing but pairs `NAME.lora_A` (R, N) and `NAME.lora_B` (M, R), whose
+product is added to the tensor NAME; these also without a base, for methods that merge what is added.
 
 Shape suffixes: M rows and N columns (all dimensions but the first) of the base's tensor, R the adapter's rank.
 """
@@ -177,9 +177,7 @@ def compose(base: Checkpoint | None, factors: Checkpoint) -> AdaptedCheckpoint:
                 f"of shape {list(shape)}; name the base that they were trained on"
             )
         dtype = "F64" if "F64" in {part.dtype for part in parts} else "F32"
-        tensors[name] = AdaptedTensor(
-            name, dtype, shape, up.file, up.start, up.stop, like, down, up, 1.0
-        )
+        tensors[name] = AdaptedTensor(name, dtype, shape, up.file, up.start, up.stop, like, down, up, 1.0)
     return AdaptedCheckpoint(factors.path, dict(sorted(tensors.items())), factors.metadata, adapter=factors)
 
 

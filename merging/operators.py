@@ -401,8 +401,3 @@ def row_order(tau_MN: Tensor, places: Sequence[int]) -> list[Tensor]:
     else:
         sorted_MN = tau_MN.float().abs().sort(dim=-1).values
     return [sorted_MN[:, p : p + 1].clone() for p in places]
-
-
-def task_mask(tau_X: Tensor, merged_tau_X: Tensor, threshold: float) -> Tensor:
-    """Where a task vector matters to its own task (TALL masks, 2405.07813): |tau| > threshold * |merged - tau|: (X) bool."""
-    return tau_X.abs() > (merged_tau_X - tau_X).abs_().mul_(threshold)

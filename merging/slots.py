@@ -110,10 +110,10 @@ class Experts(Sequence):
 class Slot:
     """One block of one tensor, of shape X, in float32 (float64 if an input is).
 
-    name, tensor_shape: of the tensor (0-d tensors have shape (1,)). store: of its factors, or None. start: its first element in the flattened
-    tensor. base: (X) or None. experts: T times (X). facts: what the method's pre-pass found in the whole model;
-    measured: what it measured in this tensor. reference, changes: what base and experts are where a wrapper changed
-    them, as JSON values for the factor store; None if that cannot be said.
+    name, tensor_shape: of the tensor (0-d tensors have shape (1,)). start: its first element in the flattened
+    tensor. base: (X) or None. experts: T times (X). store: for decompositions of the tensor, or None. facts: what the
+    method's pre-pass found in the whole model; measured: what it measured in this tensor. reference, changes: what
+    base and experts are where a wrapper changed them, as JSON values for the factor store; None if that cannot be said.
     """
 
     reference: Any = "pretrained"

@@ -92,7 +92,7 @@ def factors(
 def leading_triplets(
     x: Slot, t: int, start_MN: Tensor, tau_MN: Tensor, reference: Any, k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """U (M, K), s (K,), V (N, K): the k leading singular triplets of tau, expert t minus start, that are more than noise."""
+    """U (M, K), s (K,), V (N, K): the k leading singular triplets of tau, expert t minus start, but for mere noise."""
     energy_L, q_RL = directions(x, t, start_MN, tau_MN, reference, k)
     kept = min(k, int(above_noise(energy_L, energy_L.sum()).sum()))
     return triplets(tau_MN, q_RL[:, :kept])

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from checkpoints import refused, same_tensors
+from checkpoints import State, refused, same_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,11 +21,11 @@ from merging.keys import is_matrix
 from merging.plan import make_plan
 
 
-def task_vectors(base: dict[str, Tensor], experts: dict[str, dict[str, Tensor]], name: str = MATRIX) -> Tensor:
+def task_vectors(base: State, experts: dict[str, State], name: str = MATRIX) -> Tensor:
     return torch.stack([expert[name].double() - base[name].double() for expert in experts.values()])
 
 
-def around_zero(*taus_MN: Tensor) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+def around_zero(*taus_MN: Tensor) -> tuple[State, dict[str, State]]:
     """A zero base and experts of one matrix in a block."""
     name = "blocks.0.mlp.weight"
     return {name: torch.zeros_like(taus_MN[0])}, {f"e{t}": {name: tau} for t, tau in enumerate(taus_MN)}
@@ -90,11 +90,11 @@ def loss(merged_MN: Tensor, taus_TMN: Tensor) -> Tensor:
     return sum(((merged_MN - tau) @ tau.T).square().sum() / tau.square().sum() for tau in taus_TMN)
 
 
-def update_of(method: str, experts: dict, base: dict, **params: object) -> Tensor:
+def update_of(method: str, experts: dict[str, State], base: State, **params: object) -> Tensor:
     return (merged(method, experts, base, **params)[MATRIX] - base[MATRIX]).double()
 
 
-def family64(seed: int, experts: int = 3) -> tuple[dict, dict]:
+def family64(seed: int, experts: int = 3) -> tuple[State, dict[str, State]]:
     base, states = family(seed, experts)
     return (
         {k: v.double() for k, v in base.items()},
@@ -148,7 +148,8 @@ def test_wudi_direct_of_one_expert_is_that_expert_but_for_the_damping(seed):
 def test_what_wudi_does_to_other_tensors(seed):
     base, experts = family(seed)
     tau_TN = task_vectors(base, experts, "blocks.1.bias")
-    for other, expected_N in (("pretrained", 0 * tau_TN[0]), ("mean", tau_TN.mean(0)), ("sum", tau_TN.sum(0))):
+    updates = {"pretrained": 0 * tau_TN[0], "mean": tau_TN.mean(0), "sum": tau_TN.sum(0)}
+    for other, expected_N in updates.items():
         for method in ("wudi", "optmerge", "swudi"):
             found = merged(method, experts, base, other=other, scale=0.5)["blocks.1.bias"]
             assert torch.allclose(found.double(), base["blocks.1.bias"] + 0.5 * expected_N, atol=1e-6)
@@ -409,7 +410,8 @@ def test_knots_is_its_inner_method_on_all_matrices_in_their_common_basis(seed, c
     base["head"] = torch.zeros(2, 2, dtype=torch.float64)
 
     def rank_one() -> Tensor:
-        return torch.randn(6, 1, generator=generator).double() @ torch.randn(1, 4, generator=generator).double()
+        left, right = torch.randn(6, 1, generator=generator), torch.randn(1, 4, generator=generator)
+        return left.double() @ right.double()
 
     taus = [{name: (i + 1) * rank_one() for i, name in enumerate(names)} for _ in range(count)]
     experts = {
@@ -486,7 +488,7 @@ def test_cosine_basis_of_full_rank_is_the_method_itself_and_has_no_singular_vect
 # --------------------------------------------------------------------------------------- core_space
 
 
-def adapters(seed: int, ranks: tuple[int, ...] = (1, 2)) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+def adapters(seed: int, ranks: tuple[int, ...] = (1, 2)) -> tuple[State, dict[str, State]]:
     """A base, and bare factors for one of its tensors."""
     generator = torch.Generator().manual_seed(seed)
     base = {name: torch.randn(6, 4, generator=generator) for name in ("blocks.0.mlp.weight", "head.weight")}
@@ -500,7 +502,7 @@ def adapters(seed: int, ranks: tuple[int, ...] = (1, 2)) -> tuple[dict[str, Tens
     return base, experts
 
 
-def product(factors: dict[str, Tensor]) -> Tensor:
+def product(factors: State) -> Tensor:
     return factors["blocks.0.mlp.weight.lora_B"] @ factors["blocks.0.mlp.weight.lora_A"]
 
 
@@ -530,24 +532,24 @@ def test_bare_factors_are_experts_of_a_base_in_memory_and_in_files(seed, ranks):
 def test_core_space_merges_in_bases_of_all_factors_which_may_be_any(seed, inner):
     base, experts = adapters(seed, (1, 1, 1))
     lefts, rights = (
-        torch.cat([e[f"blocks.0.mlp.weight.lora_{side}"].double().reshape(-1, 1) for e in experts.values()], 1)
+        torch.stack([e[f"blocks.0.mlp.weight.lora_{side}"].double().flatten() for e in experts.values()], 1)
         for side in "BA"
     )
     # Other bases than those of QR: singular vectors.
     left, right = (torch.linalg.svd(side, full_matrices=False).U for side in (lefts, rights))
-    cores = {
-        name: {"blocks.0.w": (left.T @ product(factors).double() @ right)} for name, factors in experts.items()
-    }
+    cores = {name: {"blocks.0.w": left.T @ product(pair).double() @ right} for name, pair in experts.items()}
     zero = {"blocks.0.w": torch.zeros(3, 3, dtype=torch.float64)}
-    core = merged(inner, cores, zero, scale=0.7, **({"rank": 0.5, "rank_rounding": "ceil"} if inner == "cart" else {}))
     params = {"rank": 0.5} if inner == "cart" else {}
+    rounding = {"rank_rounding": "ceil"} if params else {}
+    core = merged(inner, cores, zero, scale=0.7, **params, **rounding)
     found = merged("core_space", experts, base, inner=inner, scale=0.7, **params)["blocks.0.mlp.weight"]
     expected = base["blocks.0.mlp.weight"] + left @ core["blocks.0.w"] @ right.T
     assert torch.allclose(found.double(), expected, atol=1e-4)
     # Without a base, what is added; the factors themselves are nothing that can be averaged.
     delta = merged("core_space", experts, inner=inner, scale=0.7, **params)
     assert delta.keys() == {"blocks.0.mlp.weight"}
-    assert torch.allclose(delta["blocks.0.mlp.weight"].double(), expected - base["blocks.0.mlp.weight"], atol=1e-4)
+    added = expected - base["blocks.0.mlp.weight"]
+    assert torch.allclose(delta["blocks.0.mlp.weight"].double(), added, atol=1e-4)
     assert merged("average", experts).keys() == experts["e0"].keys()
 
 
@@ -584,9 +586,10 @@ def test_bare_factors_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_the_plan_counts_what_a_method_holds_beside_the_matrices_of_the_smaller_side(tmp_path):
-    for name in ("base", "a", "b"):
-        save_file({"blocks.0.w": torch.zeros(2, 50)}, tmp_path / f"{name}.safetensors")
-    recipe = {"experts": {n: tmp_path / f"{n}.safetensors" for n in "ab"}, "base": tmp_path / "base.safetensors"}
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("base", "a", "b")}
+    recipe = {"experts": {n: files[n] for n in "ab"}, "base": files["base"]}
+    for file in files.values():
+        save_file({"blocks.0.w": torch.zeros(2, 50)}, file)
     peaks = {
         name: make_plan({**recipe, "method": name}).peak_bytes for name in ("cart", "wudi", "doge", "knots")
     }
@@ -594,3 +597,44 @@ def test_the_plan_counts_what_a_method_holds_beside_the_matrices_of_the_smaller_
     assert peaks["doge"] >= peaks["cart"] + 8 * 2 * 2 * 50
     wrapped = make_plan({**recipe, "method": "svc", "params": {"inner": "wudi"}}).peak_bytes
     assert wrapped > peaks["wudi"]
+
+
+# --------------------------------------------------------------------------------------- robust_merge
+
+
+def test_robust_merge_prunes_and_rescales_factors():
+    """By hand: what is below the second smallest of 4 entries goes; of two ratios the smaller is raised, or is not."""
+    name = "blocks.0.mlp.weight"
+    experts = {
+        "a": {
+            f"{name}.lora_A": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+            f"{name}.lora_B": torch.tensor([[1.0, 5.0], [6.0, 7.0]]),
+        },
+        "b": {
+            f"{name}.lora_A": torch.tensor([[8.0, 9.0], [-2.0, 6.0]]),
+            f"{name}.lora_B": torch.tensor([[3.0, 0.0], [0.0, 3.0]]),
+        },
+    }
+    # int(4 * 0.6) = 2: what is at least the second smallest stays. Ratios: a 3/2 and 1, b 1 and 8/6.
+    down = torch.tensor([[0.0, 2.0], [3.0, 4.0]]) + torch.tensor([[8.0, 9.0], [0.0, 6.0]])
+    ratios = {0.6: ([1.5, 1.0], [1.0, 4 / 3]), 0.4: ([1.5, 1.5], [4 / 3, 4 / 3])}
+    ups = torch.tensor([[0.0, 5.0], [6.0, 7.0]]), torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    for att_ratio, (a, b) in ratios.items():
+        a, b = torch.tensor(a), torch.tensor(b)
+        up = (ups[0] * a + ups[1] * b) / (a + b)
+        found = merged("robust_merge", experts, mask_ratio=0.4, att_ratio=att_ratio, scale=0.5)
+        assert torch.allclose(found[name], 0.25 * up @ down)
+    experts["a"] = {
+        key: tensor[:, :1] if key.endswith("B") else tensor[:1] for key, tensor in experts["a"].items()
+    }
+    with refused("robust_merge", "different ranks, [1, 2]", name):
+        merged("robust_merge", experts)
+
+
+@few
+@given(SEEDS)
+def test_robust_merge_of_one_adapter_that_is_not_pruned_is_that_adapter(seed):
+    base, experts = adapters(seed, (2,))
+    found = merged("robust_merge", experts, base, mask_ratio=0.999, scale=1.0)["blocks.0.mlp.weight"]
+    expected = base["blocks.0.mlp.weight"] + product(experts["e0"])
+    assert torch.allclose(found, expected, atol=1e-5)

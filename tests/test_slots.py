@@ -136,7 +136,8 @@ def test_a_changed_view_of_whole_tensors_may_have_another_shape():
     asked = asked[:2]
     assert asked == [(4, 3), (4, 3)] and x.shape == (1, 3)
     assert x.task_vectors.tolist() == [[[101.0] * 3], [[201.0] * 3]]
-    nothing = ChangedView(View(source((4, 3)), "w", (4, 3)), lambda x: x.instead((0, 3), x.base[:0], None), "tensor", False, True)
+    plain, nothing = View(source((4, 3)), "w", (4, 3)), lambda x: x.instead((0, 3), x.base[:0], lambda t: x.base[:0])
+    nothing = ChangedView(plain, nothing, "tensor", reshapes=True)
     assert nothing.elements == 0 and not list(nothing.blocks("element"))
 
 

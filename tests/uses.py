@@ -90,6 +90,7 @@ SPECTRAL: list[Use] = [
     ("iso_c", {}),
     ("iso_cts", {}),
     ("iso_cts", {"common_fraction": 0.3}),
+    ("robust_merge", {}),
     ("opcm", {}),
     ("opcm", {"threshold": 0.2, "keys": "matrices"}),
     ("dc_merge", {"density": 0.2}),

@@ -523,7 +523,7 @@ def method(
     inner_defaults: for a wrapper, defaults of the inner method that differ under it.
     spectral: it decomposes matrices.
     delta: without a base, it merges what bare factors of adapters add.
-    beside(rows, columns, experts): float64 numbers that it holds at once of a matrix, beyond what `Entry.peak_bytes` has.
+    beside(rows, columns, experts): float64 numbers that it holds of a matrix beyond what any does (`Entry.peak_bytes`).
     store: how it is kept for all experts, if it gives the expert of its parameter `task` back.
     """
 

@@ -71,8 +71,9 @@ def core_space(
 ) -> Tensor:
     """base + Q_B * another merge of the cores Q_B^T B_t A_t Q_A * Q_A^T; other tensors: base.
 
-    B_t A_t is what adapter t adds; Q_B and Q_A are orthonormal bases of all columns of B and rows of A. Experts that are
-    no adapters are decomposed. Without a base, the result is what is added. The inner method's parameters stand beside.
+    B_t A_t is what adapter t adds; Q_B and Q_A are orthonormal bases of all columns of B and rows of A. Experts that
+    are no adapters are decomposed. Without a base, the result is what is added. The inner method's parameters stand
+    beside these.
     """
     if not sees(x.name, x.shape, {"keys": keys}):
         return ops.mean(x.experts) if x.base is None else x.base.double()

@@ -63,9 +63,9 @@ def doge(
 ) -> Tensor:
     """base + sum over tasks of l_t * (tau_t + D) where |tau_t| is large, l_t = scale / |tau_t|; other tensors: base.
 
-    D comes from Adam on the sum over tasks and rows of <tau_t, tau_t - sum of l_s (tau_s + D)>^2, with gradients outside
-    of the R / `subspace` leading left directions of all tasks' (R / T each). `density` is the share of entries of a task
-    vector that are kept, of all matrices or each.
+    D comes from Adam on the sum over tasks and rows of <tau_t, tau_t - sum of l_s (tau_s + D)>^2, with gradients
+    outside of the R / `subspace` leading left directions of all tasks' (R / T each). `density` is the share of entries
+    of a task vector that are kept, of all matrices or each.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

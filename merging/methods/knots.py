@@ -60,7 +60,7 @@ def knots(
     threshold: Annotated[float, Ge(0)] = 1e-5,
     keys: Keys = "block_linear",
 ) -> Tensor:
-    """base + U * another merge of the U^T tau_t, U S [V_1 ... V_T]^T the task vectors side by side; other tensors: base.
+    """base + U * another merge of the U^T tau_t, U S [V_1 ... V_T]^T the task vectors side by side; others: base.
 
     Singular values up to `threshold` are left out. The inner method sees all matrices rotated like this, and its
     parameters stand beside these; its `scale` is 0.6 unless it is given. `drop_rate` drops entries of what it sees, as

@@ -39,7 +39,7 @@ def optmerge(
     other: Other = "mean",
     variant: Literal["official", "fusion_bench"] = "official",
 ) -> Tensor:
-    """base + scale * W, W descended from the mean task vector on the sum of |(W - P_k(tau_t)) P_k(tau_t)^T|^2 / |tau_t|^2.
+    """base + scale * W, W descended from the mean on the sum of |(W - P_k(tau_t)) P_k(tau_t)^T|^2 / |tau_t|^2.
 
     k as in tsv_merge. official: SGD with learning rate 1e-4 (`momentum` is its). fusion_bench, the port of the same
     repository, is another algorithm: Adam with 1e-5 from the sum, to P_k(tau_t - mean) + mean instead of P_k(tau_t).

@@ -47,8 +47,9 @@ def swudi(
     """base + scale * (S + (D C^-1 - S) f(C)), from the sum S of task vectors towards the minimum D C^-1 of WUDI's loss.
 
     f is a function of the eigenvalues l of C: 1 - exp(-l * time), l / (l + alpha) (tikhonov) or
-    1 - (1 - 0.9 l / l_max)^iterations (landweber). iwudi takes all N directions (the official code with time 300), swudi
-    the rank * N leading ones, aswudi f = 1 in the ceil((sum of sqrt(l))^2 / sum of l) leading ones. `other` as in wudi.
+    1 - (1 - 0.9 l / l_max)^iterations (landweber). iwudi takes all N directions (the official code with time 300),
+    swudi the rank * N leading ones, aswudi f = 1 in the ceil((sum of sqrt(l))^2 / sum of l) leading ones. `other` as in
+    wudi.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
@@ -73,7 +74,8 @@ def swudi(
                 "tikhonov": lambda: energy_N / (energy_N + alpha),
                 "landweber": lambda: 1 - (1 - _STEP * energy_N / energy_N[0]) ** iterations,
             }[filter]()
-            kept = len(energy_N) if variant == "iwudi" else spectral.rank_of(rank, energy_N.shape, rank_rounding)
+            whole = variant == "iwudi"
+            kept = len(energy_N) if whole else spectral.rank_of(rank, energy_N.shape, rank_rounding)
         step_MK = slope_MN[:, :kept] * (passed_N / energy_N)[:kept]
         return start_MN - step_MK @ q_NN[:, :kept].T
 

@@ -42,7 +42,8 @@ def wudi(
 
     `iterative`: what the optimiser reaches from W = sum of tau_t; stopping early is what regularises. `direct`: the
     exact minimum of the loss with `damping` * (mean eigenvalue of C) * |W|^2 added, C the sum of
-    tau_t^T tau_t / |tau_t|^2. `other` is what the remaining tensors add: nothing, the mean or the sum of the task vectors.
+    tau_t^T tau_t / |tau_t|^2. `other` is what the remaining tensors add: nothing, the mean or the sum of the task
+    vectors.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

@@ -1,0 +1,61 @@
+"""RobustMerge: adapters pruned factor by factor, each direction rescaled by what pruning took from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from annotated_types import Ge, Lt
+
+from merging import operators as ops
+from merging.errors import UserError
+from merging.keys import Keys, is_matrix
+from merging.lazy import torch
+from merging.methods import method
+from merging.slots import Slot
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ratio = Annotated[float, Ge(0), Lt(1)]
+
+
+@method(
+    paper="2502.17159",
+    code="AuroraZengfh/RobustMerge@12128022",
+    reference="pretrained",
+    unit="matrix",
+    delta=True,
+)
+def robust_merge(
+    x: Slot, *, mask_ratio: Ratio = 0.2, att_ratio: Ratio = 0.2, scale: float = 2.0, keys: Keys = "matrices"
+) -> Tensor:
+    """base + B A of LoRA adapters: A = scale * sum of pruned A_t, B = scale * sum of s_t pruned B_t / sum of s_t.
+
+    Of each factor, the entries that are at least as large as the one of rank int((1 - mask_ratio) * size) stay. s_t has
+    a number a direction: the L1 norm of its row of A_t before pruning over that after, but at least what stands at
+    place int((1 - att_ratio) * R) of all R in ascending order. Adapters must have the same rank. What no adapter
+    changes is averaged. The official code writes A and B, here their product is added.
+    """
+    pairs = [x.factors(t) if is_matrix(x.name, x.shape, keys) else None for t in range(len(x.experts))]
+    if not any(pairs):
+        return ops.mean(x.experts)
+    ranks = [pair[1].shape[0] if pair else None for pair in pairs]
+    if len(set(ranks)) > 1:
+        raise UserError(f"robust_merge: adapters of different ranks, {ranks}, for '{x.name}'; give them one rank")
+    up_TMR, down_TRN = (torch.stack(side) for side in zip(*pairs))
+    left_TRN = _pruned(down_TRN, mask_ratio)
+    size_TR = down_TRN.abs().sum(-1) / left_TRN.abs().sum(-1)
+    size_TR = torch.where(left_TRN.any(-1), size_TR, 1.0)  # a direction without entries counts for nothing
+    least = min(int(ranks[0] * (1 - att_ratio)), ranks[0] - 1)
+    size_TR = torch.maximum(size_TR, size_TR.sort(dim=-1).values[:, least, None])
+    up_MR = (_pruned(up_TMR, mask_ratio) * size_TR[:, None]).sum(0) / size_TR.sum(0)
+    added_MN = (scale * up_MR) @ (scale * left_TRN.sum(0))
+    return added_MN if x.base is None else x.base.double() + added_MN
+
+
+def _pruned(factors_TAB: Tensor, ratio: float) -> Tensor:
+    """The factors of all adapters without the small entries of each."""
+    size_TE = factors_TAB.abs().flatten(1)
+    kth = max(1, int(size_TE.shape[1] * (1 - ratio)))
+    least_T = size_TE.kthvalue(kth, dim=1).values
+    return factors_TAB * (factors_TAB.abs() >= least_T[:, None, None])
