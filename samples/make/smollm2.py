@@ -22,11 +22,11 @@ def write_base(out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def save(model, out: Path) -> None:
-    """With the access rights that other files of the user have: safetensors takes all others' away."""
-    model.save_pretrained(out)
+def save(model, out: Path, **options: object) -> None:
+    """With the access rights that the folder has: safetensors lets only the owner read."""
+    model.save_pretrained(out, **options)
     for path in out.glob("*.safetensors"):
-        path.chmod((out.stat().st_mode & 0o666))
+        path.chmod(out.stat().st_mode & 0o666)
 
 
 def _packaged() -> Path:
