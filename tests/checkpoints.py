@@ -101,7 +101,7 @@ def gathered(method: str, experts: Mapping[str, State], params: Mapping[str, Any
     found: dict[str, Any] = {}
     for kind in kinds:
         if kind == "instruction":  # one for all: a further expert
-            found[kind] = {name: tensor * 1.5 for name, tensor in next(iter(experts.values())).items()}
+            found[kind] = {name: tensor * 1.5 for name, tensor in experts[min(experts)].items()}
         else:
             found[kind] = [_STATISTICS[kind](state) for state in experts.values()]
     return found

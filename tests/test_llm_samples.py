@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 SAMPLES = Path(__file__).parent.parent / "samples"
-DATA, TASKS = SAMPLES / "llm" / "data", SAMPLES / "llm" / "tasks"
+TASKS = SAMPLES / "llm" / "tasks"
+DATA = TASKS / "data"
 SKILLS = ("lexicon", "record", "backwards", "kinds")
 SIZES = {"validation": 40, "test": 120}
 

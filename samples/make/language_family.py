@@ -14,7 +14,7 @@ from make.language_tuning import accuracy, batches, train
 from make.skills import SPLITS, Example
 from make.smollm2 import save
 
-DATA = Path(__file__).parent.parent / "llm" / "data"
+DATA = Path(__file__).parent.parent / "llm" / "tasks" / "data"
 _LORA_RANK, _LORA_ALPHA = 16, 32
 _LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
