@@ -13,15 +13,16 @@ from tasks.params import load_params, raw_params
 REPOSITORY = Path(__file__).parent.parent
 
 
-@pytest.fixture(params=["files", "uris"])
+@pytest.fixture(params=["files", "uris", "language"])
 def project(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A DVC project of this repository's params.yaml and dvc.yaml, as they are or with some items by URI."""
+    """A DVC project of this repository's params.yaml and dvc.yaml, as they are or with some items by URI; or samples/llm's."""
     from dvc.repo import Repo
     from ruamel.yaml import YAML
 
-    shutil.copy(REPOSITORY / "dvc.yaml", tmp_path)
+    source = REPOSITORY / "samples" / "llm" if request.param == "language" else REPOSITORY
+    (tmp_path / "dvc.yaml").write_text((source / "dvc.yaml").read_text().replace("code: ../..", "code: ."))
     yaml = YAML()
-    params = yaml.load(REPOSITORY / "params.yaml")
+    params = yaml.load(source / "params.yaml")
     if request.param == "uris":
         for section, scheme in (("checkpoints", "hf://org/"), ("datasets", "torchvision://")):
             for name in ("digits", "shapes"):
@@ -122,9 +123,10 @@ def test_every_source_that_a_stage_depends_on_exists():
         assert all(Path(dep).exists() for dep in stage.deps if dep.startswith(str(REPOSITORY))), stage.name
 
 
-def test_every_parameter_is_watched_by_a_stage():
+@pytest.mark.parametrize("file", ["params.yaml", "samples/llm/params.yaml"])
+def test_every_parameter_is_watched_by_a_stage(file):
     """A key of params.yaml that no stage records could change without anything running again."""
-    found = stages(load_params(REPOSITORY / "params.yaml"))
+    found = stages(load_params(REPOSITORY / file))
     watched = {key.split(".")[0] for stage in found for key in stage.params}
     # The device changes where, not what; gates are judged at registration.
-    assert set(raw_params(REPOSITORY / "params.yaml")) - watched == {"device", "gates"}
+    assert set(raw_params(REPOSITORY / file)) - watched == {"device", "gates"}

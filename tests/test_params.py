@@ -146,3 +146,44 @@ def test_no_text(tmp_path):
     (tmp_path / "params.yaml").write_bytes(b"name: \xff")
     with refused("params.yaml:1: not valid YAML"):
         load_params(tmp_path / "params.yaml")
+
+
+LANGUAGE = """\
+name: small
+checkpoints:
+  layout: as_is
+  files: {base: in/base, maths: in/maths, code: in/code}
+  uris: {}
+base: base
+experts: [maths, code]
+language:
+  tasks: tasks
+  suites:
+    maths: [sums, roots]
+    other: [code, facts]
+  perplexity: [prose]
+merges:
+  soup: {method: average}
+seed: 7
+"""
+
+
+def test_language_models_are_measured_on_suites(tmp_path):
+    (tmp_path / "params.yaml").write_text(LANGUAGE)
+    params = load_params(tmp_path / "params.yaml")
+    assert params.tasks == ["sums", "roots", "code", "facts"]
+    # An expert's tasks are those of the suite of its name, or else the task of its name.
+    assert params.owners == {"sums": "maths", "roots": "maths", "code": "code"}
+
+
+@pytest.mark.parametrize(("old", "new", "line", "parts"), [
+    ("language:\n", "suite: s.yaml\nlanguage:\n", 9, ["image models with datasets and suite"]),
+    ("  perplexity: [prose]", "  perplexities: [prose]", 13, ["perplexities", "perplexity"]),
+    ("    maths: [sums, roots]", "    maths: []", 11, ["maths"]),
+    ("  tasks: tasks\n", "", 8, ["tasks"]),
+])  # fmt: skip
+def test_a_mistake_in_language_is_blamed_by_line(old, new, line, parts, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text(LANGUAGE.replace(old, new, 1))
+    with refused(f"{path}:{line}: ", *parts):
+        load_params(path)
