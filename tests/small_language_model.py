@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 WORDS = [f"w{i}" for i in range(40)]
-TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, "The", "capital", "of", "France", "is", "Paris,", "and", "2", "+", "=", "4."]  # fmt: skip
+TOKENS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, *"The capital of France is Paris, and 2 + = 4.".split()]
 
 
 def save_tokenizer(folder: Path, tokens: list[str] = TOKENS) -> None:
@@ -36,9 +36,10 @@ def save_model(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    others = {"num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
     settings = LlamaConfig(
-        vocab_size=len(tokens), **{**sizes, "num_key_value_heads": 2, "tie_word_embeddings": True, **config},
+        vocab_size=len(tokens), **{**sizes, **others, **config},
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(settings).to(dtype)
