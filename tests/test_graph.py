@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(params=["files", "uris", "language"])
 def project(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A DVC project of the repository's params.yaml and dvc.yaml, as they are or with items by URI, or of samples/llm."""
+    """A DVC project of params.yaml and dvc.yaml as they are, with some items by URI, or of samples/llm's."""
     from dvc.repo import Repo
     from ruamel.yaml import YAML
 
