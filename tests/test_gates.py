@@ -106,3 +106,24 @@ def test_what_cannot_be_compared_fails_only_the_gates_that_compare():
 def test_malformed_gates_are_refused(gates):
     with pytest.raises(ValidationError):
         Gates(**gates)
+
+
+@pytest.mark.parametrize("check", ["finite", "round_trip", "generates"])
+def test_a_language_model_must_work(check):
+    checks = {"finite": True, "round_trip": True, "generates": True}
+    assert finding("works", {}, row={**ROW, "checks": checks}).passed
+    broken = verdict({}, row={**ROW, "checks": {**checks, check: False}})
+    assert not broken.passed
+    assert [f.gate for f in verdict({}).findings] == ["reload", "finite"]  # of image models it is not asked
+
+
+@pytest.mark.parametrize(("value", "passes"), [(15.0, True), (15.1, False), (float("nan"), False)])
+def test_perplexity_may_grow_by_a_factor(value, passes):
+    base = Checks(base_perplexity={"prose": 10.0, "news": 20.0})
+    row = {**ROW, "perplexity": {"prose": {"value": value}, "news": {"value": 21.0}}}
+    found = finding("largest_perplexity_ratio", {"largest_perplexity_ratio": 1.5}, row=row, checks=base)
+    assert found.passed is passes and "prose" in found.sentence and "1.500" in found.sentence
+
+
+def test_a_perplexity_that_was_not_measured_does_not_pass():
+    assert not finding("largest_perplexity_ratio", {"largest_perplexity_ratio": 1.5}).passed
