@@ -164,7 +164,7 @@ def test_a_family_of_one_step_merges_and_is_scored(tmp_path, loaded):
     tiny_base(base)
     for task in EXPERTS:
         write_expert(task, base, tmp_path / task, steps=1)
-    config = json.loads((tmp_path / "lexicon" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "kinds" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (16, 32, "../base")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "record"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
