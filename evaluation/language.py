@@ -83,8 +83,8 @@ class LanguageEvaluator:
         UserError: a task that is not known, or one that cannot be loaded.
     """
 
-    def __init__(self, language: Language, device: str = "cpu", seed: int = 0):
-        self.language, self.device = language, device
+    def __init__(self, language: Language, seed: int = 0):
+        self.language = language
         _be_quiet()
         self._tasks: dict[Split, dict[str, Task]] = {
             split: _load_tasks(language, split, seed) for split in ("val", "test")
