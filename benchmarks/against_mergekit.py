@@ -2,9 +2,10 @@
 
     python against_mergekit.py --inputs DATA/llama --peer PEERS/mergekit
     python against_mergekit.py ... --methods ties slerp --threads 1 --repeats 3
+    python against_mergekit.py --inputs FAMILY ... --results smollm2 --methods linear ties    # another family
 
-Writes results/mergekit.json (cost by job, side and threads) and results/mergekit_outputs.json (how outputs
-differ). The job `help` is what `--help` costs: the start of the program.
+A family is a folder with base and expert0, expert1, ... . Writes results/NAME.json (cost by job, side and threads) and
+results/NAME_outputs.json (how outputs differ). The job `help` is what `--help` costs: the start of the program.
 """
 
 from __future__ import annotations
@@ -67,12 +68,16 @@ JOBS = {
 }  # fmt: skip
 
 
+def experts_of(job: Job, family: Path) -> list[Path]:
+    """The experts of a job: fewer, where the family has fewer."""
+    return sorted(family.glob("expert*"))[: job.inputs]
+
+
 def configuration(job: Job, family: Path) -> str:
     """mergekit's configuration (JSON, which is YAML)."""
     models: list[dict[str, Any]] = [{"model": str(family / "base")}] if job.base == "input" else []
-    for i in range(job.inputs):
-        entry: dict[str, Any] = {"model": str(family / f"expert{i}")}
-        models.append(entry | ({"parameters": job.peer} if job.peer else {}))
+    for expert in experts_of(job, family):
+        models.append({"model": str(expert)} | ({"parameters": job.peer} if job.peer else {}))
     whole: dict[str, Any] = {"merge_method": job.method, "models": models, "dtype": "bfloat16"}
     if job.base:
         whole["base_model"] = str(family / "base")
@@ -102,8 +107,7 @@ def written(job: Job, family: Path, out: Path) -> Path:
 def run_own(job: Job, family: Path, out: Path, threads: int | None) -> Cost:
     """Run Mergeline's own way of the method."""
     shutil.rmtree(out, ignore_errors=True)
-    experts = [family / f"expert{i}" for i in range(job.inputs)]
-    command = merge_command(job.method, experts, out, base=family / "base", threads=threads, **job.own)
+    command = merge_command(job.method, experts_of(job, family), out, base=family / "base", threads=threads, **job.own)
     return run([*command, "--dtype", "bfloat16"], threads=threads)
 
 
@@ -116,8 +120,7 @@ def compare(name: str, job: Job, family: Path, folder: Path) -> dict[str, Any]:
     elif theirs.exists() and ours.exists():
         row |= asdict(difference(theirs, ours, family / "base"))
     if name == "karcher":
-        experts = [family / f"expert{i}" for i in range(job.inputs)]
-        errors = {out.name: karcher_error(experts, out) for out in (theirs, ours) if out.exists()}
+        errors = {out.name: karcher_error(experts_of(job, family), out) for out in (theirs, ours) if out.exists()}
         row |= {f"error_{side}": error for side, error in errors.items()}
     return row
 
@@ -138,12 +141,12 @@ def bench(a: argparse.Namespace, name: str) -> None:
             costs = alternate(sides, a.repeats)
             label = threads or "default"
             rows = [{"job": name, "side": s, "threads": label, **figures(c)} for s, c in costs.items()]
-            save("mergekit", rows, ("job", "side", "threads"))
+            save(a.results, rows, ("job", "side", "threads"))
             for side, cost in costs.items():
                 print(table_row(name, side, label, cost), flush=True)
         found = compare(name, job, a.inputs, folder)
         if len(found) > 1:
-            save("mergekit_outputs", [found], ("job",))
+            save(f"{a.results}_outputs", [found], ("job",))
             print(f"  {found}", flush=True)
 
 
@@ -155,7 +158,7 @@ def bench_help(a: argparse.Namespace) -> None:
     }
     costs = alternate({side: partial(run, commands[side]) for side in a.sides}, max(3, a.repeats))
     rows = [{"job": "help", "side": side, "threads": 1, **figures(cost)} for side, cost in costs.items()]
-    save("mergekit", rows, ("job", "side", "threads"))
+    save(a.results, rows, ("job", "side", "threads"))
     for side, cost in costs.items():
         print(table_row("help", side, 1, cost), flush=True)
 
@@ -185,6 +188,7 @@ def main() -> None:
         "--threads", nargs="+", type=int, default=[1, 0], help="OMP_NUM_THREADS; 0: the library's default"
     )
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--results", default="mergekit", help="the name of the results' files")
     a = parser.parse_args()
     a.threads = [threads or None for threads in a.threads]
     a.inputs, a.peer = a.inputs.resolve(), a.peer.absolute()
