@@ -73,12 +73,14 @@ def experts_of(job: Job, family: Path) -> list[Path]:
     return sorted(family.glob("expert*"))[: job.inputs]
 
 
-def configuration(job: Job, family: Path) -> str:
-    """mergekit's configuration (JSON, which is YAML)."""
+def configuration(job: Job, family: Path, arithmetic: str) -> str:
+    """mergekit's configuration (JSON, which is YAML); arithmetic: the dtype that mergekit computes in."""
     models: list[dict[str, Any]] = [{"model": str(family / "base")}] if job.base == "input" else []
     for expert in experts_of(job, family):
         models.append({"model": str(expert)} | ({"parameters": job.peer} if job.peer else {}))
-    whole: dict[str, Any] = {"merge_method": job.method, "models": models, "dtype": "bfloat16"}
+    whole: dict[str, Any] = {"merge_method": job.method, "models": models, "dtype": arithmetic}
+    if arithmetic != "bfloat16":
+        whole["out_dtype"] = "bfloat16"
     if job.base:
         whole["base_model"] = str(family / "base")
     if job.whole:
@@ -86,21 +88,21 @@ def configuration(job: Job, family: Path) -> str:
     return json.dumps(whole, indent=1)
 
 
-def run_peer(job: Job, family: Path, peer: Path, out: Path, threads: int | None) -> Cost:
-    return run([peer / "bin" / "mergekit-yaml", written(job, family, out), out], threads=threads)
+def run_peer(a: argparse.Namespace, job: Job, out: Path, threads: int | None) -> Cost:
+    return run([a.peer / "bin" / "mergekit-yaml", written(a, job, out), out], threads=threads)
 
 
-def run_ours(job: Job, family: Path, out: Path, threads: int | None) -> Cost:
+def run_ours(a: argparse.Namespace, job: Job, out: Path, threads: int | None) -> Cost:
     workers = ["--workers", str(threads)] if threads else []
-    recipe = written(job, family, out)
+    recipe = written(a, job, out)
     return run([find_mergeline(), "merge", "--recipe", recipe, "--out", out, *workers], threads=threads)
 
 
-def written(job: Job, family: Path, out: Path) -> Path:
+def written(a: argparse.Namespace, job: Job, out: Path) -> Path:
     """The configuration's file, beside an output that is not there yet."""
     shutil.rmtree(out, ignore_errors=True)
     config = out.with_suffix(".yml")
-    config.write_text(configuration(job, family))
+    config.write_text(configuration(job, a.inputs, a.arithmetic))
     return config
 
 
@@ -133,9 +135,9 @@ def bench(a: argparse.Namespace, name: str) -> None:
         for threads in a.threads:
             sides = {}
             if "mergekit" in a.sides:
-                sides["mergekit"] = partial(run_peer, job, a.inputs, a.peer, folder / "mergekit", threads)
+                sides["mergekit"] = partial(run_peer, a, job, folder / "mergekit", threads)
             if "mergeline" in a.sides:
-                sides["mergeline"] = partial(run_ours, job, a.inputs, folder / "mergeline", threads)
+                sides["mergeline"] = partial(run_ours, a, job, folder / "mergeline", threads)
                 if job.own is not None:
                     sides["mergeline default"] = partial(run_own, job, a.inputs, folder / "default", threads)
             costs = alternate(sides, a.repeats)
@@ -188,6 +190,10 @@ def main() -> None:
         "--threads", nargs="+", type=int, default=[1, 0], help="OMP_NUM_THREADS; 0: the library's default"
     )
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument(
+        "--arithmetic", choices=["bfloat16", "float32"], default="bfloat16",
+        help="what mergekit computes in; Mergeline computes in float32 or float64 and rounds once",
+    )  # fmt: skip
     parser.add_argument("--results", default="mergekit", help="the name of the results' files")
     a = parser.parse_args()
     a.threads = [threads or None for threads in a.threads]

@@ -36,13 +36,14 @@ class Difference:
     """How far b is from a.
 
     ulps: the largest distance, counted in representable numbers of the dtype. apart: the share of elements
-    that are not the same. relative: ||b - a|| / ||a|| over all tensors (Frobenius). update: the same of the
+    that are not the same; beyond: more than one such number apart. relative: ||b - a|| / ||a|| over all tensors (Frobenius). update: the same of the
     updates from the base, ||b - a|| / ||a - base||, if a base was given. largest: the largest absolute
     difference.
     """
 
     ulps: int
     apart: float
+    beyond: float
     relative: float
     update: float | None
     largest: float
@@ -54,7 +55,7 @@ def difference(a: Path, b: Path, base: Path | None = None) -> Difference:
     origin = Tensors(base) if base else None
     if set(left.names()) != set(right.names()):
         raise ValueError(f"different tensors: {sorted(set(left.names()) ^ set(right.names()))[:5]}")
-    ulps = apart = elements = 0
+    ulps = apart = beyond = elements = 0
     squares = norm = moved = largest = 0.0
     for name in left.names():
         x, y = left[name], right[name]
@@ -65,6 +66,7 @@ def difference(a: Path, b: Path, base: Path | None = None) -> Difference:
         distance = (_ordinal(x) - _ordinal(y)).abs_()
         ulps = max(ulps, int(distance.max()))
         apart += int(distance.count_nonzero())
+        beyond += int((distance > 1).count_nonzero())
         elements += x.numel()
         x64 = x.double()
         delta = y.double().sub_(x64)
@@ -74,7 +76,7 @@ def difference(a: Path, b: Path, base: Path | None = None) -> Difference:
         if origin:
             moved += float(x64.sub_(origin[name]).square().sum())
     update = math.sqrt(squares / moved) if moved else None
-    return Difference(ulps, apart / elements, math.sqrt(squares / norm), update, largest)
+    return Difference(ulps, apart / elements, beyond / elements, math.sqrt(squares / norm), update, largest)
 
 
 def _ordinal(x: Tensor) -> Tensor:

@@ -6,13 +6,16 @@ python write_results.py
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from measure import HERE, RESULTS, load, table
 
 GB_IN_MIB = 1e9 / 2**20
+LARGE = ["shape", "layers", "job", "workers", "gb_read", "mb_per_s", "cpu_s", "wall_s", "peak_mib", "failed"]
+PLANS = ["shape", "job", "billions", "bytes_read", "bytes_written", "peak_bytes", "seconds"]
+STORES = ["store", "params", "once", "expert", "checkpoint", "ratio", "accuracy", "kept"]
 
 
 class Figures:
@@ -123,15 +126,22 @@ def costs(name: str) -> str:
     return table(header, [[row.get(key) for key in keys] for row in rows])
 
 
-def outputs() -> str:
-    """How outputs differ from the peers'."""
-    header = ["job", "peer", "largest, ulps", "elements apart", "relative", "relative to the update", "note"]
-    keys = ["ulps", "apart", "relative", "update", "note"]
-    peers = {
-        "mergekit": "mergekit_outputs",
-        "FusionBench": "fusion_bench_outputs",
-        "plain loop": "cart_outputs",
-    }
+def side_by_side(name: str, peer: str, jobs: Sequence[str] = ()) -> str:
+    """One thread: what each side needs, and how many times less Mergeline does; without jobs, all."""
+    figures, lines = Figures(name), []
+    for job in jobs or sorted({row["job"] for row in figures.rows}):
+        cost = [figures.get(job, side) for side in (peer, "mergeline")]
+        peak = [figures.get(job, side, "peak_mib") for side in (peer, "mergeline")]
+        ratios = [f"{a / b:.3g}×" if a and b else None for a, b in (cost, peak)]
+        lines.append([job, *cost, ratios[0], *peak, ratios[1]])
+    return table(["job", f"{peer}, CPU-s", "Mergeline", "ratio", f"{peer}, MiB", "Mergeline", "ratio"], lines)
+
+
+def outputs(peers: Mapping[str, str]) -> str:
+    """How outputs differ from the peers': name -> results file."""
+    header = ["job", "peer", "largest, ulps", "elements apart", "by more than 1 ulp", "relative",
+              "relative to the update", "note"]  # fmt: skip
+    keys = ["ulps", "apart", "beyond", "relative", "update", "note"]
     rows = [[row["job"], peer, *map(row.get, keys)] for peer, name in peers.items() for row in load(name)]
     return table(header, rows)
 
@@ -168,24 +178,44 @@ def document() -> str:
         table(["job", "peer", "target", "Mergeline", "ratio", "reached"], [row.cells() for row in targets()]),
         "## Against mergekit 0.1.5",
         "Llama of 340 M parameters, bf16, base and four experts.",
-        costs("mergekit"),
+        side_by_side("mergekit", "mergekit"),
         "## Against FusionBench 0.2.33",
         "Eight CLIP ViT-B/32 vision towers, fp32.",
-        costs("fusion_bench"),
+        side_by_side("fusion_bench", "fusion_bench"),
         "## Against the plain loop of CART",
         costs("cart"),
         "## How outputs differ from the peers'",
         "In representable numbers of the output's dtype (bf16 for mergekit, fp32 for the others), and\n"
         "relative in the Frobenius norm. A small number next to 0 is many ulps from it, so read `relative` first.",
-        outputs(),
+        outputs(
+            {"mergekit": "mergekit_outputs", "FusionBench": "fusion_bench_outputs", "plain loop": "cart_outputs"}
+        ),
+        "## Parity on SmolLM2-135M",
+        "The base and three full fine-tunes of `samples/make_llm.py`, in bf16. mergekit computes in the dtype of its\n"
+        "configuration, bfloat16 here and float32 with `out_dtype: bfloat16` below; Mergeline rounds once either way.",
+        outputs({"mergekit in bfloat16": "smollm2_outputs", "mergekit in float32": "smollm2_float32_outputs"}),
         "## How cost grows",
         "![CPU-seconds by bytes read](plots/cost_by_size.png)\n"
         "![Memory by experts](plots/memory_by_experts.png)",
         table(growth, [[row.get(key) for key in growth] for row in load("growth")]),
+        "## Larger than memory",
+        "Base and four experts, bf16, shards of 1 GiB, under `--memory 4GiB`, files out of the page cache before each\n"
+        "run. `cat` reads the same files; a merge also writes a fifth of that.",
+        table(LARGE, [[row.get(key) for key in LARGE] for row in load("large")]),
+        "What `mergeline plan` says of larger ones, for one core: [docs/scale.md](../docs/scale.md) reads it.",
+        table(PLANS, [[row.get(key) for key in PLANS] for row in load("large_plans")]),
+        "## Compressed stores",
+        "The eight experts of the sample family in one file; each is taken out again and scored on its own test split.\n"
+        "`ratio`: bytes of the store over those of eight checkpoints; `kept`: of the experts' accuracy.",
+        "![Accuracy by bytes of the stores](plots/stores.png)",
+        table(STORES, [[row.get(key) for key in STORES] for row in load("stores")]),
         "## On an accelerator",
         accelerator(),
         "## Limits of the machine",
         table(["limit, of one CPU", "value"], [[row["limit"], row["value"]] for row in load("limits")]),
+        "## Every run",
+        costs("mergekit"),
+        costs("fusion_bench"),
         "## Machine",
         machines(),
     ]
