@@ -257,8 +257,8 @@ def _refuse_another_base(base: Checkpoint, path: Path, config: Mapping[str, Any]
     named = isinstance(wanted, str) and hub_id(f"hf://{wanted}") == wanted and not wanted.startswith(".")
     if known and named and wanted.lower() != known.lower():
         raise UserError(
-            f"{path}: the adapter was trained on '{wanted}', the base is '{known}'; name that base, or, if they are "
-            "the same, correct base_model_name_or_path"
+            f"{path}: the adapter was trained on '{wanted}', the base is '{known}'; name that base, or, if it is a "
+            "copy of this one, write this one's name into base_model_name_or_path"
         )
 
 

@@ -68,7 +68,10 @@ def pickle_alone(folder: Path) -> None:
 
 # What is done to the expert `bad`, and what the line must say.
 BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
-    "another vocabulary without a tokenizer": (more_tokens, [f"'bad' {len(TOKENS) + 1} rows", "it has no tokenizer.json", "put it"]),
+    "another vocabulary without a tokenizer": (
+        more_tokens,
+        [f"'bad' {len(TOKENS) + 1} rows", "it has no tokenizer.json", "put it beside the weights"],
+    ),
     "a missing shard": (a_missing_shard, ["'model-00002-of-00002.safetensors', which is missing", "download it again"]),
     "another model type": (
         lambda folder: edit_json(folder / CONFIG, model_type="qwen2"),
@@ -85,8 +88,8 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         lambda folder: packed(folder, "bitsandbytes", None, "weight.absmax", "weight.quant_map"),
         ["bad: is quantised", "weight.absmax", "merge the float16 or wider model"],
     ),
-    "bitsandbytes in 8 bits": (lambda folder: packed(folder, "bitsandbytes", None, "SCB"), ["bad: is quantised", "SCB"]),
-    "GPTQ": (lambda folder: packed(folder, "gptq", "qweight", "qzeros", "g_idx", "scales"), ["is quantised", "qweight"]),
+    "bitsandbytes in 8 bits": (lambda folder: packed(folder, "bitsandbytes", None, "SCB"), ["is quantised", "SCB"]),
+    "GPTQ": (lambda folder: packed(folder, "gptq", "qweight", "qzeros", "scales"), ["is quantised", "qweight"]),
     "AWQ": (lambda folder: packed(folder, "awq", "qweight", "qzeros", "scales"), ["is quantised", "qweight"]),
     "HQQ": (lambda folder: packed(folder, "hqq", "W_q", "scale", "zero"), ["is quantised", "hqq in config.json"]),
     "GGUF": (gguf_alone, ["model.Q4_K_M.gguf", "GGUF weights are quantised", "take the original ones"]),

@@ -61,7 +61,11 @@ def test_what_is_right_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "file",
-    ["params.yaml", "samples/llm/params.yaml", *(f"examples/{p.name}" for p in (REPOSITORY / "examples").glob("*.yaml"))],
+    [
+        "params.yaml",
+        "samples/llm/params.yaml",
+        *(f"examples/{p.name}" for p in (REPOSITORY / "examples").glob("*.yaml")),
+    ],
 )
 def test_the_files_of_the_repository_are_right(file):
     if not file.endswith(".suite.yaml"):
