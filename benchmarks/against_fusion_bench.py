@@ -31,6 +31,10 @@ from measure import (
 JOBS: dict[str, dict[str, Any]] = {
     "iso_c": {"scale": 1.0},
     "tsv_merge": {"scale": 1.0},
+    "iso_cts": {"scale": 1.0, "common_fraction": 0.8},
+    "average": {},
+    "task_arithmetic": {"scale": 0.3},
+    "magmax": {"scale": 0.5},
     "ties": {"scale": 0.3, "density": 0.2, "reduce": "sum"},
 }
 SWEEPS = {"tsv_merge": {"scale": [1.0, 0.7, 1.3]}}
@@ -102,7 +106,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, required=True, help="FusionBench's virtual environment")
     parser.add_argument("--work", type=Path, help="where outputs go for a while (default: the system's)")
     parser.add_argument(
-        "--methods", nargs="+", choices=JOBS, default=["iso_c", "tsv_merge"], metavar="METHOD"
+        "--methods", nargs="+", choices=JOBS, default=[job for job in JOBS if job != "ties"], metavar="METHOD"
     )
     parser.add_argument("--sides", nargs="+", default=["fusion_bench", "mergeline"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 0], help="0: the library's default")

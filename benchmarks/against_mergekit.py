@@ -1,10 +1,11 @@
-"""Mergeline beside mergekit: the same merges of a Llama-shaped family (bf16), in turns, whole processes.
+"""Mergeline beside mergekit: the same merges of a Llama-shaped family (bf16), in turns, whole processes, one configuration.
 
     python against_mergekit.py --inputs DATA/llama --peer PEERS/mergekit
     python against_mergekit.py ... --methods ties slerp --threads 1 --repeats 3
+    python against_mergekit.py --inputs FAMILY ... --results smollm2 --methods linear ties    # another family
 
-Writes results/mergekit.json (cost by job, side and threads) and results/mergekit_outputs.json (how outputs
-differ). The job `help` is what `--help` costs: the start of the program.
+A family is a folder with base and expert0, expert1, ... . Writes results/NAME.json (cost by job, side and threads) and
+results/NAME_outputs.json (how outputs differ). The job `help` is what `--help` costs: the start of the program.
 """
 
 from __future__ import annotations
@@ -27,84 +28,86 @@ WEIGHT = 0.3
 
 @dataclass(frozen=True)
 class Job:
-    """One merge as both sides spell it.
+    """One merge: a configuration of mergekit, which Mergeline runs as it is.
 
-    peer: mergekit's parameters of every expert; peer_global: of the whole merge. ours: Mergeline's
-    parameters, chosen to compute the same; default: Mergeline's own way of the method, measured as well.
+    peer: the parameters of every expert; whole: of the merge. own: Mergeline's own way of the method, measured as well.
     inputs: how many experts; base: as a reference, or (slerp) as the first of the inputs, or (None) not at
     all. random: outputs cannot be compared element by element.
     """
 
-    peer_name: str
     method: str
-    ours: dict[str, Any] = field(default_factory=dict)
     peer: dict[str, Any] = field(default_factory=dict)
-    peer_global: dict[str, Any] = field(default_factory=dict)
-    default: dict[str, Any] | None = None
+    whole: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] | None = None
     inputs: int = 4
     base: str | None = "reference"
     random: bool = False
 
 
-_WEIGHTS = [WEIGHT] * 4
 JOBS = {
-    "linear": Job("linear", "linear", {"weights": _WEIGHTS}, {"weight": WEIGHT}, base=None),
-    "task_arithmetic": Job("task_arithmetic", "task_arithmetic", {"scale": WEIGHT}, {"weight": WEIGHT}),
-    "ties": Job(
-        "ties", "ties", {"variant": "mergekit", "density": 0.2, "weights": _WEIGHTS},
-        {"weight": WEIGHT, "density": 0.2}, default={"density": 0.2},
-    ),
-    "breadcrumbs": Job(
-        "breadcrumbs", "breadcrumbs",
-        {"variant": "mergekit", "scope": "tensor", "density": 0.85, "outlier_rate": 0.01, "weights": _WEIGHTS,
-         "scale": 1.0},
-        {"weight": WEIGHT, "density": 0.85, "gamma": 0.01},
-    ),
-    "sce": Job("sce", "sce", {"density": 0.2}, peer_global={"select_topk": 0.2}),
+    "linear": Job("linear", {"weight": WEIGHT}, base=None),
+    "task_arithmetic": Job("task_arithmetic", {"weight": WEIGHT}),
+    "ties": Job("ties", {"weight": WEIGHT, "density": 0.2}, own={"density": 0.2}),
+    "breadcrumbs": Job("breadcrumbs", {"weight": WEIGHT, "density": 0.85, "gamma": 0.01}),
+    "sce": Job("sce", whole={"select_topk": 0.2}),
     "della": Job(
-        "della", "della",
-        {"variant": "mergekit", "density": 0.5, "epsilon": 0.1, "weights": _WEIGHTS, "scale": 1.0},
-        {"weight": WEIGHT, "density": 0.5, "epsilon": 0.1}, random=True,
-        default={"density": 0.5, "epsilon": 0.1, "weights": _WEIGHTS, "scale": 1.0},
+        "della", {"weight": WEIGHT, "density": 0.5, "epsilon": 0.1}, random=True,
+        own={"density": 0.5, "epsilon": 0.1, "weights": [WEIGHT] * 4, "scale": 1.0},
     ),
-    "dare": Job(
-        "dare_linear", "dare", {"variant": "mergekit", "drop_rate": 0.5, "scale": WEIGHT},
-        {"weight": WEIGHT, "density": 0.5}, random=True,
-    ),
-    "slerp": Job("slerp", "slerp", {"t": 0.4}, peer_global={"t": 0.4}, inputs=1, base="input"),
-    "karcher": Job("karcher", "karcher", base=None),
-    "model_stock": Job("model_stock", "model_stock", {"variant": "mergekit"}),
+    "dare": Job("dare_linear", {"weight": WEIGHT, "density": 0.5}, random=True),
+    "slerp": Job("slerp", whole={"t": 0.4}, inputs=1, base="input"),
+    "karcher": Job("karcher", base=None),
+    "model_stock": Job("model_stock"),
+    "dare_ties": Job("dare_ties", {"weight": WEIGHT, "density": 0.5}, random=True),
+    "breadcrumbs_ties": Job("breadcrumbs_ties", {"weight": WEIGHT, "density": 0.85, "gamma": 0.01}),
+    "nuslerp": Job("nuslerp", {"weight": 1.0}, inputs=2),
+    "multislerp": Job("multislerp", {"weight": 1.0}),
+    "nearswap": Job("nearswap", whole={"t": 3e-4}, inputs=1),
+    "arcee_fusion": Job("arcee_fusion", inputs=1),
+    "ram": Job("ram", whole={"epsilon": 5e-4}),
 }  # fmt: skip
+
+
+def experts_of(job: Job, family: Path) -> list[Path]:
+    """The experts of a job: fewer, where the family has fewer."""
+    return sorted(family.glob("expert*"))[: job.inputs]
 
 
 def configuration(job: Job, family: Path) -> str:
     """mergekit's configuration (JSON, which is YAML)."""
     models: list[dict[str, Any]] = [{"model": str(family / "base")}] if job.base == "input" else []
-    for i in range(job.inputs):
-        entry: dict[str, Any] = {"model": str(family / f"expert{i}")}
-        models.append(entry | ({"parameters": job.peer} if job.peer else {}))
-    whole: dict[str, Any] = {"merge_method": job.peer_name, "models": models, "dtype": "bfloat16"}
+    for expert in experts_of(job, family):
+        models.append({"model": str(expert)} | ({"parameters": job.peer} if job.peer else {}))
+    whole: dict[str, Any] = {"merge_method": job.method, "models": models, "dtype": "bfloat16"}
     if job.base:
         whole["base_model"] = str(family / "base")
-    if job.peer_global:
-        whole["parameters"] = job.peer_global
+    if job.whole:
+        whole["parameters"] = job.whole
     return json.dumps(whole, indent=1)
 
 
 def run_peer(job: Job, family: Path, peer: Path, out: Path, threads: int | None) -> Cost:
+    return run([peer / "bin" / "mergekit-yaml", written(job, family, out), out], threads=threads)
+
+
+def run_ours(job: Job, family: Path, out: Path, threads: int | None) -> Cost:
+    workers = ["--workers", str(threads)] if threads else []
+    recipe = written(job, family, out)
+    return run([find_mergeline(), "merge", "--recipe", recipe, "--out", out, *workers], threads=threads)
+
+
+def written(job: Job, family: Path, out: Path) -> Path:
+    """The configuration's file, beside an output that is not there yet."""
     shutil.rmtree(out, ignore_errors=True)
     config = out.with_suffix(".yml")
     config.write_text(configuration(job, family))
-    return run([peer / "bin" / "mergekit-yaml", config, out], threads=threads)
+    return config
 
 
-def run_ours(job: Job, family: Path, out: Path, threads: int | None, parameters: dict[str, Any]) -> Cost:
+def run_own(job: Job, family: Path, out: Path, threads: int | None) -> Cost:
+    """Run Mergeline's own way of the method."""
     shutil.rmtree(out, ignore_errors=True)
-    experts = [family / f"expert{i}" for i in range(job.inputs)]
-    if job.base == "input":
-        experts.insert(0, family / "base")
-    base = family / "base" if job.base == "reference" else None
-    command = merge_command(job.method, experts, out, base=base, threads=threads, **parameters)
+    command = merge_command(job.method, experts_of(job, family), out, base=family / "base", threads=threads, **job.own)
     return run([*command, "--dtype", "bfloat16"], threads=threads)
 
 
@@ -117,8 +120,7 @@ def compare(name: str, job: Job, family: Path, folder: Path) -> dict[str, Any]:
     elif theirs.exists() and ours.exists():
         row |= asdict(difference(theirs, ours, family / "base"))
     if name == "karcher":
-        experts = [family / f"expert{i}" for i in range(job.inputs)]
-        errors = {out.name: karcher_error(experts, out) for out in (theirs, ours) if out.exists()}
+        errors = {out.name: karcher_error(experts_of(job, family), out) for out in (theirs, ours) if out.exists()}
         row |= {f"error_{side}": error for side, error in errors.items()}
     return row
 
@@ -133,19 +135,18 @@ def bench(a: argparse.Namespace, name: str) -> None:
             if "mergekit" in a.sides:
                 sides["mergekit"] = partial(run_peer, job, a.inputs, a.peer, folder / "mergekit", threads)
             if "mergeline" in a.sides:
-                sides["mergeline"] = partial(run_ours, job, a.inputs, folder / "mergeline", threads, job.ours)
-                if job.default is not None:
-                    out = folder / "default"
-                    sides["mergeline default"] = partial(run_ours, job, a.inputs, out, threads, job.default)
+                sides["mergeline"] = partial(run_ours, job, a.inputs, folder / "mergeline", threads)
+                if job.own is not None:
+                    sides["mergeline default"] = partial(run_own, job, a.inputs, folder / "default", threads)
             costs = alternate(sides, a.repeats)
             label = threads or "default"
             rows = [{"job": name, "side": s, "threads": label, **figures(c)} for s, c in costs.items()]
-            save("mergekit", rows, ("job", "side", "threads"))
+            save(a.results, rows, ("job", "side", "threads"))
             for side, cost in costs.items():
                 print(table_row(name, side, label, cost), flush=True)
         found = compare(name, job, a.inputs, folder)
         if len(found) > 1:
-            save("mergekit_outputs", [found], ("job",))
+            save(f"{a.results}_outputs", [found], ("job",))
             print(f"  {found}", flush=True)
 
 
@@ -157,7 +158,7 @@ def bench_help(a: argparse.Namespace) -> None:
     }
     costs = alternate({side: partial(run, commands[side]) for side in a.sides}, max(3, a.repeats))
     rows = [{"job": "help", "side": side, "threads": 1, **figures(cost)} for side, cost in costs.items()]
-    save("mergekit", rows, ("job", "side", "threads"))
+    save(a.results, rows, ("job", "side", "threads"))
     for side, cost in costs.items():
         print(table_row("help", side, 1, cost), flush=True)
 
@@ -187,6 +188,7 @@ def main() -> None:
         "--threads", nargs="+", type=int, default=[1, 0], help="OMP_NUM_THREADS; 0: the library's default"
     )
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--results", default="mergekit", help="the name of the results' files")
     a = parser.parse_args()
     a.threads = [threads or None for threads in a.threads]
     a.inputs, a.peer = a.inputs.resolve(), a.peer.absolute()

@@ -10,12 +10,24 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fusion_bench import BaseModelPool
-from fusion_bench.method import ISO_C_Merge, TaskSingularVectorMerging, TiesMergingAlgorithm
+from fusion_bench.method import (
+    ISO_C_Merge,
+    ISO_CTS_Merge,
+    MagMaxAlgorithm,
+    SimpleAverageAlgorithm,
+    TaskArithmeticAlgorithm,
+    TaskSingularVectorMerging,
+    TiesMergingAlgorithm,
+)
 from transformers import CLIPVisionModel
 
 METHODS = {
     "iso_c": lambda: ISO_C_Merge(scaling_factor=1.0),
     "tsv_merge": lambda: TaskSingularVectorMerging(alpha=1.0),
+    "iso_cts": lambda: ISO_CTS_Merge(scaling_factor=1.0, common_space_fraction=0.8),
+    "average": lambda: SimpleAverageAlgorithm(),
+    "task_arithmetic": lambda: TaskArithmeticAlgorithm(scaling_factor=0.3),
+    "magmax": lambda: MagMaxAlgorithm(scaling_factor=0.5),
     "ties": lambda: TiesMergingAlgorithm(scaling_factor=0.3, threshold=20, remove_keys=[], merge_func="sum"),
 }
 

@@ -146,7 +146,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
 
     def check(self) -> dict[str, bool]:
-        """What a model must do before anybody uses it: finite logits, a tokenizer that gives back a text, some output."""
+        """What a model must do before it is used: finite logits, a tokenizer that gives a text back, some output."""
         import torch
 
         ids = self.tokenizer(_PROBE, return_tensors="pt").to(self.model.device)

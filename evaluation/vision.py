@@ -7,7 +7,6 @@ https://github.com/mlfoundations/open_clip
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
@@ -16,15 +15,15 @@ import numpy as np
 
 from evaluation.datasets import SPLITS, Dataset
 from evaluation.suite import Suite
+from merging.checkpoint import open_checkpoint
 from merging.errors import UserError, did_you_mean
+from merging.files import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
 CONFIG = "open_clip_config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def load_config(folder: Path | str) -> dict[str, Any]:
@@ -34,7 +33,7 @@ def load_config(folder: Path | str) -> dict[str, Any]:
         UserError: missing, not JSON, or not a model configuration of open_clip.
     """
     path = Path(folder) / CONFIG
-    config = _read_json(path)
+    config = read_object(path)
     model = config.get("model_cfg")
     if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
         raise UserError(f"{path}: 'model_cfg' must hold embed_dim, vision_cfg and text_cfg")
@@ -42,27 +41,9 @@ def load_config(folder: Path | str) -> dict[str, Any]:
 
 
 def load_state(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a folder with model.safetensors or with shards and an index.
-
-    Raises:
-        UserError: nothing there, damaged, or an index that names other folders or missing tensors.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return _read_tensors(path)
-    if (path / WEIGHTS).exists():
-        return _read_tensors(path / WEIGHTS)
-    where = _read_json(path / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{path / INDEX}: 'weight_map' must map tensor names to files")
-    state: dict[str, Tensor] = {}
-    for file in sorted(set(where.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise UserError(f"{path / INDEX}: '{file}' is not the name of a safetensors file beside it")
-        state |= _read_tensors(path / file)
-    if missing := sorted(where.keys() - state.keys()):
-        raise UserError(f"{path / INDEX}: '{missing[0]}' is not in '{where[missing[0]]}'")
-    return state
+    """The tensors of a safetensors file, or of a folder with one or with shards and an index (raises UserError)."""
+    checkpoint = open_checkpoint(path)
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 def build_heads(
@@ -237,25 +218,3 @@ def _class_token(block: Any, x: Tensor, attn_mask: None = None) -> Tensor:
     tokens = block.ln_1(x)
     x = x[:, :1] + block.ls_1(block.attention(tokens[:, :1], tokens, tokens))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object")
-    return value

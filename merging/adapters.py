@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping
 
 from merging.checkpoint import Checkpoint, TensorInfo
-from merging.companions import hub_id, read_object, source_of
+from merging.companions import hub_id, source_of
 from merging.errors import UserError, did_you_mean
+from merging.files import read_object
 from merging.lazy import torch
 
 if TYPE_CHECKING:
@@ -102,24 +103,13 @@ class AdaptedTensor(TensorInfo):
         return adapted_MN.to(torch.float64 if self.dtype == "F64" else torch.float32).reshape(-1)
 
 
-@dataclass(frozen=True)
-class AdaptedCheckpoint(Checkpoint):
-    """The base as an adapter changes it."""
-
-    adapter: Checkpoint = field(kw_only=True)
-
-    @property
-    def stored(self) -> Checkpoint:
-        return self.adapter
-
-
 def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether it is what PEFT's `save_pretrained` writes."""
     files = {info.file.name for info in checkpoint.tensors.values()}
     return files == {ADAPTER_WEIGHTS} and (checkpoint.folder / ADAPTER_CONFIG).is_file()
 
 
-def adapt(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
+def adapt(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     """The checkpoint that an adapter makes of its base; reads `adapter_config.json`, but no tensor data.
 
     Follows PEFT's `LoraLayer.get_delta_weight` and its DoRA layers, of version 0.21.
@@ -143,7 +133,7 @@ def adapt(base: Checkpoint, adapter: Checkpoint) -> AdaptedCheckpoint:
     for module, parts in factors.items():
         name = names[f"{module}.weight"]
         tensors[name] = _adapted(tensors[name], module, parts, config, path)
-    return AdaptedCheckpoint(adapter.path, tensors, adapter.metadata, adapter=adapter)
+    return adapter.view(tensors)
 
 
 def is_bare(names: Iterable[str]) -> bool:
@@ -153,7 +143,7 @@ def is_bare(names: Iterable[str]) -> bool:
     return bool(names) and all(_BARE.fullmatch(n) and n[:-1] + partner[n[-1]] in names for n in names)
 
 
-def compose(base: Checkpoint | None, factors: Checkpoint) -> AdaptedCheckpoint:
+def compose(base: Checkpoint | None, factors: Checkpoint) -> Checkpoint:
     """The checkpoint that bare factors make of their base, or without one what they add (raises UserError)."""
     tensors = dict(base.tensors) if base else {}
     for key, down in factors.tensors.items():
@@ -179,7 +169,7 @@ def compose(base: Checkpoint | None, factors: Checkpoint) -> AdaptedCheckpoint:
             )
         dtype = "F64" if "F64" in {part.dtype for part in parts} else "F32"
         tensors[name] = AdaptedTensor(name, dtype, shape, up.file, up.start, up.stop, like, down, up, 1.0)
-    return AdaptedCheckpoint(factors.path, dict(sorted(tensors.items())), factors.metadata, adapter=factors)
+    return factors.view(tensors)
 
 
 def composed(

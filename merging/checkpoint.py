@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
 from merging.errors import UserError
 
@@ -70,11 +70,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The headers of a checkpoint; `tensors` is sorted by name."""
+    """The headers of a checkpoint; `tensors` is sorted by name.
+
+    A checkpoint with an `original` is a view of it: fewer tensors, other names, rows in another order, or what an
+    adapter makes of its base.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
+    original: Checkpoint | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -87,8 +92,12 @@ class Checkpoint:
 
     @property
     def stored(self) -> Checkpoint:
-        """What lies in its own files."""
-        return self
+        """What lies in the files: itself, or what it is a view of."""
+        return self.original.stored if self.original else self
+
+    def view(self, tensors: Mapping[str, TensorInfo]) -> Checkpoint:
+        """The same checkpoint with these tensors in place of its own."""
+        return Checkpoint(self.path, dict(sorted(tensors.items())), self.metadata, original=self)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in its stored dtype, as a fresh copy.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, Sequence
 
 from merging.checkpoint import CONFIG_FILES, DTYPES
-from merging.errors import UserError
+from merging.files import read_object
 from merging.writer import TensorSpec
 
 if TYPE_CHECKING:
@@ -39,19 +39,6 @@ def hub_id(source: str | None) -> str | None:
     """`org/name` of a URI of the Hugging Face hub."""
     found = re.match(r"hf://([\w.-]+/[\w.-]+)", source or "")
     return found.group(1) if found else None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file (raises UserError if it is something else)."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); download it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: is not a JSON object; download it again")
-    return found
 
 
 def carry(

@@ -121,6 +121,22 @@ def publish(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_object(path: Path, *, named: str | None = None, mend: str = "download it again") -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file.
+
+    named: what the user calls the file. mend: what to do about a file that holds something else (raises UserError).
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{named or path}: is not valid JSON ({error}); {mend}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{named or path}: is not a JSON object; {mend}")
+    return found
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial"

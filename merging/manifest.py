@@ -11,9 +11,9 @@ from typing import Any, Iterable
 from merging.adapters import ADAPTER_CONFIG
 from merging.card import model_card
 from merging.checkpoint import content_digest
-from merging.companions import TOKENIZER, carry, read_object, source_of
+from merging.companions import TOKENIZER, carry, source_of
 from merging.errors import UserError
-from merging.files import publish, write_json
+from merging.files import publish, read_object, write_json
 from merging.inputs import FileInputs
 from merging.plan import Plan
 from merging.recipe import canonical_json, text_digest

@@ -297,7 +297,7 @@ def _other_architectures(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]
     first = next(iter(kinds), "")
     for name, kind in kinds.items():
         if kind != kinds[first]:
-            yield f"'{name}' is a {kind} model, '{first}' a {kinds[first]}: only models of one architecture can be merged"
+            yield f"'{name}' is a {kind} model, '{first}' a {kinds[first]}: only one architecture can be merged"
 
 
 def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Iterator, Mapping, Sequence
 
 from merging.checkpoint import Checkpoint, TensorInfo
@@ -11,17 +11,6 @@ from merging.recipe import Range
 from merging.rules import block_counts, block_of
 
 _BEFORE_LAYERS = ("embed", "wte", "wpe")  # in the names of tensors that stand before the first layer
-
-
-@dataclass(frozen=True)
-class StackedCheckpoint(Checkpoint):
-    """The tensors that an expert gives to a stack, by their names there."""
-
-    original: Checkpoint = field(kw_only=True)
-
-    @property
-    def stored(self) -> Checkpoint:
-        return self.original.stored
 
 
 @dataclass(frozen=True)
@@ -63,11 +52,7 @@ def stack(experts: Mapping[str, Checkpoint], ranges: Sequence[Range]) -> Stack:
         for name, info in experts[expert].tensors.items():
             if block_of(name) is None and any(part in name for part in _BEFORE_LAYERS) == first:
                 give(expert, name, info)
-    checkpoints = {
-        name: StackedCheckpoint(c.path, dict(sorted(tensors[name].items())), c.metadata, original=c)
-        for name, c in experts.items()
-    }
-    return Stack(checkpoints, origin, layers)
+    return Stack({name: c.view(tensors[name]) for name, c in experts.items()}, origin, layers)
 
 
 def _tower(experts: Mapping[str, Checkpoint]) -> str:

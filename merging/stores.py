@@ -2,8 +2,8 @@
 
 A store is a safetensors file, or a folder with one or more, of what a method (see `merging.methods.Store`) keeps of
 every tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits. Its metadata says
-the rest: the method and its parameters, the experts' names, the base's digest, the dtype and shape of every tensor. What
-comes out is, bit for bit, what the method merges with the expert's number as `task`.
+the rest: the method and its parameters, the experts' names, the base's digest, the dtype and shape of every tensor.
+What comes out is, bit for bit, what the method merges with the expert's number as `task`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from merging.checkpoint import DTYPES, FLOATS, Checkpoint, open_checkpoint
 from merging.companions import carry
 from merging.engine import (
-    Job, Output, Progress, check_device, follow, keep_freed_memory, merged_blocks, one_thread, own_stream,
-    rounded, worker_count,
+    Job,
+    Output,
+    Progress,
+    check_device,
+    follow,
+    keep_freed_memory,
+    merged_blocks,
+    one_thread,
+    own_stream,
+    rounded,
+    worker_count,
 )  # fmt: skip
 from merging.errors import UserError, did_you_mean
 from merging.factors import store_at
@@ -30,7 +39,13 @@ from merging.files import publish, resumable, staged, user_errors, write_json
 from merging.inputs import FileInputs, Files
 from merging.lazy import torch
 from merging.manifest import (
-    Manifest, described_output, manifest_path, publish_merge, read_manifest, refuse_place, refuse_to_replace,
+    Manifest,
+    described_output,
+    manifest_path,
+    publish_merge,
+    read_manifest,
+    refuse_place,
+    refuse_to_replace,
 )  # fmt: skip
 from merging.methods import Bound, Part, get_method
 from merging.plan import Entry, Plan, make_plan
@@ -228,7 +243,7 @@ def _run(
             left.append(entry)
         else:
             source.hashes |= {(origin, entry.name): hash for origin, hash in lines[0]["inputs"].items()}
-    for name, spec in layout.facts.items():
+    for name in layout.facts:
         t = int(name.partition("/")[0])
         writer.write(name, torch.tensor(journal.facts[t] if journal.facts else 1.0, dtype=torch.float64))
 

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from merging.checkpoint import Checkpoint
 from merging.companions import read_config
 
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-
-
-@dataclass(frozen=True)
-class TiedCheckpoint(Checkpoint):
-    """A checkpoint without the copy of its embedding."""
-
-    original: Checkpoint = field(kw_only=True)
-
-    @property
-    def stored(self) -> Checkpoint:
-        return self.original
 
 
 def without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
@@ -33,5 +20,4 @@ def without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     embedded = any(name.endswith(_EMBEDDING) for name in checkpoint.tensors)
     if not heads or not embedded or read_config(checkpoint.folder).get("tie_word_embeddings") is not True:
         return checkpoint
-    kept = {name: info for name, info in checkpoint.tensors.items() if name not in heads}
-    return TiedCheckpoint(checkpoint.path, kept, checkpoint.metadata, original=checkpoint)
+    return checkpoint.view({name: info for name, info in checkpoint.tensors.items() if name not in heads})

@@ -9,8 +9,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from merging.checkpoint import DTYPES, Checkpoint, TensorInfo
-from merging.companions import TOKENIZER, read_object
+from merging.companions import TOKENIZER
 from merging.errors import UserError
+from merging.files import read_object
 from merging.lazy import torch
 
 if TYPE_CHECKING:
@@ -68,17 +69,6 @@ class GatheredTensor(TensorInfo):
         if not parts:
             return elements(self.sources[0], 0, 0).to(dtype)
         return torch.cat(parts)[start - first * width : stop - first * width]
-
-
-@dataclass(frozen=True)
-class GatheredCheckpoint(Checkpoint):
-    """A checkpoint with the rows of its embeddings in another order."""
-
-    original: Checkpoint = field(kw_only=True)
-
-    @property
-    def stored(self) -> Checkpoint:
-        return self.original.stored
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
@@ -234,9 +224,7 @@ def _gathered(
         )
     if all(tensors[name] is info for name, info in own.items()):
         return checkpoints[origin]
-    return GatheredCheckpoint(
-        checkpoints[origin].path, tensors, checkpoints[origin].metadata, original=checkpoints[origin]
-    )
+    return checkpoints[origin].view(tensors)
 
 
 def _notes(

@@ -9,12 +9,11 @@ provenance.json                       source, revision (commit), digest, size an
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from merging.adapters import ADAPTER_WEIGHTS
 from merging.checkpoint import (
@@ -27,7 +26,7 @@ from merging.checkpoint import (
     safe_name,
 )
 from merging.errors import UserError, did_you_mean
-from merging.files import publish, staged, sync, write_json
+from merging.files import publish, read_object, staged, sync, write_json
 from merging.writer import CheckpointWriter, TensorSpec
 from tasks.sources import LocalFile, Source, download, locate, sha256_of, without_credentials
 
@@ -135,14 +134,14 @@ def _pick(names: list[str], preferred: tuple[str, ...], suffixes: tuple[str, ...
 
 
 def _refuse_quantised(config: Path, source: str) -> None:
-    settings = _read_json(config, f"{source}: config.json")
+    settings = read_object(config, named=f"{source}: config.json")
     if quantisation := settings.get("quantization_config"):
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         raise UserError(f"{source}: quantised weights ({method}) cannot be merged; take the original ones")
 
 
 def _shards(index: Path, where: str, is_pickle: bool) -> list[str]:
-    weight_map = _read_json(index, where).get("weight_map")
+    weight_map = read_object(index, named=where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where} is not a shard index: it has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
@@ -151,16 +150,6 @@ def _shards(index: Path, where: str, is_pickle: bool) -> list[str]:
         if not name.endswith(PICKLE_SUFFIXES if is_pickle else ".safetensors"):
             raise UserError(f"{where} names the shard '{name}', which is not a file of weights")
     return names
-
-
-def _read_json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is not a JSON object")
-    return value
 
 
 def _bring(source: Source, name: str, downloads: Path) -> Path:
@@ -267,7 +256,7 @@ def _convert_layout(staging: Path, source: str) -> None:
     _write_tensors(tensors, staging, source)
     if (staging / "config.json").exists() and "visual.proj" in tensors:
         configs = [staging / "config.json", staging / "preprocessor_config.json"]
-        read = [_read_json(path, source) for path in configs if path.exists()]
+        read = [read_object(path, named=f"{source}: {path.name}") for path in configs if path.exists()]
         write_json(staging / "open_clip_config.json", open_clip_config(*read))
 
 
@@ -296,7 +285,7 @@ def local_checkpoint(where: str, *, allow_pickle: bool = False) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mergeline"
     out = cache / "checkpoints" / hashlib.sha256(where.encode()).hexdigest()[:16]
     provenance = out / "provenance.json"
-    pinned = provenance.exists() and (_read_json(provenance, str(out))["revision"] or "\0") in where
+    pinned = (read_object(provenance).get("revision") or "\0") in where
     if not pinned:
         fetch(where, out, cache=cache / "downloads", allow_pickle=allow_pickle)
     return out

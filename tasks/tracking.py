@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 from merging.errors import UserError
+from merging.files import read_object
 from merging.recipe import text_digest
 from tasks.digests import Digests
 
@@ -163,7 +164,7 @@ def locked(workspace: Path) -> Iterator[None]:
 
 def read_leaderboard(workspace: Path) -> dict[str, Any]:
     """What the compare step found (raises UserError if it has not run)."""
-    return _read_json(workspace / LEADERBOARD)
+    return _output(workspace / LEADERBOARD)
 
 
 def candidate_row(board: dict[str, Any]) -> dict[str, Any]:
@@ -185,11 +186,8 @@ def data_lineage(workspace: Path, board: dict[str, Any]) -> dict[str, str]:
     return {f"lineage.data.{task}": str(digests.of(_present(data / task))) for task in board["tasks"]}
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_present(path).read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); delete it and run the pipeline again") from None
+def _output(path: Path) -> dict[str, Any]:
+    return read_object(_present(path), mend="delete it and run the pipeline again")
 
 
 def _present(path: Path) -> Path:
@@ -216,7 +214,7 @@ def _merge_keys(board: dict[str, Any], merges: list[_Merge]) -> dict[str, str]:
 
 def _read_merge(workspace: Path, data: dict[str, str], row: dict[str, Any]) -> _Merge:
     name, build = row["name"], workspace / "build"
-    recipe = _read_json(build / "merges" / name / "manifest.json")["recipe"]
+    recipe = _output(build / "merges" / name / "manifest.json")["recipe"]
     evaluation, search = build / "evaluations" / name, build / "search" / f"{name}.json"
     lineage = {MODEL_TAG: row["digest"]}
     if recipe["base"]:
@@ -230,7 +228,7 @@ def _read_merge(workspace: Path, data: dict[str, str], row: dict[str, Any]) -> _
         params=scalars | _flat(recipe["params"]),
         metrics=_row_metrics(row),
         lineage=lineage,
-        curve=[point["mean"] for point in _read_json(search)["points"]],
+        curve=[point["mean"] for point in _output(search)["points"]],
         files=[_present(evaluation / "scores.json"), _present(evaluation / PREDICTIONS), search],
     )
 

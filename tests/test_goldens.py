@@ -127,7 +127,7 @@ def test_equals_the_reference(case, tmp_path):
     ids=lambda case: case["case"],
 )
 def test_reaches_the_loss_of_the_reference(case):
-    """The sum over block matrices and tasks of |(W - tau) tau^T|^2 / |tau|^2, in optmerge of the leading part of tau."""
+    """Over block matrices and tasks of |(W - tau) tau^T|^2 / |tau|^2; optmerge takes tau's leading part."""
     given, merged = loaded(case), in_memory(case["case"])
     loss = 0.0
     for key in (key for key, tensor in merged.items() if is_matrix(key, tensor.shape, "block_linear")):

@@ -1,4 +1,4 @@
-"""Compressed stores: what comes out is what the method merges; what is refused; what a kill leaves; the command line."""
+"""Compressed stores: what comes out is what the method merges; refusals; what a kill leaves; the command line."""
 
 from __future__ import annotations
 
@@ -203,12 +203,12 @@ def test_bytes_depend_on_the_recipe_alone(method, recipe, tmp_path):
     sharded = {**recipe, "experts": dict(recipe["experts"])}
     sharded["experts"]["a"] = shard(load_file(recipe["experts"]["a"]), tmp_path / "in" / "shards", 3)
     files = []
-    for number, (made_of, settings) in enumerate([
+    for number, (made_of, ways) in enumerate([
         (recipe, {"workers": 1}), (recipe, {"workers": 2, "memory": 1 << 30}), (sharded, {}),
         (recipe, {"factors": tmp_path / "factors"}), (recipe, {"factors": tmp_path / "factors"}),
     ]):  # fmt: skip
         out = tmp_path / f"{number}.safetensors"
-        compress(made_of, out, **settings)
+        compress(made_of, out, **ways)
         files.append(out.read_bytes())
     assert len(set(files)) == 1
 
@@ -458,31 +458,30 @@ class Killed(BaseException):
 
 
 @every_store
-def test_a_killed_compression_goes_on_where_it_was(method, recipe, tmp_path):
+@pytest.mark.parametrize("survived", [0, 3, 7])
+def test_a_killed_compression_goes_on_where_it_was(survived, method, recipe, tmp_path):
     recipe = {**recipe, "method": method}
     compress(recipe, tmp_path / "whole.safetensors")
     expected = (tmp_path / "whole.safetensors").read_bytes()
     encode = module._encode
-    for survived in (0, 3, 7):
-        calls = iter(range(100))
+    calls = iter(range(100))
 
-        def killed(*args: Any) -> Any:
-            if next(calls) == survived:
-                raise Killed
-            return encode(*args)
+    def killed(*args: Any) -> Any:
+        if next(calls) == survived:
+            raise Killed
+        return encode(*args)
 
-        with patch.object(module, "_encode", killed), pytest.raises(Killed):
-            compress(recipe, tmp_path / "store.safetensors", workers=1)
-        assert not (tmp_path / "store.safetensors").exists()
-        done = []
-        with patch.object(module, "_encode", lambda *args: done.append(args[1].name) or encode(*args)):
-            compress(recipe, tmp_path / "store.safetensors", workers=1)
-        assert (tmp_path / "store.safetensors").read_bytes() == expected
-        # What nothing is kept of, the base's and what is empty, is not in the journal.
-        assert len(done) <= len(MANY_SHAPES) + 2 - survived + 4
-        whole = json.loads(manifest_path(tmp_path / "whole.safetensors").read_text())
-        assert json.loads(manifest_path(tmp_path / "store.safetensors").read_text()) == whole
-        (tmp_path / "store.safetensors").unlink()
+    with patch.object(module, "_encode", killed), pytest.raises(Killed):
+        compress(recipe, tmp_path / "store.safetensors", workers=1)
+    assert not (tmp_path / "store.safetensors").exists()
+    done = []
+    with patch.object(module, "_encode", lambda *args: done.append(args[1].name) or encode(*args)):
+        compress(recipe, tmp_path / "store.safetensors", workers=1)
+    assert (tmp_path / "store.safetensors").read_bytes() == expected
+    # What nothing is kept of, the base's and what is empty, is not in the journal.
+    assert len(done) <= len(MANY_SHAPES) + 2 - survived + 4
+    whole = json.loads(manifest_path(tmp_path / "whole.safetensors").read_text())
+    assert json.loads(manifest_path(tmp_path / "store.safetensors").read_text()) == whole
 
 
 # --------------------------------------------------------------------------------------- the command line

@@ -188,7 +188,7 @@ def write_base(folder, config=None, state=None):
     "config, expected",
     [
         ("{", "not valid JSON"),
-        ("[]", "must be a JSON object"),
+        ("[]", "is not a JSON object"),
         ("{}", "'model_cfg' must hold"),
         (
             '{"model_cfg": {"embed_dim": 128, "vision_cfg": {"witdh": 3}, "text_cfg": {}}}',
@@ -209,7 +209,7 @@ def test_a_base_must_fit_its_configuration(tmp_path):
         Evaluator(write_base(tmp_path / "a", state=state | {"visual.extra": torch.zeros(1)}), {}, {})
     with pytest.raises(UserError, match=r"'visual.proj' is \(2,\), by open_clip_config.json \(192, 128\)"):
         Evaluator(write_base(tmp_path / "b", state=state | {"visual.proj": torch.zeros(2)}), {}, {})
-    with pytest.raises(UserError, match="open_clip_config.json: No such file"):
+    with pytest.raises(UserError, match="open_clip_config.json: .* must hold"):
         Evaluator(tmp_path, {}, {})
 
 
@@ -225,21 +225,21 @@ def test_shards_are_put_together(tmp_path):
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in names)
 
     index.write_text(json.dumps({"weight_map": weight_map | {"gone": "part-0.safetensors"}}))
-    with pytest.raises(UserError, match="'gone' is not in 'part-0.safetensors'"):
+    with pytest.raises(UserError, match="'gone' is in 'part-0.safetensors', where it is not"):
         load_state(tmp_path)
     for bad in ("../part-0.safetensors", "/etc/passwd", "part-0.bin", "."):
         index.write_text(json.dumps({"weight_map": {"a": bad}}))
-        with pytest.raises(UserError, match="is not the name of a safetensors file"):
+        with pytest.raises(UserError, match="only plain file names|which is missing"):
             load_state(tmp_path)
     index.write_text(json.dumps({"weight_map": ["part-0.safetensors"]}))
-    with pytest.raises(UserError, match="must map tensor names to files"):
+    with pytest.raises(UserError, match="is not a shard index"):
         load_state(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x00" * 100])
 def test_damaged_weights_are_named(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="model.safetensors: not a readable safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors: (the header does not fit|malformed)"):
         load_state(tmp_path)
-    with pytest.raises(UserError, match="index.json: No such file"):
+    with pytest.raises(UserError, match="needs model.safetensors"):
         load_state(tmp_path.parent)

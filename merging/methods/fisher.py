@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 
 from merging import operators as ops
-from merging.lazy import torch
 from merging.methods import method
 from merging.slots import Inputs, Slot, View
 

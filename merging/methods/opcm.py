@@ -9,7 +9,6 @@ from annotated_types import Gt, Lt
 from merging import operators as ops
 from merging import spectral
 from merging.keys import Keys, is_matrix
-from merging.lazy import torch
 from merging.methods import method
 from merging.slots import Inputs, Slot, View
 
