@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Mapping
 
 from merging.checkpoint import Checkpoint, TensorInfo
+from merging.companions import hub_id, source_of
 from merging.errors import UserError, did_you_mean
 from merging.files import read_object
 from merging.lazy import torch
@@ -118,6 +119,7 @@ def adapt(base: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     """
     path = adapter.folder / ADAPTER_CONFIG
     config = _read_config(path)
+    _refuse_another_base(base, path, config)
     factors, whole = _parts(adapter)
     names = _named(base, [*(f"{module}.weight" for module in factors), *whole], path, config)
     tensors = dict(base.tensors)
@@ -237,6 +239,17 @@ def _named(base: Checkpoint, wanted: Iterable[str], path: Path, config: Mapping[
             raise UserError(_misfit(path, config, f"'{name}' is not there{did_you_mean(name, base.tensors)}"))
         names[name] = found
     return names
+
+
+def _refuse_another_base(base: Checkpoint, path: Path, config: Mapping[str, Any]) -> None:
+    """Shapes do not tell a base from its other versions: names on the hub do, where both are known."""
+    wanted, known = config.get("base_model_name_or_path"), hub_id(source_of(base.folder))
+    named = isinstance(wanted, str) and hub_id(f"hf://{wanted}") == wanted and not wanted.startswith(".")
+    if known and named and wanted.lower() != known.lower():
+        raise UserError(
+            f"{path}: the adapter was trained on '{wanted}', the base is '{known}'; name that base, or, if it is a "
+            "copy of this one, write this one's name into base_model_name_or_path"
+        )
 
 
 def _misfit(path: Path, config: Mapping[str, Any], what: str) -> str:

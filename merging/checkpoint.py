@@ -235,6 +235,9 @@ def _open_folder(folder: Path) -> Checkpoint:
     files = sorted(folder.glob("*.safetensors"))
     if (folder / WEIGHTS) in files:
         files = [folder / WEIGHTS]
+    for other in () if files else sorted([*folder.glob("*.gguf"), *folder.glob("pytorch_model*.bin")]):
+        refuse_pickle(other)
+        _refuse_gguf(other)
     if len(files) != 1:
         found = ", ".join(f.name for f in files) or "none"
         raise UserError(f"{folder}: needs {WEIGHTS}, {INDEX} or one *.safetensors file; found {found}")

@@ -217,6 +217,7 @@ def _open(plan: Plan) -> None:
     }.items():
         try:
             checkpoint = without_tied_head(open_checkpoint(path))
+            plan.problems += _quantised(name, checkpoint)
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
             continue
@@ -230,7 +231,6 @@ def _open(plan: Plan) -> None:
             plan.base = checkpoint
         else:
             plan.experts[name] = checkpoint
-        plan.problems += _quantised(name, checkpoint)
     _adapt(plan)
     for kind, paths in plan.recipe.statistics.items():
         try:
@@ -321,6 +321,10 @@ def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:
         if info.name.endswith(_QUANTISED):
             yield f"{name}: is quantised (tensor '{info.name}'); merge the float16 or wider model it was made from"
             return
+    config = read_config(checkpoint.path).get("quantization_config") if checkpoint.path.is_dir() else None
+    if isinstance(config, dict) and not all(info.is_float for info in checkpoint.tensors.values()):
+        kind = config.get("quant_method") or "quantization_config"
+        yield f"{name}: is quantised ({kind} in config.json); merge the float16 or wider model it was made from"
 
 
 def _stack_layers(plan: Plan) -> None:

@@ -98,6 +98,7 @@ def _row(
         search = json.loads((build / "search" / f"{name}.json").read_text())
         row |= {
             "method": manifest["recipe"]["method"],
+            **({"experts": own} if (own := params.merges[name].experts) else {}),
             "params": search["chosen"],
             "searched": len(search["points"]),
             "digest": manifest["output"]["digest"],
@@ -112,9 +113,12 @@ def _language(
 ) -> dict[str, Any]:
     """What rows of language models say besides: gains kept, means held in and out, perplexity, lm-eval's own numbers.
 
-    gain_kept: the mean over tasks of (accuracy - base) / (expert - base), of tasks that an expert learned.
+    gain_kept: the mean over tasks of (accuracy - base) / (expert - base), of tasks that an expert learned. Experts are
+    those that the merge is made of; tasks of the others are held out.
     """
-    base, experts = known["base"], known["experts"]
+    made_of = params.experts_of(name) if name in params.merges else params.experts
+    base = known["base"]
+    experts = {task: value for task, value in known["experts"].items() if params.owners[task] in made_of}
     kept = [(accuracy[t] - base[t]) / (e - base[t]) for t, e in experts.items() if t in accuracy and e > base[t]]
     held = {
         "held_in": [a for task, a in accuracy.items() if task in experts],
@@ -145,7 +149,7 @@ def _task(right: np.ndarray, expert: float | None) -> dict[str, Any]:
 
 
 def _norms(params: Params, build: Path, name: str) -> dict[str, Any]:
-    """Norm of (merged - base) over the mean norm of the task vectors, and whether every weight is finite."""
+    """Norm of (merged - base) over the mean norm of its task vectors, and whether every weight is finite."""
     import torch
 
     merged = open_checkpoint(build / "merges" / name)
@@ -159,7 +163,7 @@ def _norms(params: Params, build: Path, name: str) -> dict[str, Any]:
             rows = min(len(value), len(start)) if value.dim() else None  # of vocabularies that differ, what both have
             square += float(((value[:rows] - start[:rows] if rows is not None else value - start) ** 2).sum())
     description = json.loads((build / "extract" / "description.json").read_text())
-    norms = [expert["norm"] for expert in description["experts"].values()]
+    norms = [description["experts"][expert]["norm"] for expert in params.experts_of(name)]
     return {"norm_ratio": sqrt(square) / (sum(norms) / len(norms)) if finite else None, "finite": finite}
 
 

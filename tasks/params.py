@@ -52,9 +52,13 @@ class Datasets(_Strict):
 
 
 class Merge(_Strict):
-    """One merge: fixed `params`, and a grid `search` whose best point on the validation split is taken."""
+    """One merge: fixed `params`, and a grid `search` whose best point on the validation split is taken.
+
+    experts: those of the pipeline's that it merges, in its own order; None for all. The best point is that of all tasks.
+    """
 
     method: str
+    experts: list[str] | None = None
     params: dict[str, Any] = {}
     search: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -100,6 +104,11 @@ class Params(_Strict):
         if self.language:
             return self.language.scored
         return [*self.datasets.files, *self.datasets.uris]
+
+    def experts_of(self, merge: str) -> list[str]:
+        """The experts that a merge is made of, in its order."""
+        own = self.merges[merge].experts
+        return self.experts if own is None else own
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -166,6 +175,12 @@ def _inconsistencies(params: Params) -> Iterator[tuple[list[Any], str]]:
     for name, merge in params.merges.items():
         if name == "baselines":
             yield ["merges", name], "'baselines' names the base and the experts; choose another name"
+        for i, expert in enumerate(merge.experts or ()):
+            if expert not in params.experts:
+                place = ["merges", name, "experts", i]
+                yield place, f"'{expert}' is not among the experts{did_you_mean(expert, params.experts)}"
+        if len(set(merge.experts or ())) != len(merge.experts or ()):
+            yield ["merges", name, "experts"], "an expert is listed twice"
         try:
             method = get_method(merge.method)
         except UserError as error:
@@ -180,6 +195,9 @@ def _inconsistencies(params: Params) -> Iterator[tuple[list[Any], str]]:
         alone = [(["search", key], {key: value}) for key, values in merge.search.items() for value in values]
         for where, values in [(["params"], {}), *alone]:
             try:
-                method.resolve({**merge.params, **values})
+                resolved = method.resolve({**merge.params, **values})
             except UserError as error:
                 yield ["merges", name, *where], str(error)
+                continue
+            for misuse in method.misuses(resolved, len(params.experts_of(name)), has_base=True):
+                yield ["merges", name, *(["experts"] if merge.experts is not None else where)], misuse

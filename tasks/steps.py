@@ -61,7 +61,7 @@ def _search(ws: Workspace, stage: Stage) -> None:
             ws.params,
             stage.item,
             CHECKPOINTS / ws.params.base,
-            _experts(ws),
+            _experts(ws, stage.item),
             Path(stage.out),
             factors=FACTORS,
             scratch=SCRATCH / stage.name,
@@ -70,7 +70,7 @@ def _search(ws: Workspace, stage: Stage) -> None:
     search(
         ws.params.merges[stage.item],
         CHECKPOINTS / ws.params.base,
-        _experts(ws),
+        _experts(ws, stage.item),
         HEADS,
         _datasets(ws),
         Path(stage.out),
@@ -86,7 +86,7 @@ def _merge(ws: Workspace, stage: Stage) -> None:
     merge_chosen(
         Path("build/search") / f"{stage.item}.json",
         CHECKPOINTS / ws.params.base,
-        _experts(ws),
+        _experts(ws, stage.item),
         Path(stage.out),
         factors=FACTORS,
         dtype=ws.params.merges[stage.item].dtype,
@@ -125,8 +125,10 @@ def _compare(ws: Workspace, stage: Stage) -> None:
     compare(ws.params, Path("build"), Path(stage.out))
 
 
-def _experts(ws: Workspace) -> dict[str, Path]:
-    return {name: CHECKPOINTS / name for name in ws.params.experts}
+def _experts(ws: Workspace, merge: str | None = None) -> dict[str, Path]:
+    """All experts, or those of a merge."""
+    names = ws.params.experts_of(merge) if merge else ws.params.experts
+    return {name: CHECKPOINTS / name for name in names}
 
 
 def _datasets(ws: Workspace) -> dict[str, Path]:

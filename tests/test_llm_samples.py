@@ -120,6 +120,16 @@ def test_lm_eval_asks_for_the_answer_with_its_blank(loaded):
     assert loaded["record"].doc_to_target(doc) == doc["answer"].strip()
 
 
+def test_searches_of_the_pipeline_are_a_few_minutes_and_know_their_experts():
+    """Every point costs a run of lm-eval, of six to ten seconds on two cores."""
+    from tasks.params import load_params
+
+    params = load_params(SAMPLES / "llm" / "params.yaml")
+    assert sum(len(list(merge.points)) for merge in params.merges.values() if merge.search) <= 36
+    assert sorted(params.experts) == sorted(SKILLS) and set(params.owners) == {*SKILLS}
+    assert params.experts_of("slerp") == ["record", "backwards"]
+
+
 def tiny_base(folder: Path) -> None:
     """A random Llama over bytes, saved as the base of the family is."""
     import torch

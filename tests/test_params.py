@@ -60,11 +60,31 @@ def test_what_is_right_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["params.yaml", *(f"examples/{p.name}" for p in (REPOSITORY / "examples").glob("*.yaml"))]
+    "file",
+    [
+        "params.yaml",
+        "samples/llm/params.yaml",
+        *(f"examples/{p.name}" for p in (REPOSITORY / "examples").glob("*.yaml")),
+    ],
 )
 def test_the_files_of_the_repository_are_right(file):
     if not file.endswith(".suite.yaml"):
         load_params(REPOSITORY / file)
+
+
+def test_a_merge_may_have_experts_of_its_own_in_its_own_order(tmp_path):
+    params = load_params(write(tmp_path, "method: average", "method: slerp\n    experts: [b, a]"))
+    assert params.experts_of("soup") == ["b", "a"] and params.experts_of("grid") == ["a", "b"]
+
+
+def test_more_experts_than_a_method_merges(tmp_path):
+    text = LINES.replace("experts: [a, b]", "experts: [a, b, c]").replace("    b: hf", "    c: hf://org/c\n    b: hf")
+    path = tmp_path / "params.yaml"
+    path.write_text(text.replace("method: average", "method: slerp"))
+    with refused(f"{path}:17: ", "slerp merges at most 2 expert(s), got 3"):
+        load_params(path)
+    path.write_text(text.replace("method: average", "method: slerp\n    experts: [c, a]"))
+    load_params(path)
 
 
 def test_raw_params_are_plain(tmp_path):
@@ -119,6 +139,13 @@ def test_raw_params_are_plain(tmp_path):
         ("in/digits.npz", "hf-dataset://org/d", 12, ["is a URI", "datasets.uris"]),
         ("    digits: in/digits.npz", "    {}", 9, ["datasets are empty"]),
         ("      rank:", "      scale: [1.0]\n      rank:", 22, ["'scale' is fixed in params"]),
+        ("d: average", "d: average\n    experts: [a, bb]", 18, ["'bb' is not among the", "did you mean 'b'?"]),
+        ("d: average", "d: average\n    experts: [base]", 18, ["'base' is not among the experts"]),
+        ("d: average", "d: average\n    experts: [b, b]", 18, ["listed twice"]),
+        ("d: average", "d: average\n    experts: []", 18, ["average needs at least 1 expert(s), got 0"]),
+        ("d: average", "d: slerp\n    experts: [b]", 18, ["slerp needs at least 2 expert(s), got 1"]),
+        ("d: average", "d: average\n    experts: a", 18, ["merges.soup.experts"]),
+        ("d: average", "d: task_arithmetic\n    params: {weights: [1.0]}", 18, ["1 weights for 2 experts"]),
         # YAML
         ("base: base\n", "base: base\nbase: a\n", 8, ["not valid YAML", "duplicate"]),
         ("  soup:", "  grid:", 18, ["not valid YAML", "duplicate"]),

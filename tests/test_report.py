@@ -194,6 +194,38 @@ def test_everything_from_outside_is_escaped(page):
     assert "{{ 7*1111 }}" in found.text and "7777" not in found.text
 
 
+def of_language_models(results):
+    """The same with what rows of language models say besides; `ties` is made of two experts of its own."""
+    board = results["leaderboard"]
+    board["language"] = {"tasks": "tasks"}
+    perplexity = {"prose": {"value": 12.5, "lower": 11.25, "upper": 14.0, "bits_per_byte": 1.5}}
+    for row in board["rows"]:
+        if row["kind"] != "experts":
+            row |= {"perplexity": perplexity, "lm_eval": {"digits": {"acc,none": [0.5, 0.125]}}, "held_in": 0.625}
+        if row["name"] == "ties":
+            row |= {"experts": ["shapes", "digits"], "gain_kept": 0.375}
+    return results
+
+
+def test_language_models_have_a_section_of_their_own(page):
+    text = page(of_language_models(made_up())).text
+    assert "Perplexity: prose" in text and "ties 0.375 0.625 – 12.5 11.25 to 14 1.500" in text
+    assert "experts – – – – –" in text
+    assert "digits acc,none 0.5 ± 0.12" in text
+    assert 'id="language"' not in page().html
+
+
+def test_a_merge_of_experts_of_its_own_names_them(page):
+    text = page(of_language_models(made_up())).text
+    assert "ties scale 1; of shapes, digits" in text and text.count("; of ") == 1
+
+
+def test_a_merge_that_is_not_finite_has_no_norm_ratio(page):
+    results = made_up()
+    results["leaderboard"]["rows"][-1] |= {"finite": False, "norm_ratio": None}
+    assert "cart cart 10.0 MiB – not all finite" in page(results).text
+
+
 def without_spectra(results):
     for expert in results["description"]["experts"].values():
         expert["energy_in_leading_directions"] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from evaluation.vision import load_state
 from merging import merge
@@ -36,6 +37,23 @@ def test_batches_and_stored_factors_change_no_byte(ready, mergeline, monkeypatch
         assert mergeline("search", "--params", params, "cart").code == 0
         results.append((out.read_bytes(), stored(ready)))
     assert results[0] == results[1] and results[0][1]
+
+
+def test_a_merge_takes_its_own_experts_in_its_own_order(ready, mergeline, tmp_path):
+    params, build, yaml = ready / "params.yaml", ready / "build", YAML()
+    content = yaml.load(params)
+    content["merges"]["pair"] = {"method": "slerp", "experts": ["textures", "digits"], "search": {"t": [0.1, 0.6]}}
+    yaml.dump(content, params)
+    for step in ("search", "merge-all"):
+        assert mergeline(step, "--params", params, "pair").code == 0
+    found = json.loads((build / "search" / "pair.json").read_text())
+    recipe = {"method": "slerp", "base": build / "checkpoints" / "base", "params": found["chosen"]}
+    experts = {name: build / "checkpoints" / name for name in ("textures", "digits")}
+    alone = merge({**recipe, "experts": experts}, tmp_path / "alone")
+    manifest = json.loads((build / "merges" / "pair" / "manifest.json").read_text())
+    assert list(manifest["recipe"]["experts"]) == ["textures", "digits"]
+    assert manifest["output"] == alone["output"]
+    assert list(found["points"][0]["tasks"]) == [*EXPERTS]  # settings are chosen by all tasks
 
 
 def test_what_was_scored_is_what_is_merged(ready, mergeline, tmp_path, monkeypatch):
