@@ -21,6 +21,7 @@ def karcher_mean(tensors: Sequence[Tensor], tolerance: float = 1e-14, iterations
     units = [t / n for t, n in zip(flat, norms)]
     mean = sum(units) / len(units)
     mean = mean / mean.norm()
+    before = float("inf")
     for _ in range(iterations):
         tangent = torch.zeros_like(mean)
         for unit in units:
@@ -30,8 +31,9 @@ def karcher_mean(tensors: Sequence[Tensor], tolerance: float = 1e-14, iterations
             if sine > 0:
                 tangent += across * (torch.atan2(sine, cosine) / sine) / len(units)
         step = tangent.norm()
-        if step < tolerance:
+        if step < tolerance or step >= before:  # as near as float64 comes
             break
+        before = step
         mean = torch.cos(step) * mean + torch.sin(step) * (tangent / step)
         mean = mean / mean.norm()
     return (mean * (sum(norms) / len(norms))).reshape(tensors[0].shape)
