@@ -23,6 +23,7 @@ def threshold(view: View) -> float:
 
 
 @method(
+    family="elementwise",
     paper="arcee.ai (Arcee Fusion)",
     code="arcee-ai/mergekit@a6e40288",
     reference="pretrained",
@@ -36,6 +37,13 @@ def arcee_fusion(x: Slot) -> Tensor:
 
     Importance: |tau| * KL(softmax of the expert's row, softmax of the base's), rows of the last dimension. Quantiles
     are those of all entries; the official code samples a million of them at random.
+
+    Formula:
+        I = |τ| ⊙ KL(softmax of the row of θ₁ ‖ softmax of the row of θ₀)
+        θ₀ + τ ⊙ [I ≥ median(I) + 1.5 · (Q₃(I) − Q₁(I))]
+    Trap:
+        The official code estimates quantiles of more than a million entries from a random sample; here they
+        are exact, so a few entries of large tensors differ.
     """
     taken_X = _importance(x).float() >= x.measured
     return (x.task_vectors[0] * taken_X).add_(x.base)
