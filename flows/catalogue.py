@@ -17,8 +17,8 @@ FAMILIES = {
     "geometric": "directions and angles of whole tensors",
     "spectral": "singular vectors of matrices",
     "optimised": "a loss of the task vectors alone is descended, without data",
-    "statistics": "weighted by what was gathered from data or training",
-    "adapters": "low-rank factors, which stay factors",
+    "statistics": "what was gathered from data or training says what counts",
+    "adapters": "low-rank adapters, by their factors",
     "store": "one expert is given back from what is kept of all (`mergeline compress`)",
     "wrapper": "change what another method sees, or what it made",
 }
@@ -95,16 +95,27 @@ def measured() -> dict[str, Any]:
 
 def parity(id: str) -> str:
     """In how far a method was compared with another implementation."""
-    cases = [case["case"] for case in measured()["cases"] if case["method"] == id]
-    if not cases:
-        return "properties only: nothing that was published could be run on the inputs of the golden cases"
-    return f"within the tolerance of {len(cases)} golden case{'s' * (len(cases) > 1)}: {', '.join(cases)}"
+    cases = [case for case in measured()["cases"] if case["method"] == id]
+    outputs = [case for case in cases if case["kind"] == "merge"]
+    known = [_named(case) for case in outputs if "@" in case["source"]]
+    rebuilt = [_named(case) for case in outputs if "@" not in case["source"]]
+    drawn = [f"`{case['case']}`" for case in cases if case["kind"] == "stochastic"]
+    found = [f"equals {', '.join(known)}"] if known else []
+    found += [f"equals a reconstruction, no code being public, {', '.join(rebuilt)}"] if rebuilt else []
+    found += [f"draws follow the distribution of {', '.join(drawn)}"] if drawn else []
+    return "; ".join(found) or "properties only: nothing that was published could be run on the golden inputs"
+
+
+def _named(case: Mapping[str, Any]) -> str:
+    """A golden case and its tolerance."""
+    but = f", but for {case['allowed']} elements" if case["allowed"] else ""
+    return f"`{case['case']}` (to {case['atol']:g} + {case['rtol']:g} · |b|{but})"
 
 
 def short_needs(entry: Method) -> str:
     """What a method cannot do without, in few words."""
     found = [need.removeprefix("the ") for need, setting in _needs_by_setting(entry) if not setting]
-    return ", ".join([*found, *(["an inner method"] if entry.wraps else [])])
+    return ", ".join(found) or "experts"
 
 
 def by_family(entries: Iterable[Method]) -> dict[str, list[Method]]:

@@ -21,11 +21,12 @@ name, the inner one's is `inner_NAME`.
 
 Cost: the unit is what a method must see of a tensor at once: `element` any stretch of it, `row` rows of its last dimension,
 `tensor` all of it, `matrix` all of it where `keys` makes it a matrix and any stretch elsewhere. Readings are how often
-the tensor that is read most often is read of an expert, with default parameters, the merge itself included; a wrapper's are
-with its default inner method. Memory is that of a few units, whatever the size of the model.
+the tensor that is read most often is read of an expert, with default parameters, the merge itself included (statistics
+are not counted); a wrapper's are with its default inner method. Memory is that of a few units, whatever the size of the model.
 
 Parity: a golden case is the output of another implementation, the official one where there is one, on small inputs
-([parity.md](parity.md)); a method that has none is held to properties that pin its formula."""
+([parity.md](parity.md) has tolerances and differences); all methods are held to properties that pin their formula, and those
+without a case to these alone."""
 
 _LEFT_OUT = {
     "`rmm` (2510.14163)": "no code was found, and the formula is inferred from its storage alone",
@@ -40,6 +41,7 @@ _LEFT_OUT = {
     "learned methods": "need data and a loss: their coefficients are trained",
     "`weight_matching`, `activation_matching`, `pleas`": "align models that were trained apart, which are no experts "
     "of one base",
+    "`tangent`, `peta`, `svfit`": "need experts that were trained in another form: linearised, or as singular values alone",
     "`mc_smoe`, `sub_moe`": "merge the experts inside of a mixture-of-experts layer, by its router's statistics",
 }
 
@@ -63,8 +65,8 @@ def one(entry: Method) -> str:
         lines += ["", *_wrapped(paragraph)]
     lines.append("")
     for label, text in [*_facts(found).items(), ("trap", found["trap"])]:
-        lines += _wrapped(f"{label:12}{text}", 12)
-    lines.append("parameters" if found["schema"] else "parameters  none")
+        lines += _wrapped(f"{label:15}{text}", 15)
+    lines.append("parameters" if found["schema"] else f"{'parameters':15}none")
     for name, schema in found["schema"].items():
         lines.append(f"  {name:18}{json.dumps(schema['default'])}  ({kind(schema)})")
         lines += [" " * 20 + line for line in _wrapped(schema["description"], 0, 20)]
@@ -102,27 +104,28 @@ def _section(found: dict[str, Any]) -> list[str]:
         for name, schema in found["schema"].items():
             default = f"`{json.dumps(schema['default'])}`"
             cells = [f"`{name}`", default, kind(schema), schema["description"]]
-            lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")
+            lines.append("| " + " | ".join(_escaped(cell).replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
-    facts = _facts(found) | {"paper": _paper(found["paper"]), "official code": _code(found["code"])}
-    lines += [f"- {label}: {_escaped(text)}" for label, text in facts.items()]
+    links = {"paper": _paper(found["paper"]), "official code": _code(found["code"])}
+    facts = {label: links.get(label) or _escaped(text) for label, text in _facts(found).items()}
+    lines += [f"- {label}: {text}" for label, text in facts.items()]
     return [*lines, f"- **Trap:** {_escaped(found['trap'])}"]
 
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:
     """What is said of a method in a line each."""
     cost = found["cost"]
-    needs = found["needs"] if found["needs"] else ["experts alone"]
-    if not (found["needs_base"] or found["minimum_experts"] > 1 or found["maximum_experts"]):
-        needs = ["experts alone", *found["needs"]] if found["needs"] else needs
+    alone = not (found["needs_base"] or found["minimum_experts"] > 1 or found["maximum_experts"])
+    needs = [*(["experts alone"] if alone else []), *found["needs"]]
+    needs += ["and what its inner method needs"] if found["wraps"] else []
     return {
-        "needs": "; ".join([*needs, *(["and what its inner method needs"] if found["wraps"] else [])]),
+        "needs": "; ".join(needs),
         "reference": found["reference"],
         "unit": cost["unit"],
         "readings": str(cost["readings"]),
-        "spectral": cost["spectral_work"] or "none",
+        "spectral work": cost["spectral_work"] or "none",
         "paper": found["paper"],
-        "code": found["code"] or "none",
+        "official code": found["code"] or "none",
         "parity": found["parity"]["status"],
     }
 
@@ -141,7 +144,7 @@ def _escaped(text: str) -> str:
     """Text in which Markdown takes nothing but `code` for its own."""
     parts = text.split("`")
     parts[::2] = [part.replace("*", "\\*").replace("_", "\\_").replace("<", "&lt;") for part in parts[::2]]
-    return "`".join(parts).replace("|", "\\|")
+    return "`".join(parts)
 
 
 def _wrapped(text: str, indent: int = 0, margin: int = 0) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import textwrap
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from test_goldens import ALL, CASES, GOLDENS, WITHOUT_A_CASE, beyond, compared
 
 from flows.catalogue import MEASURED
-from merging import merge_state_dicts
+from merging import engine, merge_state_dicts
 from merging.inputs import MemoryInputs
 from merging.methods import catalogue
 
@@ -35,7 +36,7 @@ Written by `python tests/parity.py`, which runs the golden cases: outputs of oth
 An element is within the tolerance if |a − b| ≤ atol + rtol · |b|, b being the other implementation's. Of discontinuous
 methods, whose masks and elections may turn over by rounding, a few elements may lie beyond it: `allowed` many.
 *Absolute* is the largest |a − b| of any element; *relative* the same over the largest |b| of its tensor; *used* the
-largest |a − b| / (atol + rtol · |b|). The differences were measured on one machine; another may round otherwise.
+largest |a − b| / (atol + rtol · |b|), so that it exceeds 1 where elements lie beyond. The differences were measured on one machine; another may round otherwise.
 
 | method | case | source | atol | rtol | absolute | relative | used | beyond | allowed |
 |---|---|---|---|---|---|---|---|---|---|"""
@@ -46,17 +47,13 @@ much the others are rescaled. `test_draws_over_many_seeds_follow_the_stated_dist
 four standard deviations."""
 
 _NO_METHOD = """\
-## Cases without a method
-
-{}The collection that the cases are from also has some of kind `unit`: single steps of methods that are not in the catalogue
-([left out](methods.md#left-out)). `adarank`, `adamerging`, `atlas`, `concrete`, `expert_merging`, `fw_merging`, `map_pareto`
-and `tangent` train or search coefficients on data; `weight_matching` and `pleas` align models that were trained apart;
-`mc_smoe` and `sub_moe` merge the experts of a mixture by its router's statistics; one is a toy of `regmean` with biases, which
-here are averaged. They are not in this repository."""
+{}The collection that the cases are from also has some of kind `unit`, which are not in this repository: single steps of
+methods that are not in the catalogue ([left out](methods.md#left-out)). `adarank`, `adamerging`, `atlas`, `concrete`,
+`expert_merging`, `fw_merging`, `map_pareto` and `tangent` train or search coefficients on data; `weight_matching` and `pleas` align
+models that were trained apart; `mc_smoe` and `sub_moe` merge the experts of a mixture by its router's statistics. One is a
+toy of `regmean`."""
 
 _NO_CASE = """\
-## Methods without a case
-
 Nothing that was published could be run on the inputs of the cases for {}. Their tests hold them to properties that pin
 the formula: hand-computed examples, limits in which they equal another method, and invariances."""
 
@@ -103,8 +100,6 @@ def readings(id: str) -> int:
             read[name] += (stop - start) * (origin != "base")
             return super().read(origin, name, start, stop)
 
-    from merging import engine
-
     plain, engine.MemoryInputs = engine.MemoryInputs, Counted
     try:
         merge_state_dicts(
@@ -130,16 +125,22 @@ def page(found: dict[str, Any]) -> str:
     odd = [case for case in ALL if case["method"] not in catalogue()]
     without = "".join(f"`{case['case']}` is of `{case['method']}`, which is not in the catalogue. " for case in odd)
     names = [f"`{id}`" for id in sorted(WITHOUT_A_CASE)]
-    lines += ["", _DRAWN, "", _NO_METHOD.format(without), ""]
-    lines += [_NO_CASE.format(f"{', '.join(names[:-1])} and {names[-1]}"), ""]
+    lines += ["", _DRAWN, "", "## Cases without a method", "", _filled(_NO_METHOD.format(without)), ""]
+    alone = f"{', '.join(names[:-1])} and {names[-1]}"
+    lines += ["## Methods without a case", "", _filled(_NO_CASE.format(alone)), ""]
     return "\n".join(lines)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
 def _source(source: str) -> str:
     """The repository and commit, of a source that names them."""
     repository, at, rest = source.partition("@")
     commit = rest.partition(":")[0]
-    return f"[{repository}](https://github.com/{repository}/tree/{commit})" if at else source.split(" (")[0]
+    link = f"[{repository}@{commit[:8]}](https://github.com/{repository}/tree/{commit})"
+    return link if at else "formula reconstructed, no code"
 
 
 def _order(row: dict[str, Any]) -> tuple[str, str]:

@@ -35,8 +35,7 @@ def threshold(view: View) -> float:
 def arcee_fusion(x: Slot) -> Tensor:
     """base + the task-vector entries whose importance reaches median + 1.5 * interquartile range of the tensor's.
 
-    Importance: |tau| * KL(softmax of the expert's row, softmax of the base's), rows of the last dimension. Quantiles
-    are those of all entries; the official code samples a million of them at random.
+    Importance: |tau| * KL(softmax of the expert's row, softmax of the base's), rows of the last dimension.
 
     Formula:
         I = |τ| ⊙ KL(softmax of the row of θ₁ ‖ softmax of the row of θ₀)

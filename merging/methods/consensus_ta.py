@@ -31,8 +31,7 @@ def consensus_ta(
 ) -> Tensor:
     """base + scale * the entries of the sum of task vectors that serve at least `min_tasks` experts.
 
-    An entry serves an expert where |tau| > threshold * |sum - tau|. With min_tasks 0 it is task arithmetic, with
-    more than there are experts the base.
+    An entry serves an expert where |tau| > threshold * |sum - tau|.
 
     Formula:
         c = how many t have |τₜ| > threshold · |Σₛ τₛ − τₜ|, entry by entry

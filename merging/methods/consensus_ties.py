@@ -43,7 +43,8 @@ def consensus_ties(
     An entry serves an expert where |tau| > threshold * |merged - tau|, for the task vector before it is trimmed.
 
     Formula:
-        m = the TIES merge of the τₜ;  c = how many t have |τₜ| > threshold · |m − τₜ|, entry by entry
+        m = the TIES merge of the density largest entries of the τₜ
+        c = how many t have |τₜ| > threshold · |m − τₜ|, entry by entry
         θ₀ + scale · [c ≥ min_tasks] ⊙ m
     Parameters:
         threshold: how large an entry must be beside its distance from the merged one

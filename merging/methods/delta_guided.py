@@ -22,8 +22,6 @@ def shares(view: View) -> list[float]:
 def delta_guided(x: Slot) -> Tensor:
     """base + sum of |tau_t| / sum of |tau| * tau_t, norms over each tensor.
 
-    Reconstructed from the paper's description: its code holds no fusion.
-
     Formula:
         θ₀ + Σₜ (‖τₜ‖ / Σₛ ‖τₛ‖) τₜ, norms over each tensor
     Trap:

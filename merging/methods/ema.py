@@ -20,8 +20,6 @@ def ema(
 ) -> Tensor:
     """decay * average so far + (1 - decay) * expert, from the first expert to the last.
 
-    The order of the experts is that of time. `window` takes only the last so many.
-
     Formula:
         aₜ = decay · aₜ₋₁ + (1 − decay) · θₜ, from a₁ = θ₁; the result is a_T
     Parameters:

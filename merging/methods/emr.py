@@ -66,8 +66,8 @@ def emr(x: Slot, *, task: Annotated[int, Ge(0)] = 0, stored: Stored | None = Non
     """base + rescaler * the entries of the unified task vector whose sign is that of expert number `task`.
 
     The unified vector has the sign of the mean and the largest magnitude that agrees with it. The rescaler gives an
-    expert its mean magnitude back, every tensor counting the same, as in the official code; the paper weighs tensors by
-    their size. The unified vector is rounded to the dtype `stored`, by default float32, as a compressed store keeps it.
+    expert its mean magnitude back. The unified vector is rounded to the dtype `stored`, by default float32, as a
+    compressed store keeps it.
 
     Formula:
         γ = sign(mean of the τₜ);  u = γ · (the largest |τₜ| of those that have the sign γ)

@@ -69,7 +69,7 @@ def ffg(x: Slot, *, density: Density = 0.4, threshold: Annotated[float, Ge(0)] |
     Without a threshold the `density` largest share of the whole model's entries is kept, and those equal to the last.
 
     Formula:
-        θ₀ + τ ⊙ [v ⊙ τ² ≥ threshold], v the second moments
+        θ₀ + τ ⊙ [v ⊙ τ² ≥ threshold], or the density largest v ⊙ τ² of the model; v the second moments
     Parameters:
         threshold: absolute, on v · τ²; by default what `density` makes it
     Trap:

@@ -63,8 +63,7 @@ def fisher(
 
     Weights are first divided by the L2 norm of F, over the model or the tensor. The official code lifts F to `floor`,
     but only the first expert's with `favor_target`, which keeps that expert where no other cares; mergelm and dataless
-    add `floor` to every F and to the norms. A floor above real Fishers, often 1e-8, makes the plain average. Where all
-    F are 0 it is the mean, too.
+    add `floor` to every F and to the norms. Where all F are 0 it is the mean.
 
     Formula:
         Σₜ wₜ Fₜ ⊙ θₜ / Σₜ wₜ Fₜ, Fₜ the diagonal Fisher over its norm

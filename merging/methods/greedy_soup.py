@@ -31,9 +31,6 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
 def greedy_soup(x: Slot, *, members: list[Annotated[int, Ge(0)]] | None = None) -> Tensor:
     """The mean of the experts whose indices `members` lists; of all by default.
 
-    Who is a member, a search decides: from the best expert alone on, in the order of their scores, it accepts an
-    expert if the mean with it scores better.
-
     Formula:
         mean of the θₜ with t in members
     Parameters:

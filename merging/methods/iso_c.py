@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 def iso_c(x: Slot, *, scale: float = 1.0, keys: Keys = "matrices") -> Tensor:
     """base + scale * (mean singular value) * U V^T of the sum of the task vectors; other tensors: + scale * mean.
 
-    U V^T is the polar factor P, and the nuclear norm is <P, sum>: no SVD is needed. Directions in which the sum is
-    numerically zero, where the official code takes arbitrary ones, are left out.
+    U V^T is the polar factor P, and the nuclear norm is <P, sum>: no SVD is needed.
 
     Formula:
         U S Vᵀ = Σₜ τₜ;  θ₀ + scale · mean(S) · U Vᵀ

@@ -71,7 +71,7 @@ def karcher(
 ) -> Tensor:
     """The Karcher mean of the experts' directions, times the weighted mean of their norms.
 
-    With a base, of the task vectors. Tensors of norm up to `tolerance` have no direction, but count in the norm.
+    With a base, of the task vectors.
 
     Formula:
         v = θ, or τ with a base;  m = the unit vector with the least Σₜ wₜ angle(m, vₜ)²

@@ -68,7 +68,7 @@ def knots(
     dare does. A pre-pass of the inner method decomposes each matrix several times unless there is a factor store.
 
     Formula:
-        U S [V₁ … V_T]ᵀ = [τ₁ … τ_T], the task vectors side by side
+        U S [V₁ … V_T]ᵀ = [τ₁ … τ_T], the task vectors side by side, where S > threshold
         θ₀ + U · inner merge of the (Uᵀ τₜ)
     Parameters:
         drop_rate: share of the entries of what the inner method sees that is dropped at random, as dare does

@@ -56,7 +56,7 @@ def lata(
 
     The statistics `instruction` are a checkpoint of the same base that was tuned to follow instructions. Tensors are
     ranked by the cosine of the two task vectors: linear_rank gives rank / (number of tensors - 1), 0 for the most
-    similar; threshold drops those whose cosine reaches it. Reconstructed: there is no public code.
+    similar; threshold drops those whose cosine reaches it.
 
     Formula:
         linear_rank: wₜₗ = (rank of tensor l by cos(τₜₗ, τᵢₗ), from 0 for the most similar) / (L − 1)

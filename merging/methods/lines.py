@@ -53,7 +53,6 @@ def lines(
 ) -> Tensor:
     """base + (alpha + beta * l / (L - 1)) * what another method adds to the base, in block l of L.
 
-    Tensors outside of numbered blocks get alpha. `auto` makes up for what the inner method lost of the L1 norm.
     The inner method's parameters stand beside these; its `scale` is 1 unless it is given.
 
     Formula:

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 def magmax(x: Slot, *, scale: float = 0.5) -> Tensor:
     """base + scale * the task-vector entry of largest magnitude.
 
-    Of entries of equal magnitude the later expert's counts. Made for experts that were fine-tuned one after the other.
-
     Formula:
         θ₀ + scale · τₛ, s = argmaxₜ |τₜ|, entry by entry
     Trap:

@@ -22,11 +22,10 @@ def shares(inputs: Inputs) -> list[float]:
 def metagpt(x: Slot) -> Tensor:
     """base + sum of |tau_t|^2 / sum of |tau|^2 * tau_t, norms over the whole model.
 
-    There is no public code; this is the closed form of the paper.
-
     Formula:
         θ₀ + Σₜ (‖τₜ‖² / Σₛ ‖τₛ‖²) τₜ, norms over the whole model
     Trap:
-        The weights sum to 1, and the longest task vector dominates. There is no official code.
+        The weights sum to 1, and the longest task vector dominates. There is no public code; this is the
+        closed form of the paper.
     """
     return ops.combination(x, x.facts)

@@ -33,8 +33,6 @@ def metrics_weighted(
 ) -> Tensor:
     """The mean of the experts, weighted by (1 / loss)^power or step^power.
 
-    One value an expert, in order; steps are 1, 2, ... by default. Reconstructed: the paper's formula was not read.
-
     Formula:
         wₜ = (1 / lossₜ)^power or stepₜ^power
         Σₜ wₜ θₜ / Σₜ wₜ

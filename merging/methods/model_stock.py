@@ -49,7 +49,7 @@ def model_stock(
 ) -> Tensor:
     """t * average + (1 - t) * base, with t = N c / (1 + (N - 1) c) for the mean cosine c between task vectors.
 
-    Per tensor, or per row of the last dimension. t is not clamped; where 1 + (N - 1) c is zero the base stays.
+    Per tensor, or per row of the last dimension. Where 1 + (N - 1) c is zero the base stays.
 
     Formula:
         c = the mean cosine of τᵢ and τⱼ over pairs;  t = T · c / (1 + (T − 1) · c)

@@ -53,7 +53,7 @@ def multislerp(
     """The direction of the weighted mean of unit vectors, times the weighted mean of norms.
 
     With a base, of the task vectors. Weights are divided by their sum. Where the unit vectors cancel it is their
-    weighted mean, which the official code has for two only. Its step in the tangent space is zero by construction.
+    weighted mean, which the official code has for two only.
 
     Formula:
         v = θ, or τ with a base;  u = Σₜ wₜ vₜ / ‖vₜ‖, the weights summing to 1

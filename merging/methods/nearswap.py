@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def nearswap(x: Slot, *, threshold: Annotated[float, Ge(0)] = 1e-4) -> Tensor:
     """base + (expert - base), clamped to [-threshold, threshold].
 
-    The base is any other model. The published form is the interpolation weight min(1, threshold / |expert - base|),
+    The published form is the interpolation weight min(1, threshold / |expert - base|),
     whose official code does not divide by less than 1e-6.
 
     Formula:

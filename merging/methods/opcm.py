@@ -49,10 +49,9 @@ def opcm(x: Slot, *, threshold: Threshold = 0.5, keys: Keys = "block_linear+proj
     """base + S, rescaled to the mean norm of the task vectors; S grows by each expert's part that is orthogonal to it.
 
     In a basis of singular vectors of S so far, the new task vector loses its diagonal, and the block of the leading
-    directions that hold `threshold` of the sum of singular values; other tensors add it whole. The order of experts
-    matters. The official code rescales after every expert, which cancels but for the last; it leaves parameters
-    outside of leaf modules at the first expert's, here all are merged. The pre-pass that finds the norms decomposes
-    everything once, the merge again.
+    directions that hold `threshold` of the sum of singular values; other tensors add it whole. The official code
+    rescales after every expert, which cancels but for the last; it leaves parameters outside of leaf modules at the
+    first expert's, here all are merged.
 
     Formula:
         W₁ = τ₁;  Wₜ = Wₜ₋₁ + U Z Vᵀ, where U S Vᵀ = Wₜ₋₁ and

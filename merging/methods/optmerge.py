@@ -42,9 +42,7 @@ def optmerge(
 ) -> Tensor:
     """base + scale * W, W descended from the mean on the sum of |(W - P_k(tau_t)) P_k(tau_t)^T|^2 / |tau_t|^2.
 
-    k as in tsv_merge. official: SGD with learning rate 1e-4 (`momentum` is its). fusion_bench, the port of the same
-    repository, is another algorithm: Adam with 1e-5 from the sum, to P_k(tau_t - mean) + mean instead of P_k(tau_t).
-    `other` as in wudi.
+    fusion_bench, the port of the same repository: Adam from the sum, to P_k(tau_t - mean) + mean instead of P_k(tau_t).
 
     Formula:
         L(W) = Σₜ ‖(W − P_k(τₜ)) P_k(τₜ)ᵀ‖² / ‖τₜ‖², descended from the mean of the τₜ

@@ -100,7 +100,7 @@ def ota(
     official code masks `linear` and `ties` only if it rescales too.
 
     Formula:
-        wₜ = vₜ^power + epsilon, 0 where vₜ ⊙ τₜ² is below the threshold;  v the second moments
+        wₜ = vₜ^power + epsilon, 0 where vₜ ⊙ τₜ² is below the threshold, or that of density;  v the second moments
         θ₀ + Σₜ wₜ ⊙ τₜ / Σₜ wₜ
     Parameters:
         power: of the second moments

@@ -34,8 +34,8 @@ def robust_merge(
 
     Of each factor, the entries that are at least as large as the one of rank int((1 - mask_ratio) * size) stay. s_t has
     a number a direction: the L1 norm of its row of A_t before pruning over that after, but at least what stands at
-    place int((1 - att_ratio) * R) of all R in ascending order. Adapters must have the same rank. What no adapter
-    changes is averaged. The official code writes A and B, here their product is added.
+    place int((1 - att_ratio) * R) of all R in ascending order. What no adapter changes is averaged. The official code
+    writes A and B, here their product is added.
 
     Formula:
         A = scale · Σₜ pruned Aₜ;  B = scale · Σₜ sₜ · pruned Bₜ / Σₜ sₜ

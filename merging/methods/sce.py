@@ -69,8 +69,7 @@ def sce(
 ) -> Tensor:
     """base + energy-weighted mean of the entries that vary most between experts and agree with the elected sign.
 
-    `density` is the share of a tensor's varying entries that is selected. As in the official code, weights are
-    uniform where the energy is below 1e-6, and sums of weights are not smaller than that.
+    As in the official code, sums of weights are not smaller than 1e-6.
 
     Formula:
         τ̂ₜ = the entries of τₜ whose variance over the experts is among the density largest of the tensor

@@ -44,8 +44,6 @@ def slerp(
 ) -> Tensor:
     """Spherical interpolation of two experts: the first at t = 0, the second at t = 1.
 
-    The angle is that of the flattened tensors; the sines multiply the tensors as they are, not made unit vectors.
-
     Formula:
         φ = the angle between θ₁ and θ₂, flattened
         (sin((1 − t) φ) · θ₁ + sin(t φ) · θ₂) / sin φ

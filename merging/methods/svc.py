@@ -48,8 +48,8 @@ def svc(
     Spectral work:
         a full decomposition a matrix
     Trap:
-        The scale of the inner method cancels in matrices, but for where `alpha` bounds the response; other
-        tensors keep it.
+        The scale of the inner method cancels in matrices, but for directions where `alpha` bounds a response;
+        other tensors keep it.
     """
     merged = merge(x)
     if not is_matrix(x.name, x.shape, keys):

@@ -73,9 +73,7 @@ def ties(
 ) -> Tensor:
     """base + scale * merge of the task-vector entries that are large and agree with the elected sign.
 
-    `density` is the share of entries kept (those equal to the threshold are all kept), over the whole model or each
-    tensor; a list has one an expert. `weights` and `normalize` belong to the mergekit variant, which also trims tensor
-    by tensor.
+    `density` is the share of entries kept, over the whole model or each tensor; a list has one an expert.
 
     Formula:
         τ̂ₜ = the entries of τₜ at least as large as its density threshold;  s = sign(Σₜ τ̂ₜ)

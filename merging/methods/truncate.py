@@ -53,8 +53,7 @@ def truncate(
     """Another merge of experts whose task vectors are cut to rank k = max(1, int(rank * min(M, N))).
 
     With `energy`, to the smallest rank that holds this share of the squared singular values. Tensors that are no block
-    matrices pass whole. The inner method's parameters stand beside these. One that looks at tensors before it merges
-    them, as ties does, has them decomposed at every look, unless factors are kept.
+    matrices pass whole. The inner method's parameters stand beside these.
 
     Formula:
         inner merge of the θ₀ + P_k(τₜ);  k = max(1, int(rank · min(M, N)))

@@ -37,7 +37,7 @@ def tsv_merge(
     """base + scale * polar(U) S polar(V)^T, U S V^T the concatenated rank-k parts of the task vectors.
 
     k = int(min(M, N) / T) for `1/T`, else max(1, int(rank * min(M, N))). Other tensors add scale * the mean task
-    vector. Without `orthogonalize` the rank-k parts are summed as they are.
+    vector.
 
     Formula:
         P_k(τₜ) = Uₜ Sₜ Vₜᵀ;  U = [U₁ … U_T], S = [S₁ … S_T], V = [V₁ … V_T];  k = int(min(M, N) / T)

@@ -72,9 +72,8 @@ def twin(
 ) -> Tensor:
     """shared + the rank-k part of (expert number `task` - shared), shared the inner merge; other tensors in full.
 
-    k = int(rank * min(M, N)), which may be 0. The shared task vector and the factors are rounded to the dtype `stored`,
-    by default float32, as a compressed store keeps them. The official router, which is trained, weighs several experts'
-    exclusive parts for every input; `one_hot` takes one. The inner method's parameters stand beside these.
+    The shared task vector and the factors are rounded to the dtype `stored`, by default float32, as a compressed store
+    keeps them. The inner method's parameters stand beside these.
 
     Formula:
         θₛ = the inner merge;  θₛ + P_k(θₜ − θₛ), t = task;  k = int(rank · min(M, N))
