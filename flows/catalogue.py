@@ -1,4 +1,4 @@
-"""The catalogue of methods as `mergeline methods` shows it: from what each declares, its docstring, and measurements."""
+"""The catalogue of methods as `mergeline methods` shows it: what they declare, say of themselves, and were measured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MEANINGS = {
     "normalize": "divide by the sum of the weights",
     "density": "share of the entries that is kept",
     "drop_rate": "share of the entries that is dropped at random",
-    "rank": "share of full rank that is kept: k = max(1, int(rank · min(M, N))); 1/T: k = int(min(M, N) / T)",
+    "rank": "share of full rank that is kept: k = max(1, int(rank · min(M, N)))",
     "rank_rounding": "how rank · min(M, N) becomes a whole number",
     "scope": "over what it is taken: the model (global), each tensor, each row (last dimension) or column (first)",
     "reduce": "how the entries that agree are combined",
@@ -103,7 +103,7 @@ def parity(id: str) -> str:
     found = [f"equals {', '.join(known)}"] if known else []
     found += [f"equals a reconstruction, no code being public, {', '.join(rebuilt)}"] if rebuilt else []
     found += [f"draws follow the distribution of {', '.join(drawn)}"] if drawn else []
-    return "; ".join(found) or "properties only: nothing that was published could be run on the golden inputs"
+    return "; ".join(found) or "properties only: there is no golden case"
 
 
 def _named(case: Mapping[str, Any]) -> str:

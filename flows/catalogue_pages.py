@@ -14,19 +14,20 @@ _LEAST_WIDTH = 80
 
 _NOTATION = """\
 θ₀ is the base, θₜ expert t of T, θ̄ the mean of the experts, τₜ = θₜ − θ₀ a task vector, all of one tensor of the
-model, matrices M x N; wₜ is a weight, 1 unless `weights` says otherwise. P_k(X) is the part of X in its k leading singular
-directions, polar(X) = U Vᵀ of X = U S Vᵀ, ⊙ multiplies entry by entry, and [ ] is 1 where what it holds is true, else 0.
-Other names are parameters. Parameters of a wrapper and of what it wraps stand side by side; where both have one of a
-name, the inner one's is `inner_NAME`.
+model, matrices M x N; wₜ is a weight, 1 unless `weights` says otherwise. P_k(X) is the part of X in its k leading
+singular directions, polar(X) = U Vᵀ of X = U S Vᵀ, ⊙ multiplies entry by entry, and [ ] is 1 where what it holds is
+true, else 0. Other names are parameters. Parameters of a wrapper and of what it wraps stand side by side; where
+both have one of a name, the inner one's is `inner_NAME`.
 
-Cost: the unit is what a method must see of a tensor at once: `element` any stretch of it, `row` rows of its last dimension,
-`tensor` all of it, `matrix` all of it where `keys` makes it a matrix and any stretch elsewhere. Readings are how often
-the tensor that is read most often is read of an expert, with default parameters, the merge itself included (statistics
-are not counted); a wrapper's are with its default inner method. Memory is that of a few units, whatever the size of the model.
+Cost: the unit is what a method must see of a tensor at once: `element` any stretch of it, `row` rows of its last
+dimension, `tensor` all of it, `matrix` all of it where `keys` makes it a matrix and any stretch elsewhere. Readings
+are how often the tensor that is read most often is read of an expert, with default parameters, the merge itself
+included (statistics are not counted); a wrapper's are with its default inner method. Memory is that of a few units,
+whatever the size of the model.
 
 Parity: a golden case is the output of another implementation, the official one where there is one, on small inputs
-([parity.md](parity.md) has tolerances and differences); all methods are held to properties that pin their formula, and those
-without a case to these alone."""
+([parity.md](parity.md) has tolerances and differences); all methods are held to properties that pin their formula,
+and those without a case to these alone."""
 
 _LEFT_OUT = {
     "`rmm` (2510.14163)": "no code was found, and the formula is inferred from its storage alone",
@@ -41,7 +42,7 @@ _LEFT_OUT = {
     "learned methods": "need data and a loss: their coefficients are trained",
     "`weight_matching`, `activation_matching`, `pleas`": "align models that were trained apart, which are no experts "
     "of one base",
-    "`tangent`, `peta`, `svfit`": "need experts that were trained in another form: linearised, or as singular values alone",
+    "`tangent`, `peta`, `svfit`": "need experts that were trained in another form: linearised, or as singular values",
     "`mc_smoe`, `sub_moe`": "merge the experts inside of a mixture-of-experts layer, by its router's statistics",
 }
 

@@ -517,10 +517,12 @@ def _methods(args: argparse.Namespace) -> None:
 
     chosen = [get_method(args.id)] if args.id else list(catalogue().values())
     if args.json:
-        print(json.dumps([described(entry) for entry in chosen], indent=1, ensure_ascii=False))
+        print(json.dumps([described(entry) for entry in chosen], indent=1))
     elif args.markdown:
+        sys.stdout.reconfigure(encoding="utf-8")
         print(catalogue_pages.markdown(chosen), end="")
     else:
+        sys.stdout.reconfigure(errors="replace")  # of terminals that cannot show a formula
         print(catalogue_pages.one(chosen[0]) if args.id else catalogue_pages.listed(chosen))
 
 

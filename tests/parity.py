@@ -1,4 +1,4 @@
-"""`python tests/parity.py` measures what the catalogue says of methods: flows/measured.json, and docs/parity.md from it.
+"""`python tests/parity.py` measures what the catalogue says of methods: flows/measured.json, docs/parity.md.
 
 Golden cases: by how much a merge differs from the output of another implementation. Readings: how often the tensor of
 an expert that is read most often is read, with default parameters.
@@ -29,33 +29,35 @@ _FAMILY = GOLDENS / "inputs" / "elementwise"
 _HEAD = """\
 # Parity
 
-Written by `python tests/parity.py`, which runs the golden cases: outputs of other implementations, on small inputs, in
-`tests/goldens` ([cases.json](../tests/goldens/cases.json) has the parameters, and the file and function of each source).
-`python -m pytest tests/test_goldens.py` holds every merge to them. What the methods are: [methods.md](methods.md).
+Written by `python tests/parity.py`, which runs the golden cases: outputs of other implementations, on small inputs,
+in `tests/goldens` ([cases.json](../tests/goldens/cases.json) has the parameters, and the file and function of each
+source). `python -m pytest tests/test_goldens.py` holds every merge to them. What the methods are:
+[methods.md](methods.md).
 
-An element is within the tolerance if |a − b| ≤ atol + rtol · |b|, b being the other implementation's. Of discontinuous
-methods, whose masks and elections may turn over by rounding, a few elements may lie beyond it: `allowed` many.
-*Absolute* is the largest |a − b| of any element; *relative* the same over the largest |b| of its tensor; *used* the
-largest |a − b| / (atol + rtol · |b|), so that it exceeds 1 where elements lie beyond. The differences were measured on one machine; another may round otherwise.
+An element is within the tolerance if |a − b| ≤ atol + rtol · |b|, b being the other implementation's. Of
+discontinuous methods, whose masks and elections may turn over by rounding, a few elements may lie beyond it,
+as many as are *allowed*. *Absolute* is the largest |a − b| of any element; *relative* the same over the largest |b| of its
+tensor; *used* the largest |a − b| / (atol + rtol · |b|), so that it exceeds 1 where elements lie beyond. The
+differences were measured on one machine; another may round otherwise.
 
 | method | case | source | atol | rtol | absolute | relative | used | beyond | allowed |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 _DRAWN = """\
-Two more cases have no output to equal, but a distribution: over many seeds, how often entries are dropped and by how
-much the others are rescaled. `test_draws_over_many_seeds_follow_the_stated_distribution` holds the draws to it within
-four standard deviations."""
+Two more cases have no output to equal, but a distribution: over many seeds, how often entries are dropped and by
+how much the others are rescaled. `test_draws_over_many_seeds_follow_the_stated_distribution` holds the draws to it
+within four standard deviations."""
 
 _NO_METHOD = """\
-{}The collection that the cases are from also has some of kind `unit`, which are not in this repository: single steps of
-methods that are not in the catalogue ([left out](methods.md#left-out)). `adarank`, `adamerging`, `atlas`, `concrete`,
-`expert_merging`, `fw_merging`, `map_pareto` and `tangent` train or search coefficients on data; `weight_matching` and `pleas` align
-models that were trained apart; `mc_smoe` and `sub_moe` merge the experts of a mixture by its router's statistics. One is a
-toy of `regmean`."""
+{}The collection that the cases are from also has some that are not in this repository, most of kind `unit`: single
+steps of methods that are not in the catalogue ([left out](methods.md#left-out)). `adarank` (its first merge too),
+`adamerging`, `atlas`, `concrete`, `expert_merging`, `fw_merging` and `map_pareto` train or search coefficients on data;
+`tangent` needs linearised experts; `weight_matching` and `pleas` align models that were trained apart; `mc_smoe` and
+`sub_moe` merge the experts of a mixture by its router's statistics. One is a toy of `regmean`."""
 
 _NO_CASE = """\
-Nothing that was published could be run on the inputs of the cases for {}. Their tests hold them to properties that pin
-the formula: hand-computed examples, limits in which they equal another method, and invariances."""
+The collection has no outputs of {}. Their tests hold them to properties that pin the formula: hand-computed examples,
+limits in which they equal another method, and invariances."""
 
 
 def measured() -> dict[str, Any]:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 Family = Literal[
     "elementwise", "geometric", "spectral", "optimised", "statistics", "adapters", "store", "wrapper"
 ]
-# Of docstrings. Parameters: what those mean here whose name does not say it in all methods (`NAME: meaning`). Needs: what
-# the declaration does not say. Spectral work: of methods that decompose matrices. Trap: what users get wrong.
+# Of docstrings. Parameters: what those mean that do not mean the same in all methods, `NAME: meaning`. Needs: what the
+# declaration does not say. Spectral work: of methods that decompose matrices. Trap: what users get wrong.
 SECTIONS = ("Formula", "Parameters", "Needs", "Spectral work", "Trap")
 
 # A parameter whose name is taken further out in a chain of wrappers gets the first prefix, as often as needed; those

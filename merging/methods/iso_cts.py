@@ -38,8 +38,8 @@ def iso_cts(
 
     Of R = min(M, N) directions int(common_fraction * R) are the leading ones of the sum of the task vectors; the rest
     is shared evenly by the tasks (rounded half to even), each the leading ones of its task vector without what the
-    common left vectors span. Directions in which nothing changed, where the official code takes arbitrary ones, are left
-    out.
+    common left vectors span. Directions in which nothing changed, where the official code takes arbitrary ones, are
+    left out.
 
     Formula:
         of R = min(M, N) directions, int(common_fraction · R) are the leading U S Vᵀ of Σₜ τₜ,

@@ -65,8 +65,6 @@ def lata(
     Parameters:
         mode: weights by rank, or by a threshold
         threshold: the cosine from which on a tensor is dropped, with `mode: threshold`
-    Needs:
-        a checkpoint of the same base that was tuned to follow instructions, as statistics
     Trap:
         The most similar tensor gets weight 0, it is dropped. Reconstructed: there is no official code, and
         the rank is over all tensors.

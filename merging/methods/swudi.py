@@ -55,7 +55,7 @@ def swudi(
     Formula:
         C = Σₜ τₜᵀ τₜ / ‖τₜ‖² = Q diag(l) Qᵀ,  D = Σₜ τₜ τₜᵀ τₜ / ‖τₜ‖²,  S = Σₜ τₜ
         θ₀ + scale · (S + (D C⁻¹ − S) Q diag(f(l)) Qᵀ)
-        f(l) = 1 − exp(−l · time), l / (l + alpha) or 1 − (1 − 0.9 l / l_max)^iterations in the leading directions, else 0
+        f(l) = 1 − exp(−l · time), l / (l + alpha) or 1 − (1 − 0.9 l / l_max)^iterations; 0 for what does not pass
     Parameters:
         variant: which directions pass: swudi the `rank` leading ones, iwudi all, aswudi as many as the
             spectrum says

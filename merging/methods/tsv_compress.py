@@ -64,7 +64,7 @@ def tsv_compress(
     """base + the rank-k part of the task vector of expert number `task`; other tensors in full.
 
     k = int(min(M, N) / T) for `1/T`, else max(1, int(rank * min(M, N))). Factors are rounded to the dtype `stored`, by
-    default float32, as a compressed store keeps them. The official code also cuts a text tower's projection.
+    default float32, as a compressed store keeps them.
 
     Formula:
         θ₀ + P_k(τₜ), t = task;  k = int(min(M, N) / T)

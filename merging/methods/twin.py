@@ -78,6 +78,7 @@ def twin(
     Formula:
         θₛ = the inner merge;  θₛ + P_k(θₜ − θₛ), t = task;  k = int(rank · min(M, N))
     Parameters:
+        rank: share of full rank that is kept of what is exclusively one's
         router: one_hot takes one expert's exclusive part
     Spectral work:
         an eigendecomposition of the smaller Gram matrix, of every matrix and expert
