@@ -24,6 +24,6 @@ def around(x: Slot, merge: Inner, *, inner: str = "task_arithmetic", origin: str
         origin: mean, or a method that wraps none; its parameters stand beside these as origin_...
     Trap:
         Task vectors around the mean sum to zero: an inner method that only sums, such as the default, gives
-        the mean back.
+        the mean back, and where ties keeps an entry of every expert, rounding elects its sign.
     """
     return merge(x)
