@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn, Sequence
 from merging.errors import UserError
 
 if TYPE_CHECKING:
-    from merging.methods import Method
     from merging.recipe import Recipe
 
 _LONGEST = 2000  # characters of metadata that are printed: a store describes every tensor in its
@@ -123,9 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(plan)
     plan.add_argument("--table", action="store_true", help="what becomes of every tensor")
     plan.add_argument("--json", action="store_true")
-    methods = add("methods", _methods, "the catalogue of methods, or one method's parameters")
+    methods = add("methods", _methods, "the catalogue of methods, or all that is known of one")
     methods.add_argument("id", nargs="?")
-    methods.add_argument("--json", action="store_true")
+    form = methods.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true")
+    form.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
     inspect = add("inspect", _inspect, "what is in a checkpoint")
     inspect.add_argument("checkpoint", type=Path, nargs="+")
     inspect.add_argument("--json", action="store_true")
@@ -510,52 +511,19 @@ def _size(count: float) -> str:
 
 
 def _methods(args: argparse.Namespace) -> None:
+    from flows import catalogue_pages
+    from flows.catalogue import described
     from merging.methods import catalogue, get_method
 
     chosen = [get_method(args.id)] if args.id else list(catalogue().values())
     if args.json:
-        print(json.dumps([_described(entry) for entry in chosen], indent=1))
-        return
-    for entry in chosen:
-        print(f"{entry.id:24} {entry.summary}")
-        if args.id:
-            _print_method(entry)
-
-
-def _described(entry: Method) -> dict[str, Any]:
-    """What the catalogue says of a method, as JSON; `unit` with its default parameters."""
-    return {
-        "id": entry.id,
-        "summary": entry.summary,
-        "parameters": entry.parameters,
-        "paper": entry.paper,
-        "code": entry.code,
-        "reference": entry.reference,
-        "unit": entry.bind(entry.resolve({})).own_unit,
-        "needs_base": entry.needs_base,
-        "minimum_experts": entry.minimum_experts,
-        "maximum_experts": entry.maximum_experts,
-        "reads_statistics": entry.statistics is not None,
-        "is_store": entry.store is not None,
-        "wraps": entry.wraps,
-    }
-
-
-def _print_method(entry: Method) -> None:
-    found = _described(entry)
-    least, most = found["minimum_experts"], found["maximum_experts"]
-    needs = [f"{least} experts" if most == least else f"{least} experts or more"] if least > 1 else []
-    needs += ["the base"] if found["needs_base"] else []
-    needs += ["statistics, with some parameters"] if found["reads_statistics"] else []
-    print(f"\npaper       {entry.paper}; official code {entry.code or 'none'}")
-    print(f"reference   {entry.reference}")
-    print(f"unit        {found['unit']}")
-    print(f"needs       {'; '.join(needs) or 'experts alone'}")
-    print("parameters" if entry.parameters else "parameters  none")
-    for name, default in entry.parameters.items():
-        print(f"  {name:16}{json.dumps(default)}")
-    if entry.wraps:
-        print("  and those of its inner method")
+        print(json.dumps([described(entry) for entry in chosen], indent=1))
+    elif args.markdown:
+        sys.stdout.reconfigure(encoding="utf-8")
+        print(catalogue_pages.markdown(chosen), end="")
+    else:
+        sys.stdout.reconfigure(errors="replace")  # of terminals that cannot show a formula
+        print(catalogue_pages.one(chosen[0]) if args.id else catalogue_pages.listed(chosen))
 
 
 def _inspect(args: argparse.Namespace) -> None:

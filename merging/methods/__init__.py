@@ -7,6 +7,8 @@ A method maps one `Slot` (a block of a tensor of every expert) to the merged blo
 parameters. A wrapper takes a second argument, the `Inner` method that it wraps, which may be a wrapper again; their
 parameters stand side by side. A wrapper with a parameter `origin` shows its inner method another base: what the
 method of that name makes of the experts.
+
+The docstring of a method is its page in the catalogue: one line, notes, and the sections `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,13 @@ from merging.slots import UNITS, ChangedView, Inputs, Slot, Unit, View
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Family = Literal[
+    "elementwise", "geometric", "spectral", "optimised", "statistics", "adapters", "store", "wrapper"
+]
+# Of docstrings. Parameters: what those mean that do not mean the same in all methods, `NAME: meaning`. Needs: what the
+# declaration does not say. Spectral work: of methods that decompose matrices. Trap: what users get wrong.
+SECTIONS = ("Formula", "Parameters", "Needs", "Spectral work", "Trap")
 
 # A parameter whose name is taken further out in a chain of wrappers gets the first prefix, as often as needed; those
 # of the method that makes the reference get the second.
@@ -74,6 +83,7 @@ class Method:
     """A method with what it declares about itself; see `method`."""
 
     id: str
+    family: Family
     function: Callable[..., Tensor]
     paper: str
     code: str
@@ -100,6 +110,16 @@ class Method:
     @property
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    @property
+    def notes(self) -> str:
+        """What its docstring says between the first line and the sections."""
+        return _parts_of(self.function)[""].partition("\n")[2].strip()
+
+    @property
+    def sections(self) -> dict[str, str]:
+        """The sections of its docstring that it has, by their titles."""
+        return {title: text for title, text in _parts_of(self.function).items() if title}
 
     @property
     def citation(self) -> str:
@@ -482,8 +502,21 @@ def _part(value: Any, name: str) -> Any:
     return None if value is None else value.get(name)
 
 
+def _parts_of(function: Callable[..., Any]) -> dict[str, str]:
+    """A docstring, cut where the sections begin: titles to texts, what is before the first one under ""."""
+    parts: dict[str, list[str]] = {"": []}
+    for line in (inspect.getdoc(function) or "").split("\n"):
+        title = line.removesuffix(":")
+        if line.endswith(":") and title in SECTIONS:
+            parts[title] = []
+        else:
+            parts[list(parts)[-1]].append(line)
+    return {title: inspect.cleandoc("\n".join(["", *lines])) for title, lines in parts.items()}
+
+
 def method(
     *,
+    family: Family,
     paper: str,
     reference: str,
     code: str = "",
@@ -508,6 +541,7 @@ def method(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add a function to the catalogue under its own name.
 
+    family: where it stands in the catalogue.
     paper, code: where it comes from (arXiv id or reference; repository@commit).
     reference: what task vectors are measured from.
     unit: the blocks it can be given (see `merging.slots`), or a function of the parameters; `matrix`: whole tensors
@@ -530,6 +564,7 @@ def method(
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         entry = Method(
             id=function.__name__,
+            family=family,
             function=function,
             paper=paper,
             code=code,

@@ -23,6 +23,7 @@ def threshold(view: View) -> float:
 
 
 @method(
+    family="elementwise",
     paper="arcee.ai (Arcee Fusion)",
     code="arcee-ai/mergekit@a6e40288",
     reference="pretrained",
@@ -34,8 +35,14 @@ def threshold(view: View) -> float:
 def arcee_fusion(x: Slot) -> Tensor:
     """base + the task-vector entries whose importance reaches median + 1.5 * interquartile range of the tensor's.
 
-    Importance: |tau| * KL(softmax of the expert's row, softmax of the base's), rows of the last dimension. Quantiles
-    are those of all entries; the official code samples a million of them at random.
+    Importance: |tau| * KL(softmax of the expert's row, softmax of the base's), rows of the last dimension.
+
+    Formula:
+        I = |τ| ⊙ KL(softmax of the row of θ₁ ‖ softmax of the row of θ₀)
+        θ₀ + τ ⊙ [I ≥ median(I) + 1.5 · (Q₃(I) − Q₁(I))]
+    Trap:
+        The official code estimates quantiles of more than a million entries from a random sample; here they
+        are exact, so a few entries of large tensors differ.
     """
     taken_X = _importance(x).float() >= x.measured
     return (x.task_vectors[0] * taken_X).add_(x.base)

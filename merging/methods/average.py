@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(paper="2203.05482", code="yule-BUAA/MergeLM@6d49ad96", reference="mean")
+@method(family="elementwise", paper="2203.05482", code="yule-BUAA/MergeLM@6d49ad96", reference="mean")
 def average(x: Slot) -> Tensor:
-    """The mean of the experts."""
+    """The mean of the experts.
+
+    Formula:
+        (1/T) Σₜ θₜ
+    Trap:
+        Integer buffers are copied and must agree; experts of different bases average to nothing useful.
+    """
     return ops.mean(x.experts, x.precision)

@@ -70,6 +70,7 @@ def bounds(
 
 
 @method(
+    family="elementwise",
     paper="2312.06795",
     code="rezazzr/breadcrumbs@f89fc664",
     reference="pretrained",
@@ -97,6 +98,19 @@ def breadcrumbs(
     Of every n entries (a row of the last dimension, or the tensor) the int(n * outlier_rate) largest are dropped,
     then the int(n * density) largest of the rest are kept. Without `remove_first` the dropped count as kept ones.
     Both are numbers, or lists of one an expert. `elect` adds only what agrees with the elected sign.
+
+    Formula:
+        τ̂ₜ = of τₜ without its int(n · outlier_rate) largest entries, the int(n · density) largest
+        θ₀ + scale · Σₜ wₜ τ̂ₜ
+    Parameters:
+        weights: one number an expert, in their order, 1 by default
+        outlier_rate: share of the largest entries that are dropped
+        elect: add only the entries that agree with the elected sign
+        remove_first: whether outliers are dropped before `density` is counted; else they count as kept
+        bottom_rate: share of the smallest entries that are dropped; the mergellm variant's alone
+    Trap:
+        Of n entries, int(n · density) may be none: rows of a convolution's small kernels vanish whole with
+        scope row. `density` is what is kept, not what is dropped.
     """
     tau_TX = []
     count = len(x.experts)

@@ -37,6 +37,7 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
 
 
 @method(
+    family="spectral",
     paper="2412.12153",
     code="JH-GEECS/CART@964cfd78",
     reference="mean",
@@ -68,6 +69,25 @@ def cart(
     be another merge: task_arithmetic with origin_scale, cart with origin_scale and origin_rank, or tsv_merge with
     scale 1; `reduce: tsv` orthogonalises the factors before summing. `basis: dct` is cheaper and not optimal: instead of
     the rank-k part, the k columns of the rows' cosine transforms with the largest norms.
+
+    Formula:
+        θₒ + scale · Σₜ P_k(θₜ − θₒ), θₒ = θ̄ or another merge;  k = max(1, int(rank · min(M, N)))
+    Parameters:
+        rank_rule: whether `rank` or `energy` says how much is kept
+        energy: share of the squared singular values that is kept, with `rank_rule: energy`
+        origin: what task vectors are measured from: the mean of the experts, or another merge of them
+        origin_scale: the scale of that other merge
+        origin_rank: its rank, if it is cart
+        reduce: whether low-rank parts are summed as they are, or with singular vectors made orthogonal (tsv)
+        basis: singular vectors, or columns of cosine transforms, which are cheaper and not optimal
+    Needs:
+        three experts or more, to differ from their mean
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert; `--factors` keeps it
+    Trap:
+        With two experts it is their mean: the centred task vectors cancel. Around the mean, tensors that are
+        no block matrices end at the mean. A packed QKV matrix is one matrix, not three. Official settings
+        truncate less than the paper's 8 %.
     """
     reference = "mean" if origin == "mean" else [origin, origin_scale, origin_rank, keys]
     start = x.share(("origin", str(reference)), lambda: _origin(x, origin, origin_scale, origin_rank, keys))

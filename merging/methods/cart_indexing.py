@@ -66,6 +66,7 @@ def _decode(
 
 
 @method(
+    family="store",
     paper="2412.12153",
     code="JH-GEECS/CART@964cfd78",
     reference="mean",
@@ -86,6 +87,14 @@ def cart_indexing(
     """mean + scale * the rank-k part of (expert number `task` - mean); tensors that are no block matrices in full.
 
     The mean and the factors are rounded to the dtype `stored`, by default float32, as a compressed store keeps them.
+
+    Formula:
+        θ̄ + scale · P_k(θₜ − θ̄), t = task;  k = max(1, int(rank · min(M, N)))
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert; `--factors` keeps it
+    Trap:
+        It gives one expert back and needs to know which; it is no merge for all tasks. Tensors that are no
+        block matrices are stored whole for each.
     """
     once, [own] = _encode(x, [task], rank=rank, scale=scale, keys=keys, stored=stored)
     return _decode(x.base, once, own, scale=scale)

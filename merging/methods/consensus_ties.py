@@ -21,6 +21,7 @@ def thresholds(inputs: Inputs, *, density: float, **_: Any) -> dict[str, Any]:
 
 
 @method(
+    family="elementwise",
     paper="2405.07813",
     code="nik-dim/tall_masks@d10af8b2",
     reference="pretrained",
@@ -40,6 +41,17 @@ def consensus_ties(
     """base + scale * the entries of the TIES-merged task vector that serve at least `min_tasks` experts.
 
     An entry serves an expert where |tau| > threshold * |merged - tau|, for the task vector before it is trimmed.
+
+    Formula:
+        m = the TIES merge of the density largest entries of the τₜ
+        c = how many t have |τₜ| > threshold · |m − τₜ|, entry by entry
+        θ₀ + scale · [c ≥ min_tasks] ⊙ m
+    Parameters:
+        threshold: how large an entry must be beside its distance from the merged one
+        min_tasks: the least number of experts that an entry must serve
+    Trap:
+        m is the TIES sum, not its mean, which is the default of ties by itself; masks look at task vectors
+        before they are trimmed.
     """
     merged_X = merged_task_vector(x, x.facts, reduce)
     return ops.consensus(x.task_vectors, merged_X, threshold, min_tasks).mul_(scale).add_(x.base)

@@ -51,6 +51,7 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
 
 
 @method(
+    family="adapters",
     paper="2509.17786",
     code="apanariello4/core-space-merging@85176fab",
     reference="pretrained",
@@ -74,6 +75,18 @@ def core_space(
     B_t A_t is what adapter t adds; Q_B and Q_A are orthonormal bases of all columns of B and rows of A. Experts that
     are no adapters are decomposed. Without a base, the result is what is added. The inner method's parameters stand
     beside these.
+
+    Formula:
+        BₜAₜ = what adapter t adds;  Q_B, Q_A = orthonormal bases of [B₁ … B_T] and [A₁ᵀ … A_Tᵀ]
+        θ₀ + Q_B · inner merge of the (Q_Bᵀ Bₜ Aₜ Q_A) · Q_Aᵀ
+    Needs:
+        adapters; experts that are none are decomposed
+    Spectral work:
+        two QR decompositions a matrix, and what the inner method decomposes, which is as small as the ranks
+        together
+    Trap:
+        With iso_c inside, singular values are averaged over the core alone, so that it is not iso_c by
+        itself; task_arithmetic inside is task_arithmetic. Ranks should sum to no more than min(M, N).
     """
     if not sees(x.name, x.shape, {"keys": keys}):
         return ops.mean(x.experts) if x.base is None else x.base.double()

@@ -64,6 +64,7 @@ def drop(x: Slot, *, drop_rate: float | list[float], masks: str, rescale: bool, 
 
 
 @method(
+    family="wrapper",
     paper="2311.03099",
     code="yule-BUAA/MergeLM@6d49ad96",
     reference="pretrained",
@@ -87,5 +88,13 @@ def dare(
     Survivors are divided by 1 - drop_rate (mergekit: multiplied by the ratio of L1 norms). A list of rates has one
     an expert. Draws depend on the seed, the expert's name, the tensor and the element alone. The inner method's
     parameters stand beside these.
+
+    Formula:
+        inner merge of the θ₀ + mₜ ⊙ τₜ / (1 − drop_rate), mₜ = 1 with probability 1 − drop_rate, else 0
+    Parameters:
+        rescale: divide survivors by 1 − `drop_rate`, so that the mean over draws is the task vector
+    Trap:
+        `drop_rate` is what is dropped, not kept. The mergekit variant rescales by the ratio of L1 norms,
+        which is not unbiased. A rate of 1 drops all and rescales nothing.
     """
     return merge(x)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="spectral",
     paper="2603.06242",
     code="Tobeginwith/DC-Merge@3c443e4d",
     reference="pretrained",
@@ -39,6 +40,20 @@ def dc_merge(
     C is the mean, over tasks that agree with the sign of the sum, of the largest max(1, int(density * R^2)) entries of
     polar(U)^T U_t S_t V_t^T polar(V), of which the diagonal blocks, one a task, are kept. k as in tsv_merge; other
     tensors add scale * the mean task vector. The version for full fine-tuning: singular values are not smoothed.
+
+    Formula:
+        P_k(τₜ) = Uₜ Sₜ Vₜᵀ;  Q = polar([U₁ … U_T]), R = polar([V₁ … V_T])
+        Cₜ = the density largest entries of Qᵀ P_k(τₜ) R
+        C = the mean of those with the sign of Σₜ Cₜ, in T diagonal blocks
+        θ₀ + scale · Q C Rᵀ
+    Parameters:
+        density: share of a task's core that is kept
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert, which `--factors` keeps;
+        two polar factors a matrix
+    Trap:
+        The mask on the core is discontinuous: the least change of an input may choose another entry.
+        `density` is tiny and counts entries of the core, not of the matrix.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

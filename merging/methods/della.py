@@ -71,6 +71,7 @@ def l1_ratios(
 
 
 @method(
+    family="elementwise",
     paper="2406.11617",
     code="declare-lab/della@80675156",
     reference="pretrained",
@@ -99,6 +100,19 @@ def della(
     Survivors are divided by their probability (mergekit: multiplied by the ratio of L1 norms); then signs are elected
     and the entries that agree are averaged by weight; all are without `elect`. A convolution's rows are those of its
     last dimension. `density` and `epsilon` are numbers, or lists of one an expert.
+
+    Formula:
+        pₜ = density − epsilon + 2 · epsilon · r / (n − 1), r the rank of |τₜ| in its row of n, from 0
+        τ̂ₜ = mₜ ⊙ τₜ / pₜ, mₜ = 1 with probability pₜ, else 0;  s = sign(Σₜ wₜ τ̂ₜ)
+        θ₀ + scale · (sum of the wₜ τ̂ₜ that have the sign s) / (sum of their wₜ)
+    Parameters:
+        density: the mean probability with which an entry is kept
+        epsilon: half the width of the window of probabilities
+        elect: merge only the entries that agree with the elected sign
+        rescale: divide survivors by their probability
+    Trap:
+        The official `window_size` is twice `epsilon`, and density ± epsilon must stay inside (0, 1). The
+        official code takes no convolutions.
     """
     tau_TMN = []
     window_T = _windows(density, epsilon, len(x.experts))

@@ -18,10 +18,14 @@ def shares(view: View) -> list[float]:
     return (norms_T / norms_T.sum().clamp(min=1e-300)).tolist()
 
 
-@method(paper="2508.11442", reference="pretrained", needs_base=True, measure=shares)
+@method(family="elementwise", paper="2508.11442", reference="pretrained", needs_base=True, measure=shares)
 def delta_guided(x: Slot) -> Tensor:
     """base + sum of |tau_t| / sum of |tau| * tau_t, norms over each tensor.
 
-    Reconstructed from the paper's description: its code holds no fusion.
+    Formula:
+        θ₀ + Σₜ (‖τₜ‖ / Σₛ ‖τₛ‖) τₜ, norms over each tensor
+    Trap:
+        Reconstructed: the paper's published code holds no merge. A tensor that no expert changed is the
+        base's.
     """
     return ops.combination(x, x.measured)

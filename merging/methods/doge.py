@@ -39,6 +39,7 @@ def _trim(each: ops.Each, elements: int, density: float, experts: int) -> list[f
 
 
 @method(
+    family="optimised",
     paper="2501.01230",
     code="tanganke/fusion_bench@54c9e8c9",
     reference="pretrained",
@@ -64,8 +65,23 @@ def doge(
     """base + sum over tasks of l_t * (tau_t + D) where |tau_t| is large, l_t = scale / |tau_t|; other tensors: base.
 
     D comes from Adam on the sum over tasks and rows of <tau_t, tau_t - sum of l_s (tau_s + D)>^2, with gradients
-    outside of the R / `subspace` leading left directions of all tasks' (R / T each). `density` is the share of entries
-    of a task vector that are kept, of all matrices or each.
+    outside of the R / `subspace` leading left directions of all tasks' (R / T each).
+
+    Formula:
+        Q = the R / subspace leading left directions of [U₁ … U_T], Uₜ the R / T leading ones of τₜ
+        lₜ = scale / ‖τₜ‖
+        D descends on Σₜ Σ_rows ⟨τₜ, τₜ − Σₛ lₛ (τₛ + D)⟩² with gradients (1 − Q Qᵀ) g
+        θ₀ + Σₜ lₜ (τₜ + D) ⊙ [|τₜ| among the density largest]
+    Parameters:
+        density: share of the entries of a task vector that is kept, of all matrices or each
+        scale: the length that each task vector's part gets, whatever its own is
+        subspace: the shared directions are this many times fewer than all
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert, which `--factors` keeps;
+        T products a step
+    Trap:
+        All that is no block matrix, biases and norms as well, stays the base's. `scale` is divided by norms:
+        it is not the scale of other methods.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(paper="Polyak & Juditsky 1992", reference="mean")
+@method(family="elementwise", paper="Polyak & Juditsky 1992", reference="mean")
 def ema(
     x: Slot, *, decay: Annotated[float, Gt(0), Lt(1)] = 0.9, window: Annotated[int, Ge(1)] | None = None
 ) -> Tensor:
     """decay * average so far + (1 - decay) * expert, from the first expert to the last.
 
-    The order of the experts is that of time. `window` takes only the last so many.
+    Formula:
+        aₜ = decay · aₜ₋₁ + (1 − decay) · θₜ, from a₁ = θ₁; the result is a_T
+    Parameters:
+        decay: what the average so far keeps of itself at every step
+        window: how many of the last checkpoints count; by default all
+    Needs:
+        checkpoints of one run
+    Trap:
+        The order of the experts is that of time, and changes the result.
     """
     count = min(window or len(x.experts), len(x.experts))
     weights = [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - i) for i in range(1, count)]

@@ -53,6 +53,7 @@ def _decode(base_X: Tensor, once: dict[str, Tensor], own: dict[str, Any], **_: A
 
 
 @method(
+    family="store",
     paper="2405.17461",
     code="harveyhuang18/EMR_Merging@cc225ecb",
     reference="pretrained",
@@ -65,8 +66,15 @@ def emr(x: Slot, *, task: Annotated[int, Ge(0)] = 0, stored: Stored | None = Non
     """base + rescaler * the entries of the unified task vector whose sign is that of expert number `task`.
 
     The unified vector has the sign of the mean and the largest magnitude that agrees with it. The rescaler gives an
-    expert its mean magnitude back, every tensor counting the same, as in the official code; the paper weighs tensors by
-    their size. The unified vector is rounded to the dtype `stored`, by default float32, as a compressed store keeps it.
+    expert its mean magnitude back. The unified vector is rounded to the dtype `stored`, by default float32, as a
+    compressed store keeps it.
+
+    Formula:
+        γ = sign(mean of the τₜ);  u = γ · (the largest |τₜ| of those that have the sign γ)
+        θ₀ + rₜ · u ⊙ [τₜ ⊙ γ > 0], t = task;  rₜ = Σ_tensors mean|τₜ| / Σ_tensors mean|masked u|
+    Trap:
+        Every tensor counts the same in rₜ, as in the official code; the paper weighs them by size. Where the
+        mean is 0 the sign is negative.
     """
     once, [own] = _encode(x, [task], stored=stored)
     return _decode(x.base, once, own)

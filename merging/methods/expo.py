@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(paper="2404.16792", reference="pretrained", needs_base=True, maximum_experts=1)
+@method(family="elementwise", paper="2404.16792", reference="pretrained", needs_base=True, maximum_experts=1)
 def expo(x: Slot, *, scale: float = 0.5) -> Tensor:
-    """expert + scale * (expert - base)."""
+    """expert + scale * (expert - base).
+
+    Formula:
+        θ₁ + scale · (θ₁ − θ₀)
+    Parameters:
+        scale: how much further than the expert
+    Trap:
+        It extrapolates: `scale: 0` is the expert, not the base.
+    """
     expert = x.experts[0].to(x.precision)
     return (expert - x.base).mul_(scale).add_(expert)

@@ -53,6 +53,7 @@ def _root(inputs: Inputs, *, density: float, **_: Any) -> list[float]:
 
 
 @method(
+    family="statistics",
     paper="2509.11167",
     code="pmahdavi/ota-merge@eee703f5",
     reference="pretrained",
@@ -66,6 +67,14 @@ def ffg(x: Slot, *, density: Density = 0.4, threshold: Annotated[float, Ge(0)] |
     """base + the task-vector entries with v * tau^2 >= threshold, v the second moments (statistics `fisher`).
 
     Without a threshold the `density` largest share of the whole model's entries is kept, and those equal to the last.
+
+    Formula:
+        θ₀ + τ ⊙ [v ⊙ τ² ≥ threshold], or the density largest v ⊙ τ² of the model; v the second moments
+    Parameters:
+        threshold: absolute, on v · τ²; by default what `density` makes it
+    Trap:
+        `density` is over the whole model: some tensors may keep nothing. v is Adam's second moment, or a
+        diagonal Fisher.
     """
     [root] = x.facts or [sqrt(threshold)]
     mask_X = kept(x, 0, _moment(x, 0), root)

@@ -40,6 +40,7 @@ def tensor_norms(view: View, *, normalize_fisher: str, **_: Any) -> list[float] 
 
 
 @method(
+    family="statistics",
     paper="2111.09832",
     code="mmatena/model_merging@46802f98",
     reference="none",
@@ -61,8 +62,17 @@ def fisher(
 
     Weights are first divided by the L2 norm of F, over the model or the tensor. The official code lifts F to `floor`,
     but only the first expert's with `favor_target`, which keeps that expert where no other cares; mergelm and dataless
-    add `floor` to every F and to the norms. A floor above real Fishers, often 1e-8, makes the plain average. Where all
-    F are 0 it is the mean, too.
+    add `floor` to every F and to the norms. Where all F are 0 it is the mean.
+
+    Formula:
+        Σₜ wₜ Fₜ ⊙ θₜ / Σₜ wₜ Fₜ, Fₜ the diagonal Fisher over its norm
+    Parameters:
+        floor: the least Fisher, or what is added to it
+        favor_target: lift the first expert's Fisher alone
+        normalize_fisher: over what the norm of a Fisher is taken
+    Trap:
+        A `floor` above real Fishers, which are often 1e-8, makes the plain average. The official code lifts
+        the first expert's only, so their order matters.
     """
     official = variant == "official"
     scale_T = list(weights or [1.0] * len(x.experts))

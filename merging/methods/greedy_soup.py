@@ -21,12 +21,25 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
     return f"members {members}: name one or more of the {experts} experts, each once, counted from 0"
 
 
-@method(paper="2203.05482", code="mlfoundations/model-soups@d5398f18", reference="mean", check=_wrong)
+@method(
+    family="elementwise",
+    paper="2203.05482",
+    code="mlfoundations/model-soups@d5398f18",
+    reference="mean",
+    check=_wrong,
+)
 def greedy_soup(x: Slot, *, members: list[Annotated[int, Ge(0)]] | None = None) -> Tensor:
     """The mean of the experts whose indices `members` lists; of all by default.
 
-    Who is a member, a search decides: from the best expert alone on, in the order of their scores, it accepts an
-    expert if the mean with it scores better.
+    Formula:
+        mean of the θₜ with t in members
+    Parameters:
+        members: indices of the experts that are averaged, from 0; by default all
+    Needs:
+        a search on held-out data, to say who is a member
+    Trap:
+        By itself it is the mean of all: the greedy part is the search, which accepts an expert only if the
+        score of the mean rises.
     """
     chosen = range(len(x.experts)) if members is None else sorted(members)
     return ops.mean([x.experts[t] for t in chosen], x.precision)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="spectral",
     paper="2502.04959",
     code="danielm1405/iso-merging@d34010af",
     reference="pretrained",
@@ -26,8 +27,15 @@ if TYPE_CHECKING:
 def iso_c(x: Slot, *, scale: float = 1.0, keys: Keys = "matrices") -> Tensor:
     """base + scale * (mean singular value) * U V^T of the sum of the task vectors; other tensors: + scale * mean.
 
-    U V^T is the polar factor P, and the nuclear norm is <P, sum>: no SVD is needed. Directions in which the sum is
-    numerically zero, where the official code takes arbitrary ones, are left out.
+    U V^T is the polar factor P, and the nuclear norm is <P, sum>: no SVD is needed.
+
+    Formula:
+        U S Vᵀ = Σₜ τₜ;  θ₀ + scale · mean(S) · U Vᵀ
+    Spectral work:
+        the polar factor of the sum, by one eigendecomposition a matrix
+    Trap:
+        Where the sum is rank-deficient, as of LoRA experts, the official code gives arbitrary directions full
+        weight; here they get none. `scale` multiplies the mean task vector of the other tensors too.
     """
     base = x.base.double()
 

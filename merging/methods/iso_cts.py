@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="spectral",
     paper="2502.04959",
     code="danielm1405/iso-merging@d34010af",
     reference="pretrained",
@@ -37,8 +38,20 @@ def iso_cts(
 
     Of R = min(M, N) directions int(common_fraction * R) are the leading ones of the sum of the task vectors; the rest
     is shared evenly by the tasks (rounded half to even), each the leading ones of its task vector without what the
-    common left vectors span. Where no task gets one it is Iso-C. Directions in which nothing changed, where the
-    official code takes arbitrary ones, are left out.
+    common left vectors span. Directions in which nothing changed, where the official code takes arbitrary ones, are
+    left out.
+
+    Formula:
+        of R = min(M, N) directions, int(common_fraction · R) are the leading U S Vᵀ of Σₜ τₜ,
+        the others, the same number a task, the leading ones of τₜ without what the common left vectors span
+        θ₀ + scale · mean(S) · polar(U) · polar(V)ᵀ, of all directions together
+    Parameters:
+        common_fraction: share of the directions that is common to all tasks
+    Spectral work:
+        decompositions of the sum and of every expert, and two polar factors a matrix
+    Trap:
+        Where R · (1 − common_fraction) is less than half the number of experts, no task gets a direction and
+        it is iso_c.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

@@ -54,6 +54,7 @@ def coordinates(
 
 
 @method(
+    family="geometric",
     paper="2603.04972",
     code="arcee-ai/mergekit@a6e40288",
     reference="none",
@@ -70,6 +71,16 @@ def karcher(
 ) -> Tensor:
     """The Karcher mean of the experts' directions, times the weighted mean of their norms.
 
-    With a base, of the task vectors. Tensors of norm up to `tolerance` have no direction, but count in the norm.
+    With a base, of the task vectors.
+
+    Formula:
+        v = θ, or τ with a base;  m = the unit vector with the least Σₜ wₜ angle(m, vₜ)²
+        m · Σₜ wₜ ‖vₜ‖, plus the base if there is one
+    Parameters:
+        iterations: the most steps that are taken
+        tolerance: the length of a step at which it stops, and the norm up to which a tensor has no direction
+    Trap:
+        Tensors of norm up to `tolerance` have no direction, but count in the norm. A base changes the result:
+        then task vectors are merged.
     """
     return ops.combination(x, x.measured)

@@ -40,6 +40,7 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
 
 
 @method(
+    family="wrapper",
     paper="2410.19735",
     code="gstoica27/KnOTS@baa35e85",
     reference="pretrained",
@@ -65,6 +66,19 @@ def knots(
     Singular values up to `threshold` are left out. The inner method sees all matrices rotated like this, and its
     parameters stand beside these; its `scale` is 0.6 unless it is given. `drop_rate` drops entries of what it sees, as
     dare does. A pre-pass of the inner method decomposes each matrix several times unless there is a factor store.
+
+    Formula:
+        U S [V₁ … V_T]ᵀ = [τ₁ … τ_T], the task vectors side by side, where S > threshold
+        θ₀ + U · inner merge of the (Uᵀ τₜ)
+    Parameters:
+        drop_rate: share of the entries of what the inner method sees that is dropped at random, as dare does
+        threshold: singular values up to it are left out
+    Spectral work:
+        an eigendecomposition of the M x M sum of Gram matrices, a matrix, at every look of the inner method;
+        `--factors` keeps it
+    Trap:
+        `threshold` is absolute. With task_arithmetic inside, matrices come out as by task_arithmetic alone;
+        ties inside trims over the rotated matrices of the whole model. Other tensors stay the base's.
     """
     base = x.base.double()
     basis_MK = _basis(x, threshold) if sees(x.name, x.shape, {"keys": keys}) else base.new_zeros(0, 0)

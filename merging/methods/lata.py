@@ -37,6 +37,7 @@ def _cosines(view: View) -> Tensor:
 
 
 @method(
+    family="statistics",
     paper="2502.20186",
     reference="pretrained",
     needs_base=True,
@@ -55,6 +56,17 @@ def lata(
 
     The statistics `instruction` are a checkpoint of the same base that was tuned to follow instructions. Tensors are
     ranked by the cosine of the two task vectors: linear_rank gives rank / (number of tensors - 1), 0 for the most
-    similar; threshold drops those whose cosine reaches it. Reconstructed: there is no public code.
+    similar; threshold drops those whose cosine reaches it.
+
+    Formula:
+        linear_rank: wₜₗ = (rank of tensor l by cos(τₜₗ, τᵢₗ), from 0 for the most similar) / (L − 1)
+        threshold: wₜₗ = [cos < threshold]
+        θ₀ + scale · Σₜ wₜₗ τₜₗ, where τᵢ is the task vector of the instruction model
+    Parameters:
+        mode: weights by rank, or by a threshold
+        threshold: the cosine from which on a tensor is dropped, with `mode: threshold`
+    Trap:
+        The most similar tensor gets weight 0, it is dropped. Reconstructed: there is no official code, and
+        the rank is over all tensors.
     """
     return ops.combination(x, [scale * weight for weight in x.facts[x.name]])

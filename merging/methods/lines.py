@@ -35,6 +35,7 @@ def norms(inputs: Inputs, merge: Inner, *, alpha: float | str, **_: Any) -> dict
 
 
 @method(
+    family="wrapper",
     paper="2410.17146",
     code="wang-kee/LiNeS@43a7bdd5",
     reference="pretrained",
@@ -52,8 +53,18 @@ def lines(
 ) -> Tensor:
     """base + (alpha + beta * l / (L - 1)) * what another method adds to the base, in block l of L.
 
-    Tensors outside of numbered blocks get alpha. `auto` makes up for what the inner method lost of the L1 norm.
     The inner method's parameters stand beside these; its `scale` is 1 unless it is given.
+
+    Formula:
+        θ₀ + (alpha + beta · l / (L − 1)) · (what the inner method adds), in block l of L
+    Parameters:
+        alpha: the factor of the first block, and of what is in none; auto makes up for the L1 norm that the
+            inner method lost
+        beta: what the last block gets more than the first
+    Needs:
+        tensors in numbered blocks
+    Trap:
+        What lies outside of numbered blocks, the last norm and the head too, gets the smallest factor, alpha.
     """
     base = x.base.double()
     factor = x.facts["alpha"] + beta * (depth(x.name, x.facts["blocks"]) or 0.0)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="spectral",
     paper="2412.12153",
     code="david3684/AdaRank@dfa53581",
     reference="pretrained",
@@ -35,6 +36,15 @@ def lowrank_task_arithmetic(
     """base + scale * sum of the rank-k parts of the task vectors; tensors that are no block matrices in full.
 
     `basis` as in cart.
+
+    Formula:
+        θ₀ + scale · Σₜ P_k(τₜ);  k = max(1, int(rank · min(M, N)))
+    Parameters:
+        basis: singular vectors, or columns of cosine transforms, which are cheaper and not optimal
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert; `--factors` keeps it
+    Trap:
+        Tensors that are no block matrices add `scale` times their whole task vectors.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

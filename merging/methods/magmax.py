@@ -12,10 +12,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(paper="2407.06322", code="danielm1405/magmax@4f49f18f", reference="pretrained", needs_base=True)
+@method(
+    family="elementwise",
+    paper="2407.06322",
+    code="danielm1405/magmax@4f49f18f",
+    reference="pretrained",
+    needs_base=True,
+)
 def magmax(x: Slot, *, scale: float = 0.5) -> Tensor:
     """base + scale * the task-vector entry of largest magnitude.
 
-    Of entries of equal magnitude the later expert's counts. Made for experts that were fine-tuned one after the other.
+    Formula:
+        θ₀ + scale · τₛ, s = argmaxₜ |τₜ|, entry by entry
+    Trap:
+        Of equal magnitudes the later expert's counts. Made for experts that were fine-tuned one after the
+        other.
     """
     return (ops.largest(x.task_vectors) * scale).add_(x.base)

@@ -29,6 +29,7 @@ def tensor_thresholds(view: View, *, density: float, scope: str, **_: Any) -> li
 
 
 @method(
+    family="elementwise",
     paper="Han et al. 2015",
     reference="pretrained",
     needs_base=True,
@@ -47,6 +48,13 @@ def magnitude_prune(
 
     Of n entries (of the whole model, or of a tensor) the int(n * density) largest are kept, at least one; all that
     equal the smallest of them are kept too.
+
+    Formula:
+        τ̂ₜ = the int(n · density) largest entries of τₜ
+        θ₀ + scale · Σₜ τ̂ₜ
+    Trap:
+        All entries that equal the smallest one kept are kept too: of weights in 16 bits, more than `density`
+        says.
     """
     tau_TX = ops.trimmed(x, x.measured or x.facts)
     return ops.total(tau_TX).mul_(scale).add_(x.base)

@@ -18,10 +18,14 @@ def shares(inputs: Inputs) -> list[float]:
     return (norms_T / norms_T.sum().clamp(min=1e-300)).tolist()
 
 
-@method(paper="2406.11385", reference="pretrained", needs_base=True, prepass=shares)
+@method(family="elementwise", paper="2406.11385", reference="pretrained", needs_base=True, prepass=shares)
 def metagpt(x: Slot) -> Tensor:
     """base + sum of |tau_t|^2 / sum of |tau|^2 * tau_t, norms over the whole model.
 
-    There is no public code; this is the closed form of the paper.
+    Formula:
+        θ₀ + Σₜ (‖τₜ‖² / Σₛ ‖τₛ‖²) τₜ, norms over the whole model
+    Trap:
+        The weights sum to 1, and the longest task vector dominates. There is no public code; this is the
+        closed form of the paper.
     """
     return ops.combination(x, x.facts)

@@ -23,7 +23,7 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
     return None
 
 
-@method(paper="2504.18580", reference="mean", check=_wrong)
+@method(family="elementwise", paper="2504.18580", reference="mean", check=_wrong)
 def metrics_weighted(
     x: Slot,
     *,
@@ -33,7 +33,18 @@ def metrics_weighted(
 ) -> Tensor:
     """The mean of the experts, weighted by (1 / loss)^power or step^power.
 
-    One value an expert, in order; steps are 1, 2, ... by default. Reconstructed: the paper's formula was not read.
+    Formula:
+        wₜ = (1 / lossₜ)^power or stepₜ^power
+        Σₜ wₜ θₜ / Σₜ wₜ
+    Parameters:
+        metric: what `values` are
+        values: one number an expert, in their order; steps are 1, 2, ... by default
+        power: 0 weighs all alike, large ones only the best
+    Needs:
+        the experts' losses as `values`, with metric: loss
+    Trap:
+        Reconstructed: the paper's formula was not read. Of LoRA factors, averaging A and B by themselves is
+        not averaging BA.
     """
     values = values or [t + 1.0 for t in range(len(x.experts))]
     best = min(values) if metric == "loss" else max(values)

@@ -32,6 +32,7 @@ def ratio(view: View, *, scope: str, variant: str) -> float | None:
 
 
 @method(
+    family="geometric",
     paper="2403.19522",
     code="arcee-ai/mergekit@a6e40288",
     reference="pretrained",
@@ -48,7 +49,16 @@ def model_stock(
 ) -> Tensor:
     """t * average + (1 - t) * base, with t = N c / (1 + (N - 1) c) for the mean cosine c between task vectors.
 
-    Per tensor, or per row of the last dimension. t is not clamped; where 1 + (N - 1) c is zero the base stays.
+    Per tensor, or per row of the last dimension. Where 1 + (N - 1) c is zero the base stays.
+
+    Formula:
+        c = the mean cosine of τᵢ and τⱼ over pairs;  t = T · c / (1 + (T − 1) · c)
+        t · θ̄ + (1 − t) · θ₀
+    Parameters:
+        variant: mergekit averages the cosines, fusion_bench the angles
+    Trap:
+        t is not clamped: it is negative for c < 0, and explodes near c = −1 / (T − 1). Tiny task vectors,
+        whose norms multiply to less than 1e-6, go back to the base.
     """
     t: float | Tensor = x.measured
     if scope == "row":

@@ -35,6 +35,7 @@ def _wrong(params: Mapping[str, Any], _experts: int) -> str | None:
 
 
 @method(
+    family="geometric",
     paper="Goddard, goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     code="arcee-ai/mergekit@a6e40288",
     reference="none",
@@ -52,6 +53,15 @@ def multislerp(
     """The direction of the weighted mean of unit vectors, times the weighted mean of norms.
 
     With a base, of the task vectors. Weights are divided by their sum. Where the unit vectors cancel it is their
-    weighted mean, which the official code has for two only. Its step in the tangent space is zero by construction.
+    weighted mean, which the official code has for two only.
+
+    Formula:
+        v = θ, or τ with a base;  u = Σₜ wₜ vₜ / ‖vₜ‖, the weights summing to 1
+        (u / ‖u‖) · Σₜ wₜ ‖vₜ‖, plus the base if there is one
+    Parameters:
+        epsilon: is added to norms, and is the length below which no direction is left
+    Trap:
+        A base changes the result: then task vectors are merged. The official step in the tangent space is
+        zero by construction.
     """
     return ops.combination(x, x.measured)

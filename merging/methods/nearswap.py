@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="elementwise",
     paper="alchemonaut/QuartetAnemoi-70B-t0.0001 (model card)",
     code="arcee-ai/mergekit@a6e40288",
     reference="pretrained",
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
 def nearswap(x: Slot, *, threshold: Annotated[float, Ge(0)] = 1e-4) -> Tensor:
     """base + (expert - base), clamped to [-threshold, threshold].
 
-    The base is any other model. The published form is the interpolation weight min(1, threshold / |expert - base|),
+    The published form is the interpolation weight min(1, threshold / |expert - base|),
     whose official code does not divide by less than 1e-6.
+
+    Formula:
+        θ₀ + clip(θ₁ − θ₀, −threshold, threshold)
+    Parameters:
+        threshold: the largest step of an entry
+    Needs:
+        any other model in the place of the base
+    Trap:
+        Only close entries are taken over: far ones move by `threshold`, whatever the distance.
     """
     return x.task_vectors[0].clamp(-threshold, threshold).add_(x.base)

@@ -28,6 +28,7 @@ def flat_factors(view: View, *, weights: list[float] | None, scope: str) -> list
 
 
 @method(
+    family="geometric",
     paper="Shoemake 1985",
     code="arcee-ai/mergekit@a6e40288",
     reference="none",
@@ -43,6 +44,15 @@ def nuslerp(
 
     `row` takes each row of the last dimension for itself, `column` each of the first, for which the official names
     are `row_wise: false` and `true`. Where two have (nearly) one line it is linear.
+
+    Formula:
+        v = θ, or τ with a base;  t = w₂ / (w₁ + w₂);  φ = the angle between v₁ and v₂
+        (sin((1 − t) φ) · v₁ + sin(t φ) · v₂) / sin φ, plus the base if there is one
+    Parameters:
+        scope: of what the angle is taken: the whole tensor, each row (last dimension), or each column (first)
+    Trap:
+        The official `row_wise: true` means columns; the names here say what they do. Opposite directions
+        count as collinear and are mixed linearly.
     """
     first_X, second_X = (vector_X.to(x.precision) for vector_X in ops.vectors(x))
     if scope == "tensor":

@@ -34,6 +34,7 @@ def rescale(inputs: Inputs, *, threshold: float, keys: Keys) -> float:
 
 
 @method(
+    family="spectral",
     paper="2501.09522",
     code="tanganke/fusion_bench@54c9e8c9",
     reference="pretrained",
@@ -47,10 +48,22 @@ def opcm(x: Slot, *, threshold: Threshold = 0.5, keys: Keys = "block_linear+proj
     """base + S, rescaled to the mean norm of the task vectors; S grows by each expert's part that is orthogonal to it.
 
     In a basis of singular vectors of S so far, the new task vector loses its diagonal, and the block of the leading
-    directions that hold `threshold` of the sum of singular values; other tensors add it whole. The order of experts
-    matters. The official code rescales after every expert, which cancels but for the last; it leaves parameters
-    outside of leaf modules at the first expert's, here all are merged. The pre-pass that finds the norms decomposes
-    everything once, the merge again.
+    directions that hold `threshold` of the sum of singular values; other tensors add it whole. The official code
+    rescales after every expert, which cancels but for the last; it leaves parameters outside of leaf modules at the
+    first expert's, here all are merged.
+
+    Formula:
+        W₁ = τ₁;  Wₜ = Wₜ₋₁ + U Z Vᵀ, where U S Vᵀ = Wₜ₋₁ and
+        Z = Uᵀ τₜ V without its diagonal and its leading block, which holds threshold of the sum of S
+        θ₀ + W_T · (mean of ‖τₜ‖) / ‖W_T‖, norms over the whole model
+    Parameters:
+        threshold: share of the sum of singular values whose directions are protected
+    Spectral work:
+        a full decomposition of every matrix and expert but the first, twice: the pre-pass needs all of them
+        for one norm
+    Trap:
+        The order of the experts changes the result. `threshold` is on singular values, not on their squares.
+        Where singular values are equal, what the diagonal removes depends on the basis.
     """
     return x.base.double() + x.facts * accumulated(x, threshold, keys)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="optimised",
     paper="2505.19892",
     code="WalkerWorldPeace/MLLMerging@5f8a4583",
     reference="pretrained",
@@ -41,9 +42,21 @@ def optmerge(
 ) -> Tensor:
     """base + scale * W, W descended from the mean on the sum of |(W - P_k(tau_t)) P_k(tau_t)^T|^2 / |tau_t|^2.
 
-    k as in tsv_merge. official: SGD with learning rate 1e-4 (`momentum` is its). fusion_bench, the port of the same
-    repository, is another algorithm: Adam with 1e-5 from the sum, to P_k(tau_t - mean) + mean instead of P_k(tau_t).
-    `other` as in wudi.
+    fusion_bench, the port of the same repository: Adam from the sum, to P_k(tau_t - mean) + mean instead of P_k(tau_t).
+
+    Formula:
+        L(W) = Σₜ ‖(W − P_k(τₜ)) P_k(τₜ)ᵀ‖² / ‖τₜ‖², descended from the mean of the τₜ
+        k = int(min(M, N) / T)
+        θ₀ + scale · W
+    Parameters:
+        learning_rate: of the optimiser; by default 1e-4, of fusion_bench 1e-5
+        momentum: of SGD
+        optimizer: by default sgd, of fusion_bench adam
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert, which `--factors` keeps;
+        a product of matrices a step
+    Trap:
+        The fusion_bench port is another algorithm: another start, target and optimiser.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

@@ -64,6 +64,7 @@ def _means(view: View, *, power: float, normalize: str, rank1: bool, **_: Any) -
 
 
 @method(
+    family="statistics",
     paper="2509.11167",
     code="pmahdavi/ota-merge@eee703f5",
     reference="pretrained",
@@ -97,6 +98,26 @@ def ota(
     sign. `rescale` gives a masked task vector its norm back: largest singular value, RMS of a vector. `global` divides
     v^power by its mean over the tensor, as the official code does. `rank1` knows row and column sums of v alone. The
     official code masks `linear` and `ties` only if it rescales too.
+
+    Formula:
+        wₜ = vₜ^power + epsilon, 0 where vₜ ⊙ τₜ² is below the threshold, or that of density;  v the second moments
+        θ₀ + Σₜ wₜ ⊙ τₜ / Σₜ wₜ
+    Parameters:
+        power: of the second moments
+        epsilon: is added to vₜ^power, so that no weight is 0
+        normalize: divide vₜ^power by its mean over the tensor (global, as the official code calls it)
+        threshold: one number an expert, absolute, on v · τ²; by default nothing is masked
+        density: share of the model's entries that is not masked; by default nothing is
+        merge: how masked task vectors are merged: by weights (precond), their mean, or the mean of what
+            agrees in sign
+        rescale: give a masked task vector its norm back
+        fallback_to_base: whether the base, or else the mean, stands where all experts are masked
+        rank1: know of v its row and column sums alone
+    Spectral work:
+        with `rescale`, the largest singular value of every matrix and expert, before and after
+    Trap:
+        The official default epsilon, 1e-8, swamps the roots of real second moments. The official code masks
+        linear and ties only with `rescale`.
     """
     count, start = len(x.experts), x.base
     roots = x.facts or (threshold and [sqrt(value) for value in threshold])

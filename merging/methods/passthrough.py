@@ -11,7 +11,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(paper="mergekit", code="arcee-ai/mergekit@a6e40288", reference="none", maximum_experts=1)
+@method(
+    family="elementwise",
+    paper="mergekit",
+    code="arcee-ai/mergekit@a6e40288",
+    reference="none",
+    maximum_experts=1,
+)
 def passthrough(x: Slot, *, scale: float = 1.0) -> Tensor:
-    """scale * the one expert."""
+    """scale * the one expert.
+
+    Formula:
+        scale · θ₁
+    Parameters:
+        scale: what the weights themselves are multiplied by
+    Trap:
+        `scale` multiplies the weights, not a task vector.
+    """
     return x.experts[0] * scale

@@ -37,6 +37,7 @@ def bounds(inputs: Inputs, *, density: float, clamp: float, variant: str, **_: A
 
 
 @method(
+    family="elementwise",
     paper="2410.02396",
     code="duguodong7/pcb-merging@5897888b",
     reference="pretrained",
@@ -58,6 +59,20 @@ def pcb(
     Magnitudes are clamped to their [clamp, 1 - clamp] quantiles over the model; u is that from 0 to 1, z with its
     sign. Strength is exp(T * u^2) times the support of all: the sum of tanh(z_i * z_j) over j (es), tanh(tau_i *
     sum of z) (vision), tanh(tau_i * sum of tau) (root, nlp). Official clamps: 1e-4 for root, 0.01 for the others.
+
+    Formula:
+        Zₜ = sign(τₜ) · |τₜ| clamped to its quantiles and mapped to [0, 1]
+        Bₜ = exp(T · Zₜ²) ⊙ Σₛ tanh(Zₜ ⊙ Zₛ)
+        Sₜ = max(0, Bₜ − q) / (max Bₜ − q), q the 1 − density quantile of Bₜ
+        θ₀ + scale · Σₜ Sₜ ⊙ clamped τₜ / Σₜ Sₜ
+    Parameters:
+        density: share of an expert's entries that win the competition
+        clamp: share of the entries at each end whose magnitudes are clamped
+        variant: which of the official versions is followed; they differ in what supports an entry, and the
+            formula is that of es
+    Trap:
+        The four official versions are different methods. `scale` multiplies a normalised average, so it does
+        not stand for the number of experts; values near 1 are usual.
     """
     sum_X, weight_X = torch.zeros_like(x.base), torch.zeros_like(x.base)
     strength_TX = _strengths(x, x.facts["clamps"], variant)

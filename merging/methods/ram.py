@@ -32,6 +32,7 @@ def boosts(
 
 
 @method(
+    family="elementwise",
     paper="2601.13572",
     code="arcee-ai/mergekit@a6e40288",
     reference="pretrained",
@@ -51,6 +52,19 @@ def ram(
 
     ram_plus multiplies entries that a single expert changed by 1 + rescale_factor * min(r, rescale_cap), where r is
     how many shared entries of the tensor that expert has for each unshared one.
+
+    Formula:
+        c = how many t have |τₜ| > threshold, entry by entry
+        θ₀ + Σ over these t of τₜ · (bₜ where c = 1, else 1 / c)
+        bₜ = 1, in ram_plus 1 + rescale_factor · min(r, rescale_cap)
+    Parameters:
+        threshold: the magnitude above which an entry counts as changed
+        variant: whether what one expert alone changed is amplified (ram_plus)
+        rescale_factor: how much a unit of r amplifies
+        rescale_cap: the largest r, an expert's number of shared entries for each unshared one
+    Trap:
+        `threshold` is absolute: after long training, or in 16 bits, it may count all entries as changed, and
+        what is left is the mean.
     """
     active_TX, count_X = _active(x, threshold)
     merged_X = torch.zeros_like(x.base)

@@ -13,12 +13,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(paper="2407.06322", code="danielm1405/magmax@4f49f18f", reference="pretrained", needs_base=True)
+@method(
+    family="elementwise",
+    paper="2407.06322",
+    code="danielm1405/magmax@4f49f18f",
+    reference="pretrained",
+    needs_base=True,
+)
 def random_mix(x: Slot, *, scale: float = 1.0) -> Tensor:
     """base + scale * the task-vector entry of an expert drawn uniformly for each entry.
 
     The drawn expert is the one whose own number is the largest. Those depend on the seed, the expert's name, the
     tensor and the element alone.
+
+    Formula:
+        θ₀ + scale · τₛ, s drawn uniformly for each entry
+    Trap:
+        A baseline: another seed is another model.
     """
     source = x.view.source
     chosen_X = x.task_vectors[0]

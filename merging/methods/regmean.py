@@ -29,6 +29,7 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
 
 
 @method(
+    family="statistics",
     paper="2212.09849",
     code="bloomberg/dataless-model-merging@92247aec",
     reference="mean",
@@ -49,6 +50,18 @@ def regmean(
     The statistics `gram` hold G, (N, N) for a weight (M, N). Tensors without one, and those whose names contain a part
     of `exclude`, are averaged with the weights over their sum. It is solved around that average by Cholesky
     factorisation in float64, so that directions without inputs keep it; the official code inverts in float32.
+
+    Formula:
+        Gₜ = wₜ XₜᵀXₜ / rows, off-diagonals times nondiagonal
+        (Σₜ θₜ Gₜ) (Σₜ Gₜ)⁻¹
+    Parameters:
+        nondiagonal: what off-diagonal entries of Gram matrices are multiplied by
+        exclude: parts of names of tensors that are averaged
+    Needs:
+        a Gram matrix (N, N) of the inputs of every linear layer that is not to be averaged
+    Trap:
+        Gram matrices must be divided by their number of rows, or the expert with more data wins. Packed
+        attention weights have none in the official code and are averaged there.
     """
     share_T = [w / sum(weights) for w in weights] if weights else None
     mean = ops.weighted_sum(x.experts, share_T, x.precision) if share_T else ops.mean(x.experts, x.precision)

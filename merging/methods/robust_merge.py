@@ -20,6 +20,7 @@ Ratio = Annotated[float, Ge(0), Lt(1)]
 
 
 @method(
+    family="adapters",
     paper="2502.17159",
     code="AuroraZengfh/RobustMerge@12128022",
     reference="pretrained",
@@ -33,8 +34,22 @@ def robust_merge(
 
     Of each factor, the entries that are at least as large as the one of rank int((1 - mask_ratio) * size) stay. s_t has
     a number a direction: the L1 norm of its row of A_t before pruning over that after, but at least what stands at
-    place int((1 - att_ratio) * R) of all R in ascending order. Adapters must have the same rank. What no adapter
-    changes is averaged. The official code writes A and B, here their product is added.
+    place int((1 - att_ratio) * R) of all R in ascending order. What no adapter changes is averaged. The official code
+    writes A and B, here their product is added.
+
+    Formula:
+        A = scale · Σₜ pruned Aₜ;  B = scale · Σₜ sₜ · pruned Bₜ / Σₜ sₜ
+        θ₀ + B A;  sₜ = ‖rows of Aₜ‖₁ / ‖rows of pruned Aₜ‖₁, one number a direction
+    Parameters:
+        mask_ratio: share of the entries of a factor that are pruned
+        att_ratio: share of the directions that keep their own sₜ; those of the others are lifted to the least
+            of these
+        scale: what both factors are multiplied by
+    Needs:
+        adapters of one rank
+    Trap:
+        `scale` counts twice: it multiplies A and B. Factors are pruned, not their product, so that the same
+        BA in other factors merges differently.
     """
     pairs = [x.factors(t) if is_matrix(x.name, x.shape, keys) else None for t in range(len(x.experts))]
     if not any(pairs):

@@ -56,6 +56,7 @@ def selection(view: View, *, density: float, **_: Any) -> dict[str, Any]:
 
 
 @method(
+    family="elementwise",
     paper="2408.07990",
     code="arcee-ai/mergekit@a6e40288",
     reference="pretrained",
@@ -68,8 +69,17 @@ def sce(
 ) -> Tensor:
     """base + energy-weighted mean of the entries that vary most between experts and agree with the elected sign.
 
-    `density` is the share of a tensor's varying entries that is selected. As in the official code, weights are
-    uniform where the energy is below 1e-6, and sums of weights are not smaller than that.
+    As in the official code, sums of weights are not smaller than 1e-6.
+
+    Formula:
+        τ̂ₜ = the entries of τₜ whose variance over the experts is among the density largest of the tensor
+        wₜ = ‖τ̂ₜ‖² / Σₛ ‖τ̂ₛ‖²;  s = sign(Σₜ τ̂ₜ)
+        θ₀ + (sum of the wₜ τ̂ₜ that have the sign s) / (sum of their wₜ)
+    Parameters:
+        density: share of a tensor's varying entries that is selected
+    Trap:
+        Weights become uniform where Σₜ mean(τ̂ₜ²) < 1e-6, as in the official code: small task vectors are all
+        below it.
     """
     if x.measured["threshold"] is None:
         return x.base

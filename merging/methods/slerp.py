@@ -27,6 +27,7 @@ def arc(view: View, *, t: float, dot_threshold: float, **_: Any) -> tuple[float,
 
 
 @method(
+    family="geometric",
     paper="Shoemake 1985",
     code="arcee-ai/mergekit@a6e40288",
     reference="none",
@@ -43,6 +44,14 @@ def slerp(
 ) -> Tensor:
     """Spherical interpolation of two experts: the first at t = 0, the second at t = 1.
 
-    The angle is that of the flattened tensors; the sines multiply the tensors as they are, not made unit vectors.
+    Formula:
+        φ = the angle between θ₁ and θ₂, flattened
+        (sin((1 − t) φ) · θ₁ + sin(t φ) · θ₂) / sin φ
+    Parameters:
+        t: where on the arc: 0 is the first, 1 the second expert
+        dot_threshold: the cosine from which on the way is straight
+    Trap:
+        The sines multiply the tensors as they are, not unit vectors. Nearly collinear tensors, such as gains
+        of norms, are interpolated linearly.
     """
     return ops.weighted_sum(x.experts, x.measured, x.precision)

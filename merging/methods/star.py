@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="spectral",
     paper="2502.10339",
     code="IBM/STAR",
     reference="pretrained",
@@ -36,6 +37,16 @@ def star(
     """base + scale * mean over tasks of r_t P_k(tau_t), k the least that holds `energy` of the sum of singular values.
 
     r_t is the sum of all singular values over that of the k kept. Other tensors add scale * the mean task vector.
+
+    Formula:
+        k = the least that holds `energy` of Σ S, U S Vᵀ = τₜ;  rₜ = Σ S / (the sum of the k kept)
+        θ₀ + scale · (1/T) Σₜ rₜ P_k(τₜ)
+    Parameters:
+        energy: share of the sum of singular values that is kept
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert; `--factors` keeps it
+    Trap:
+        `energy` is of the singular values themselves, not of their squares as in cart.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

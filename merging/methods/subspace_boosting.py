@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="wrapper",
     paper="2506.16506",
     code="tanganke/fusion_bench@9c8c6a6e",
     reference="pretrained",
@@ -36,10 +37,21 @@ def subspace_boosting(
 ) -> Tensor:
     """What another method adds to the base, each matrix with its singular values raised to a least one.
 
-    That one is the first, from the largest on, with which `beta` of the sum of singular values is reached; at 1 nothing
-    changes. `split_qkv` takes a packed attention matrix, `in_proj_weight`, as its three parts. Directions that are
-    numerically zero, where the published code takes arbitrary ones, stay zero. The inner method's parameters stand
-    beside these; its `scale` is 1 unless it is given.
+    Directions that are numerically zero, where the published code takes arbitrary ones, stay zero. The inner method's
+    parameters stand beside these; its `scale` is 1 unless it is given.
+
+    Formula:
+        U S Vᵀ = what the inner method adds
+        i = the first, from the largest on, at which `beta` of Σ S is reached
+        θ₀ + U · max(S, Sᵢ) · Vᵀ
+    Parameters:
+        beta: share of the sum of singular values at which the least one is set; 1 changes nothing
+        split_qkv: take a packed attention matrix, `in_proj_weight`, as its three parts
+    Spectral work:
+        an eigendecomposition a matrix, three of a packed one
+    Trap:
+        A small `beta` makes all singular values nearly equal, and so lengthens what is added: `scale` wants
+        to be chosen again.
     """
     merged_X = merge(x)
     if not is_matrix(x.name, x.shape, keys):

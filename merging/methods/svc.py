@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="wrapper",
     paper="2602.05536",
     code="tanganke/fusion_bench@54c9e8c9",
     reference="pretrained",
@@ -38,6 +39,17 @@ def svc(
     c_t = <u^T W, u^T tau_t> / |u^T tau_t|^2 says how much of task t's own response in the left direction u the merged
     W gives back: more than 1 where tasks add up. A task without a response there counts as alpha. Tensors that are no
     matrices stay as merged. The inner method's parameters stand beside these.
+
+    Formula:
+        U S Vᵀ = W, what the inner method adds;  cₜᵢ = ⟨uᵢᵀ W, uᵢᵀ τₜ⟩ / ‖uᵢᵀ τₜ‖²
+        θ₀ + Σᵢ (T / Σₜ max(alpha, cₜᵢ)) · uᵢ uᵢᵀ W
+    Parameters:
+        alpha: the least response that counts
+    Spectral work:
+        a full decomposition a matrix
+    Trap:
+        The scale of the inner method cancels in matrices, but for directions where `alpha` bounds a response;
+        other tensors keep it.
     """
     merged = merge(x)
     if not is_matrix(x.name, x.shape, keys):

@@ -22,6 +22,7 @@ _STEP = 0.9  # of Landweber's iteration, over the largest eigenvalue
 
 
 @method(
+    family="optimised",
     paper="MLLMerging repository",
     code="WalkerWorldPeace/MLLMerging@5f8a4583",
     reference="pretrained",
@@ -50,6 +51,24 @@ def swudi(
     1 - (1 - 0.9 l / l_max)^iterations (landweber). iwudi takes all N directions (the official code with time 300),
     swudi the rank * N leading ones, aswudi f = 1 in the ceil((sum of sqrt(l))^2 / sum of l) leading ones. `other` as in
     wudi.
+
+    Formula:
+        C = Σₜ τₜᵀ τₜ / ‖τₜ‖² = Q diag(l) Qᵀ,  D = Σₜ τₜ τₜᵀ τₜ / ‖τₜ‖²,  S = Σₜ τₜ
+        θ₀ + scale · (S + (D C⁻¹ − S) Q diag(f(l)) Qᵀ)
+        f(l) = 1 − exp(−l · time), l / (l + alpha) or 1 − (1 − 0.9 l / l_max)^iterations; 0 for what does not pass
+    Parameters:
+        variant: which directions pass: swudi the `rank` leading ones, iwudi all, aswudi as many as the
+            spectrum says
+        filter: the function f of the eigenvalues
+        time: of the exponential filter: how long the descent would run
+        alpha: of the tikhonov filter: the eigenvalue that is halved
+        iterations: of the landweber filter
+        rank: share of the N directions that swudi keeps
+    Spectral work:
+        a full eigendecomposition of an N x N matrix, of every matrix; points of a sweep share it
+    Trap:
+        Small eigenvalues amplify rounding, so all of it is in float64. It acts on every 2-D tensor,
+        embeddings too. `time` and `rank` were tuned for each model family.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

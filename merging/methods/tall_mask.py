@@ -34,6 +34,7 @@ def _decode(
 
 
 @method(
+    family="store",
     paper="2405.07813",
     code="nik-dim/tall_masks@d10af8b2",
     reference="pretrained",
@@ -55,6 +56,15 @@ def tall_mask(
 
     m is what the inner method adds to the base, whose parameters stand beside these; its scale (`inner_scale`) is 1,
     and ties sums. It is rounded to the dtype `stored`, by default float32, as a compressed store keeps it.
+
+    Formula:
+        m = what the inner method adds to the base
+        θ₀ + scale · m ⊙ [|τₜ| > threshold · |m − τₜ|], t = task
+    Parameters:
+        threshold: how large an entry must be beside its distance from the merged one
+    Trap:
+        Masks are made from the merged task vector as it is stored, so inner_scale stays 1; the comparison is
+        strict, and an unchanged entry is never taken.
     """
     once, [own] = _encode(x, merge, [task], threshold=threshold, stored=stored)
     return _decode(x.base, once, own, scale=scale)

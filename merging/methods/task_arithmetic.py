@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 @method(
-    paper="2212.04089", code="mlfoundations/task_vectors@826a64c6", reference="pretrained", needs_base=True
+    family="elementwise",
+    paper="2212.04089",
+    code="mlfoundations/task_vectors@826a64c6",
+    reference="pretrained",
+    needs_base=True,
 )
 def task_arithmetic(
     x: Slot, *, scale: float = 0.3, weights: list[float] | None = None, normalize: bool = False
@@ -22,6 +26,13 @@ def task_arithmetic(
 
     One weight an expert, 1 by default: [-1] negates, [-1, 1, 1] on (A, B, C) is the analogy C + (B - A).
     `normalize` divides by the sum of the weights.
+
+    Formula:
+        θ₀ + scale · Σₜ wₜ τₜ
+    Parameters:
+        weights: one number an expert, in their order, 1 by default; negative ones negate
+    Trap:
+        It is the sum, not the mean: at a fixed `scale` more experts move the model further from the base.
     """
     weights = weights or [1.0] * len(x.experts)
     if normalize:

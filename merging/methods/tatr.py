@@ -26,6 +26,7 @@ def bound(inputs: Inputs, *, density: float, gradients: str, **_: Any) -> float:
 
 
 @method(
+    family="elementwise",
     paper="2501.15065",
     code="tanganke/fusion_bench@54c9e8c9",
     reference="pretrained",
@@ -44,7 +45,16 @@ def tatr(
     """base + scale * sum of task vectors, in the trust region: where sensitivity is below its `density` quantile.
 
     Sensitivity: the sum over pairs i != j of |g_i| * |tau_j|, where g_i is the gradient of task i's loss at the base.
-    `given` reads the mean magnitudes of gradients, the statistics `gradients`; otherwise task vectors stand in.
+
+    Formula:
+        Ω = Σ over i ≠ j of |gᵢ| ⊙ |τⱼ|, g the gradients at the base
+        θ₀ + scale · [Ω < its density quantile] ⊙ Σₜ τₜ
+    Parameters:
+        density: the quantile of the sensitivity below which entries are merged
+        gradients: whether task vectors stand in for the gradients, or statistics give their mean magnitudes
+    Trap:
+        By default task vectors stand in for the gradients of the losses; the measure that is meant is that of
+        `gradients: given`.
     """
     inside_X = _sensitivity(x, gradients).float() < x.facts
     return (ops.total(x.task_vectors) * inside_X).mul_(scale).add_(x.base)

@@ -51,6 +51,7 @@ def _trim(
 
 
 @method(
+    family="elementwise",
     paper="2306.01708",
     code="prateeky2806/ties-merging@44e7891f",
     reference="pretrained",
@@ -72,9 +73,18 @@ def ties(
 ) -> Tensor:
     """base + scale * merge of the task-vector entries that are large and agree with the elected sign.
 
-    `density` is the share of entries kept (those equal to the threshold are all kept), over the whole model or each
-    tensor; a list has one an expert. `weights` and `normalize` belong to the mergekit variant, which also trims tensor
-    by tensor.
+    `density` is the share of entries kept, over the whole model or each tensor; a list has one an expert.
+
+    Formula:
+        τ̂ₜ = the entries of τₜ at least as large as its density threshold;  s = sign(Σₜ τ̂ₜ)
+        θ₀ + scale · reduce of those τ̂ₜ that have the sign s
+    Parameters:
+        normalize: with `reduce: mean`, whether to divide by the number, or weights, of the entries that agree
+        weights: one number an expert, in their order; the mergekit variant's alone
+    Trap:
+        The threshold is that of the whole model, so that tensors which no expert changed count. The official
+        rule keeps one entry more than int(n · density), and all equals; mergekit trims tensor by tensor and
+        finds another merge.
     """
     found = x.measured or x.facts
     weights = weights if variant == "mergekit" else None

@@ -32,6 +32,7 @@ def cut(x: Slot, *, rank: float, energy: float | None, keys: Keys, inner: str) -
 
 
 @method(
+    family="wrapper",
     paper="2412.12153",
     code="david3684/AdaRank@dfa53581",
     reference="pretrained",
@@ -52,7 +53,16 @@ def truncate(
     """Another merge of experts whose task vectors are cut to rank k = max(1, int(rank * min(M, N))).
 
     With `energy`, to the smallest rank that holds this share of the squared singular values. Tensors that are no block
-    matrices pass whole. The inner method's parameters stand beside these. One that looks at tensors before it merges
-    them, as ties does, has them decomposed at every look, unless factors are kept.
+    matrices pass whole. The inner method's parameters stand beside these.
+
+    Formula:
+        inner merge of the θ₀ + P_k(τₜ);  k = max(1, int(rank · min(M, N)))
+    Parameters:
+        energy: share of the squared singular values that is kept, in place of `rank`
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert; `--factors` keeps it
+    Trap:
+        An inner method that looks at tensors before it merges them, such as ties, has them decomposed at
+        every look unless factors are kept.
     """
     return merge(x)

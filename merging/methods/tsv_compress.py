@@ -44,6 +44,7 @@ def _decode(base_X: Tensor, once: dict[str, Tensor], own: dict[str, Tensor], **_
 
 
 @method(
+    family="store",
     paper="2412.00081",
     code="AntoAndGar/task_singular_vectors@a6c97188",
     reference="pretrained",
@@ -63,7 +64,14 @@ def tsv_compress(
     """base + the rank-k part of the task vector of expert number `task`; other tensors in full.
 
     k = int(min(M, N) / T) for `1/T`, else max(1, int(rank * min(M, N))). Factors are rounded to the dtype `stored`, by
-    default float32, as a compressed store keeps them. The official code also cuts a text tower's projection.
+    default float32, as a compressed store keeps them.
+
+    Formula:
+        θ₀ + P_k(τₜ), t = task;  k = int(min(M, N) / T)
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert; `--factors` keeps it
+    Trap:
+        The official code cuts a text tower's projection too. Vectors are stored whole for each task.
     """
     once, [own] = _encode(x, [task], rank=rank, keys=keys, stored=stored)
     return _decode(x.base, once, own)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="spectral",
     paper="2412.00081",
     code="AntoAndGar/task_singular_vectors@a6c97188",
     reference="pretrained",
@@ -36,7 +37,19 @@ def tsv_merge(
     """base + scale * polar(U) S polar(V)^T, U S V^T the concatenated rank-k parts of the task vectors.
 
     k = int(min(M, N) / T) for `1/T`, else max(1, int(rank * min(M, N))). Other tensors add scale * the mean task
-    vector. Without `orthogonalize` the rank-k parts are summed as they are.
+    vector.
+
+    Formula:
+        P_k(τₜ) = Uₜ Sₜ Vₜᵀ;  U = [U₁ … U_T], S = [S₁ … S_T], V = [V₁ … V_T];  k = int(min(M, N) / T)
+        θ₀ + scale · polar(U) · diag(S) · polar(V)ᵀ
+    Parameters:
+        orthogonalize: without it, the low-rank parts are summed as they are
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert, which `--factors` keeps;
+        two polar factors a matrix
+    Trap:
+        `scale` multiplies the mean task vector of the other tensors too. With more experts than directions,
+        `1/T` leaves matrices as in the base. Embeddings and projections are matrices too.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):

@@ -50,6 +50,7 @@ def _decode(base_X: Tensor, once: dict[str, Tensor], own: dict[str, Tensor], **_
 
 
 @method(
+    family="store",
     paper="2406.15479",
     code="LZY-the-boys/Twin-Merging@f481c608",
     reference="pretrained",
@@ -71,9 +72,19 @@ def twin(
 ) -> Tensor:
     """shared + the rank-k part of (expert number `task` - shared), shared the inner merge; other tensors in full.
 
-    k = int(rank * min(M, N)), which may be 0. The shared task vector and the factors are rounded to the dtype `stored`,
-    by default float32, as a compressed store keeps them. The official router, which is trained, weighs several experts'
-    exclusive parts for every input; `one_hot` takes one. The inner method's parameters stand beside these.
+    The shared task vector and the factors are rounded to the dtype `stored`, by default float32, as a compressed store
+    keeps them. The inner method's parameters stand beside these.
+
+    Formula:
+        θₛ = the inner merge;  θₛ + P_k(θₜ − θₛ), t = task;  k = int(rank · min(M, N))
+    Parameters:
+        rank: share of full rank that is kept of what is exclusively one's
+        router: one_hot takes one expert's exclusive part
+    Spectral work:
+        an eigendecomposition of the smaller Gram matrix, of every matrix and expert
+    Trap:
+        k has no least of 1: a small `rank` leaves nothing exclusive. The official router, which is trained
+        and weighs several experts for every input, is not included.
     """
     once, [own] = _encode(x, merge, [task], rank=rank, keys=keys, stored=stored)
     return _decode(x.base, once, own)

@@ -64,6 +64,7 @@ def _scores(
 
 
 @method(
+    family="elementwise",
     paper="2408.03092",
     code="yule-BUAA/MergeLLM@9178ef93",
     reference="pretrained",
@@ -83,6 +84,18 @@ def widen(
     Changes are ranked among the columns of an expert; the softmax of the ranks over the experts is the score, or
     `calibration` where a rank is above `threshold` times the mean. Columns stand for inputs; for tensors whose names
     end like one of `embeddings` rows do. Entries of tensors that are no matrices are scored by |tau| itself, unranked.
+
+    Formula:
+        for each column: a = | ‖θₜ‖ − ‖θ₀‖ | and b = 1 − cos(θₜ, θ₀), as ranks among the columns, from 0 to 1
+        s(a), s(b) = softmax over the experts; calibration where a rank exceeds threshold · its mean
+        θ₀ + Σₜ ½ (s(aₜ) + s(bₜ)) ⊙ τₜ
+    Parameters:
+        threshold: how many times the mean a rank must be for `calibration` to take the softmax's place
+        calibration: the score of what is beyond the threshold
+        embeddings: ends of the names of tensors whose rows are scored in place of columns
+    Trap:
+        Scores do not sum to 1: with `calibration: 1` whole task vectors add up. Embeddings that `embeddings`
+        does not name are scored along the wrong side. Near ties of ranks swap whole columns.
     """
     tau_TX = x.task_vectors
     if len(x.tensor_shape) != 2:

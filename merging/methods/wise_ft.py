@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="elementwise",
     paper="2109.01903",
     code="mlfoundations/model-soups@d5398f18",
     reference="pretrained",
@@ -22,5 +23,13 @@ if TYPE_CHECKING:
     maximum_experts=1,
 )
 def wise_ft(x: Slot, *, scale: Annotated[float, Ge(0), Le(1)] = 0.75) -> Tensor:
-    """(1 - scale) * base + scale * expert."""
+    """(1 - scale) * base + scale * expert.
+
+    Formula:
+        (1 − scale) · θ₀ + scale · θ₁
+    Parameters:
+        scale: the share of the fine-tuned side
+    Trap:
+        `scale` multiplies the fine-tuned model, not the base.
+    """
     return task_arithmetic(x, scale=scale)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 @method(
+    family="optimised",
     paper="2503.08099",
     code="nathanielyvo/WUDI-Merging@dc3cd120",
     reference="pretrained",
@@ -44,6 +45,19 @@ def wudi(
     exact minimum of the loss with `damping` * (mean eigenvalue of C) * |W|^2 added, C the sum of
     tau_t^T tau_t / |tau_t|^2. `other` is what the remaining tensors add: nothing, the mean or the sum of the task
     vectors.
+
+    Formula:
+        L(W) = Σₜ ‖(W − τₜ) τₜᵀ‖² / ‖τₜ‖², descended from W = Σₜ τₜ
+        θ₀ + scale · W
+    Parameters:
+        solver: what the optimiser reaches, or the exact minimum of the damped loss
+        damping: of the direct solver, in mean eigenvalues of C
+    Spectral work:
+        an N x N Gram matrix a matrix, and a product with it a step; of the direct solver, one Cholesky
+        factorisation
+    Trap:
+        Stopping early is the regulariser: more iterations are another method, not a better minimum. Tensors
+        that are no block matrices stay the base's unless `other` says otherwise.
     """
     base = x.base.double()
     if not is_matrix(x.name, x.shape, keys):
