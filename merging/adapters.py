@@ -82,6 +82,17 @@ class AdaptedTensor(TensorInfo):
         left_MR, right_RN = (down.T, up.T) if self.transposed else (up, down)
         return left_MR * self.scaling, right_RN
 
+    @property
+    def rank(self) -> int | None:
+        """Of the factors; None if what is added is no product."""
+        return None if self.magnitude else self.down.shape[0]
+
+    @property
+    def module(self) -> str | None:
+        """PEFT's name of the module; None of bare factors."""
+        found = _FACTOR.fullmatch(self.down.name.removeprefix(_PREFIX))
+        return found[1] if found and not _BARE.fullmatch(self.down.name) else None
+
     def _rows(self, elements: Callable[[TensorInfo, int, int], Tensor], first: int, last: int) -> Tensor:
         rank, width = self.down.shape[0], prod(self.shape[1:])
         if self.transposed:
@@ -111,6 +122,13 @@ class AdaptedCheckpoint(Checkpoint):
     @property
     def stored(self) -> Checkpoint:
         return self.adapter
+
+
+def added_rank(info: TensorInfo, base: TensorInfo | None) -> int | None:
+    """The rank of what an adapter adds to a tensor of the base, 0 if it leaves it as it is; None if it is no product."""
+    if info is base:
+        return 0
+    return info.rank if isinstance(info, AdaptedTensor) else None
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
