@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?")
 _BARE = re.compile(r".+\.lora_[AB]")
 _BLOCK = 1 << 16  # elements of a block of rows, at least
@@ -88,9 +88,14 @@ class AdaptedTensor(TensorInfo):
         return None if self.magnitude else self.down.shape[0]
 
     @property
+    def is_embedding(self) -> bool:
+        """Whether PEFT has it as an embedding, not a linear layer."""
+        return ".lora_embedding_" in self.down.name
+
+    @property
     def module(self) -> str | None:
         """PEFT's name of the module; None of bare factors."""
-        found = _FACTOR.fullmatch(self.down.name.removeprefix(_PREFIX))
+        found = _FACTOR.fullmatch(self.down.name.removeprefix(PREFIX))
         return found[1] if found and not _BARE.fullmatch(self.down.name) else None
 
     def _rows(self, elements: Callable[[TensorInfo, int, int], Tensor], first: int, last: int) -> Tensor:
@@ -243,7 +248,7 @@ def _parts(adapter: Checkpoint) -> tuple[dict[str, dict[str, TensorInfo]], dict[
     factors: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for key, info in adapter.tensors.items():
-        plain = key.removeprefix(_PREFIX)
+        plain = key.removeprefix(PREFIX)
         found = _FACTOR.fullmatch(plain)
         if found:
             factors.setdefault(found[1], {})[found[2]] = info

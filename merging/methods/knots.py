@@ -41,8 +41,8 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
 
 def _factors(x: Slot, merge: Inner, *, threshold: float, keys: Keys, **_: Any) -> tuple[Tensor, Tensor]:
     seen = sees(x.name, x.shape, {"keys": keys})
-    basis_MK = _basis(x, threshold) if seen else x.base.double()[:, :0]
-    return basis_MK, merge(x).double() if basis_MK.shape[1] else x.base.double()[:0]
+    basis_MK = _basis(x, threshold) if seen else x.base.double().flatten(1)[:, :0]
+    return basis_MK, merge(x).double() if basis_MK.shape[1] else x.base.double().flatten(1)[:0]
 
 
 @method(
