@@ -463,7 +463,7 @@ def _extract_lora(args: argparse.Namespace) -> None:
         f"{made['energy']:.2%} of the squared norm of what is added to the base"
     )
     if left["tensors"]:
-        print(f"left out: {left['tensors']} tensors with {left['energy']:.2%} of it, most of it '{left['first']}'")
+        print(f"left out: {left['tensors']} tensors with {left['energy']:.2%} of it, most of it '{left['largest']}'")
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class AdaptedCheckpoint(Checkpoint):
 
 
 def added_rank(info: TensorInfo, base: TensorInfo | None) -> int | None:
-    """The rank of what an adapter adds to a tensor of the base, 0 if it leaves it as it is; None if it is no product."""
+    """The rank of what an adapter adds to a tensor of the base, 0 if it leaves it; None if it is no product."""
     if info is base:
         return 0
     return info.rank if isinstance(info, AdaptedTensor) else None

@@ -129,6 +129,7 @@ class _Layout:
         self.file = WEIGHTS if bare else ADAPTER_WEIGHTS
         _check(plan, rank, modules_to_save, bare)
         self._model = read_config(plan.base.folder)
+        self._conv1d = self._model.get("model_type") in _TRANSPOSED
         self._causal = any(_CAUSAL.search(str(name)) for name in self._model.get("architectures") or ())
         self.factors: dict[str, _Factors] = {}
         for entry in plan.entries:
@@ -205,7 +206,7 @@ class _Layout:
             module=adapted and adapted.module or _module(entry),
             rank=most if asked is None else min(asked, most),
             exact=exact,
-            transposed=not self.bare and (adapted.transposed if adapted else self._model.get("model_type") in _TRANSPOSED),
+            transposed=not self.bare and (adapted.transposed if adapted else self._conv1d),
             embedding=adapted is not None and adapted.is_embedding,
         )
 
@@ -249,7 +250,7 @@ class _Layout:
         """`adapter_config.json`, with alpha = rank everywhere: a scaling of 1."""
         ranks = {factors.module: factors.rank for factors in self.factors.values()}
         usual = Counter(ranks.values()).most_common(1)[0][0]
-        differ = {module: rank for module, rank in sorted(ranks.items()) if rank != usual}
+        differ = {f"^{module}": rank for module, rank in sorted(ranks.items()) if rank != usual}
         base = self.plan.base.path
         linear = [f for f in self.factors.values() if not f.embedding]
         return {
@@ -282,7 +283,7 @@ class _Layout:
             "left_out": {
                 "tensors": sum(found[name]["of"] > 0 for name in left),
                 "energy": _share(lost, whole) if lost else 0.0,
-                "first": largest if lost else None,
+                "largest": largest if lost else None,
             },
             "matrices": {
                 name: {"rank": factors.rank, "energy": _share(found[name]["held"], found[name]["of"])}
@@ -316,7 +317,7 @@ def _share(part: float, whole: float) -> float:
 def _write(
     layout: _Layout, entry: Entry, source: FileInputs, writer: CheckpointWriter, facts: Any
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Write what is kept of a tensor; hashes of what was written, and the squared norm `of` its update that is `held`."""
+    """Write what is kept of a tensor; the hashes, and the squared norm `of` its update, and what is `held` of it."""
     parts, factors = layout.parts[entry.name], layout.factors.get(entry.name)
     if entry.action == "copy":
         for _ in source.agreed(["base", *entry.sources], entry.name):
