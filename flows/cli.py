@@ -577,6 +577,7 @@ def _described(entry: Method) -> dict[str, Any]:
         "maximum_experts": entry.maximum_experts,
         "reads_statistics": entry.statistics is not None,
         "is_store": entry.store is not None,
+        "merges_factors": entry.as_factors is not None,
         "wraps": entry.wraps,
     }
 
@@ -591,6 +592,8 @@ def _print_method(entry: Method) -> None:
     print(f"reference   {entry.reference}")
     print(f"unit        {found['unit']}")
     print(f"needs       {'; '.join(needs) or 'experts alone'}")
+    if found["merges_factors"]:
+        print("adapters    extract-lora keeps them factors")
     print("parameters" if entry.parameters else "parameters  none")
     for name, default in entry.parameters.items():
         print(f"  {name:16}{json.dumps(default)}")

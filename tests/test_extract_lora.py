@@ -18,11 +18,12 @@ from test_goldens import ALL, GOLDENS
 from test_goldens import recipe as golden_recipe
 
 from merging import lora as module
-from merging import merge
+from merging import merge, operators, spectral
 from merging.adapters import AdaptedTensor
 from merging.checkpoint import open_checkpoint
 from merging.lora import extract_lora
 from merging.manifest import manifest_path
+from merging.methods import catalogue
 from merging.verify import verify
 
 peft = pytest.importorskip("peft")
@@ -295,15 +296,37 @@ def test_any_other_method_needs_a_rank(method, params, adapters, tmp_path):
         assert torch.allclose(found[name], (full if linear else base)[name], atol=1e-5)
 
 
+@pytest.mark.parametrize(("method", "scale"), [("wise_ft", 0.75), ("expo", 1.5)])
+def test_one_adapter_is_scaled(method, scale, adapters, tmp_path):
+    assert {id for id, entry in catalogue().items() if entry.as_factors} == {m for m, _ in WEIGHTED} | {"wise_ft", "expo"}
+    recipe = {"base": adapters["base"], "experts": {"a": adapters["experts"]["a"]}}
+    extract_lora({**recipe, "method": method}, tmp_path / "out")
+    extract_lora({**recipe, "method": "average"}, tmp_path / "plain")
+    one, plain = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("out", "plain"))
+    assert all(torch.allclose(one[name], plain[name] * scale**0.5, atol=1e-6) for name in plain)
+
+
+@pytest.mark.parametrize("method", ["average", "cart"])
+def test_an_accelerator_gives_the_same(method, adapters, tmp_path, monkeypatch):
+    """Its branches, run on the CPU."""
+    recipe = {**adapters, "method": method}
+    extract_lora(recipe, tmp_path / "cpu", rank=2)
+    for part in (operators, spectral):
+        monkeypatch.setattr(part, "on_cpu", lambda tensor: False)
+    extract_lora(recipe, tmp_path / "other", rank=2)
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("cpu", "other"))
+    for name in (name for name in one if "lora_A" in name):
+        other = name.replace("lora_A", "lora_B")
+        assert torch.allclose(one[other] @ one[name], two[other] @ two[name], atol=1e-5)
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 9), st.integers(1, 9), st.integers(0, 7))
 def test_recompression_is_the_svd_of_the_product(seed, rows, columns, inner):
-    from merging.spectral import recompressed
-
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(rows, inner, generator=generator, dtype=torch.float64)
     right = torch.randn(inner, columns, generator=generator, dtype=torch.float64)
-    u, s, v = recompressed(left, right)
+    u, s, v = spectral.recompressed(left, right)
     assert s.shape == (min(rows, columns, inner),) and bool((s[1:] <= s[:-1]).all())
     assert torch.allclose((u * s) @ v.T, left @ right, atol=1e-12)
     assert torch.allclose(u.T @ u, torch.eye(len(s), dtype=torch.float64), atol=1e-12)
