@@ -1,4 +1,4 @@
-"""Mergeline beside mergekit: the same merges of a Llama-shaped family (bf16), in turns, whole processes, one configuration.
+"""Mergeline beside mergekit: the same configurations on a Llama-shaped family (bf16), in turns, whole processes.
 
     python against_mergekit.py --inputs DATA/llama --peer PEERS/mergekit
     python against_mergekit.py ... --methods ties slerp --threads 1 --repeats 3

@@ -36,9 +36,9 @@ class Difference:
     """How far b is from a.
 
     ulps: the largest distance, counted in representable numbers of the dtype. apart: the share of elements
-    that are not the same; beyond: more than one such number apart. relative: ||b - a|| / ||a|| over all tensors (Frobenius). update: the same of the
-    updates from the base, ||b - a|| / ||a - base||, if a base was given. largest: the largest absolute
-    difference.
+    that are not the same; beyond: more than one such number apart. relative: ||b - a|| / ||a|| over all tensors
+    (Frobenius). update: the same of the updates from the base, ||b - a|| / ||a - base||, if a base was given.
+    largest: the largest absolute difference.
     """
 
     ulps: int

@@ -41,7 +41,10 @@ def accuracy(workspace: Path, experts: dict[str, Path], out: Path) -> float:
 
 
 def measured(workspace: Path, method: str, params: dict[str, Any], whole: float) -> dict[str, Any]:
-    """The row of one store. `ratio`: bytes of the store over those of all checkpoints; `kept`: of the experts' accuracy."""
+    """The row of one store.
+
+    ratio: its bytes over those of all checkpoints; kept: its accuracy over the experts'.
+    """
     from merging.manifest import manifest_path
     from merging.stores import compress, extract_expert
 
@@ -93,10 +96,11 @@ def main() -> None:
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         whole = accuracy(a.workspace, experts_of(a.workspace), Path(folder, "scores"))
-    save("stores", [{"store": "experts", "params": "{}", "ratio": 1.0, "accuracy": whole, "kept": 1.0}], ("store", "params"))
+    key = ("store", "params")
+    save("stores", [{"store": "experts", "params": "{}", "ratio": 1.0, "accuracy": whole, "kept": 1.0}], key)
     for method, settings in STORES.items():
         rows = [measured(a.workspace, method, params, whole) for params in settings]
-        save("stores", rows, ("store", "params"))
+        save("stores", rows, key)
         print(table(KEYS, [[row[key] for key in KEYS] for row in rows]), flush=True)
     plot(whole)
 

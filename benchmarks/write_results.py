@@ -205,7 +205,7 @@ def document() -> str:
         "What `mergeline plan` says of larger ones, for one core: [docs/scale.md](../docs/scale.md) reads it.",
         table(PLANS, [[row.get(key) for key in PLANS] for row in load("large_plans")]),
         "## Compressed stores",
-        "The eight experts of the sample family in one file; each is taken out again and scored on its own test split.\n"
+        "The eight experts of the sample family in one file; each is taken out again and scored on its own task.\n"
         "`ratio`: bytes of the store over those of eight checkpoints; `kept`: of the experts' accuracy.",
         "![Accuracy by bytes of the stores](plots/stores.png)",
         table(STORES, [[row.get(key) for key in STORES] for row in load("stores")]),

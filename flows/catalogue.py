@@ -73,6 +73,7 @@ def described(entry: Method) -> dict[str, Any]:
         "statistics": statistics,
         "reads_statistics": entry.statistics is not None,
         "is_store": entry.store is not None,
+        "merges_factors": entry.as_factors is not None,
         "wraps": entry.wraps,
         "unit": entry.bind(entry.resolve({})).own_unit,
         "cost": {

@@ -121,6 +121,7 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
     needs += ["and what its inner method needs"] if found["wraps"] else []
     return {
         "needs": "; ".join(needs),
+        **({"adapters": "`extract-lora` keeps them factors"} if found["merges_factors"] else {}),
         "reference": found["reference"],
         "unit": cost["unit"],
         "readings": str(cost["readings"]),

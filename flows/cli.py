@@ -145,6 +145,18 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--base", metavar="P", help="the store's base (default: where it was)")
     extract.add_argument("--out", required=True, type=Path, help="x.safetensors for one file, else a folder")
     extract.add_argument("--shard-size", type=_bytes, metavar="SIZE", help="split the output, such as 5GiB")
+    lora = add("extract-lora", _extract_lora, "what a merge, or one fine-tune, adds to its base, as a LoRA adapter")
+    _add_recipe(lora)
+    lora.add_argument(
+        "--rank", type=_rank, metavar="R", help="directions of each matrix, or a share of them such as 0.04"
+    )
+    lora.add_argument(
+        "--modules-to-save", action="append", default=[], metavar="PATTERN", help="keep such modules whole (repeat)"
+    )
+    lora.add_argument(
+        "--out", required=True, type=Path, help="a folder for PEFT, or x.safetensors for bare factors"
+    )
+    _add_engine(lora)
     verify = add("verify", _verify, "re-derive a merge from its manifest and compare bit for bit")
     verify.add_argument("out", type=Path)
     return parser
@@ -361,6 +373,13 @@ def _value(text: str) -> Any:
         return text
 
 
+def _rank(text: str) -> int | float:
+    value = _value(text)
+    if type(value) not in (int, float):
+        raise argparse.ArgumentTypeError(f"'{text}' is no rank; write 16, or a share such as 0.04")
+    return value
+
+
 def _bytes(text: str) -> int:
     units = {
         "": 1,
@@ -425,6 +444,27 @@ def _extract_expert(args: argparse.Namespace) -> None:
         args.store, args.name, args.out, base=base, shard_size=args.shard_size, progress=_progress()
     )
     print(f"{args.out}  {manifest['output']['digest']}")
+
+
+def _extract_lora(args: argparse.Namespace) -> None:
+    from merging.lora import extract_lora
+
+    if not (args.recipe or args.method) and len(args.expert or ()) == 1:
+        args.method = "average"
+    recipe = _recipe(args)
+    _print_notes(recipe)
+    chosen = {"rank": args.rank, "modules_to_save": args.modules_to_save}
+    manifest = extract_lora(recipe, args.out, **chosen, **_engine(args))
+    print(f"{args.out}  {manifest['output']['digest']}")
+    made, left = manifest["adapter"], manifest["adapter"]["left_out"]
+    ranks = sorted({matrix["rank"] for matrix in made["matrices"].values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    print(
+        f"{len(made['matrices'])} matrices at rank {rank}, {_size(manifest['output']['bytes'])}: "
+        f"{made['energy']:.2%} of the squared norm of what is added to the base"
+    )
+    if left["tensors"]:
+        print(f"left out: {left['tensors']} tensors with {left['energy']:.2%} of it, most of it '{left['largest']}'")
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:

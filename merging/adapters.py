@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.default)?(?:\.weight)?")
 _BARE = re.compile(r".+\.lora_[AB]")
 _BLOCK = 1 << 16  # elements of a block of rows, at least
@@ -83,6 +83,22 @@ class AdaptedTensor(TensorInfo):
         left_MR, right_RN = (down.T, up.T) if self.transposed else (up, down)
         return left_MR * self.scaling, right_RN
 
+    @property
+    def rank(self) -> int | None:
+        """Of the factors; None if what is added is no product."""
+        return None if self.magnitude else self.down.shape[0]
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether PEFT has it as an embedding, not a linear layer."""
+        return ".lora_embedding_" in self.down.name
+
+    @property
+    def module(self) -> str | None:
+        """PEFT's name of the module; None of bare factors."""
+        found = _FACTOR.fullmatch(self.down.name.removeprefix(PREFIX))
+        return found[1] if found and not _BARE.fullmatch(self.down.name) else None
+
     def _rows(self, elements: Callable[[TensorInfo, int, int], Tensor], first: int, last: int) -> Tensor:
         rank, width = self.down.shape[0], prod(self.shape[1:])
         if self.transposed:
@@ -101,6 +117,13 @@ class AdaptedTensor(TensorInfo):
             length_M = elements(self.magnitude, first, last).double()
             adapted_MN *= (length_M / adapted_MN.norm(dim=1))[:, None]
         return adapted_MN.to(torch.float64 if self.dtype == "F64" else torch.float32).reshape(-1)
+
+
+def added_rank(info: TensorInfo, base: TensorInfo | None) -> int | None:
+    """The rank of what an adapter adds to a tensor of the base, 0 if it leaves it; None if it is no product."""
+    if info is base:
+        return 0
+    return info.rank if isinstance(info, AdaptedTensor) else None
 
 
 def is_adapter(checkpoint: Checkpoint) -> bool:
@@ -216,7 +239,7 @@ def _parts(adapter: Checkpoint) -> tuple[dict[str, dict[str, TensorInfo]], dict[
     factors: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
     for key, info in adapter.tensors.items():
-        plain = key.removeprefix(_PREFIX)
+        plain = key.removeprefix(PREFIX)
         found = _FACTOR.fullmatch(plain)
         if found:
             factors.setdefault(found[1], {})[found[2]] = info

@@ -15,17 +15,21 @@ def model_card(manifest: dict[str, Any]) -> str:
     method = get_method(recipe["method"])
     origins = [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values()]
     models = [name for name in (hub_id(origin.get("source")) for origin in origins) if name]
-    store = "store" in manifest
+    store, adapter = "store" in manifest, "adapter" in manifest
+    relation, models = ("adapter", models[:1]) if adapter else ("merge", models)
+    kind = "Compressed" if store else "An adapter of what was merged" if adapter else "Merged"
     lines = [
         "---",
-        *(["base_model:", *(f"- {name}" for name in models), "base_model_relation: merge"] if models else []),
+        *(["library_name: peft"] if adapter else []),
+        *(["base_model:", *(f"- {name}" for name in models), f"base_model_relation: {relation}"] if models else []),
         "tags:",
+        *(["- lora"] if adapter else []),
         "- merge",
         "- mergeline",
         f"- {method.id}",
         "---",
         "",
-        f"# {'Compressed' if store else 'Merged'} by {method.id}",
+        f"# {kind} by {method.id}",
         "",
         f"{method.summary} Paper: {method.citation}.",
         "",
@@ -36,7 +40,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         lines.append(f"| base | base | `{recipe['base']['digest']}` |")
     lines += [f"| {_cell(name)} | expert | `{e['digest']}` |" for name, e in recipe["experts"].items()]
     lines += [
-        f"| this | {'store' if store else 'merged'} | `{manifest['output']['digest']}` |",
+        f"| this | {'store' if store else 'adapter' if adapter else 'merged'} | `{manifest['output']['digest']}` |",
         "",
         "```json",
         json.dumps({"method": recipe["method"], "params": recipe["params"]}, indent=1, ensure_ascii=False),

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Protocol, Sequence
 
-from merging.checkpoint import DTYPES
+from merging.checkpoint import DTYPES, WEIGHTS
 from merging.errors import UserError
 from merging.factors import FactorStore, store_at
 from merging.files import empty, resumable, user_errors
@@ -21,7 +21,7 @@ from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
 from merging.methods import Bound, get_method
 from merging.plan import Entry, Plan, make_plan
-from merging.recipe import Recipe, unfolded
+from merging.recipe import Recipe, text_digest, unfolded
 from merging.slots import Inputs, View, all_finite
 from merging.writer import CheckpointWriter, TensorSpec, TensorWriter
 
@@ -89,7 +89,7 @@ def merge_points(
     for plan, out in zip(plans, outs):
         with user_errors(out):
             refuse_to_replace(plan, out)
-    workers = worker_count(plans, workers, memory)
+    workers = worker_count(max(plan.peak_bytes for plan in plans), workers, memory)
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
@@ -222,11 +222,11 @@ def _one_scipy_thread() -> Any:
 
 
 class Output:
-    """One merged checkpoint (or store, which has a layout of its own) in the making: plan, files, journal."""
+    """One merged checkpoint (or what has a layout of its own, as a store) in the making: plan, files, journal."""
 
     def __init__(self, plan: Plan, out: Path, folder: Path, device: str, layout: Layout | None = None):
         self.plan, self.out, self.folder = plan, out, folder
-        self.journal = Journal(folder, identity(plan, device) + (" store" if layout else ""))
+        self.journal = Journal(folder, identity(plan, device) + (text_digest(layout.metadata) if layout else ""))
         if not self.journal.resumes:
             empty(folder, keep=self.journal.path)
         try:
@@ -256,17 +256,24 @@ class Output:
 
 
 class Layout(Protocol):
-    """What is written instead of the merged tensors: its specifications, and the metadata of the files."""
+    """What is written instead of the merged tensors.
 
+    parts: of each tensor of the plan, by the names in the file; specs: these, and what belongs to no tensor. metadata,
+    file: of the file or files, and the name of a single one.
+    """
+
+    parts: dict[str, dict[str, TensorSpec]]
     specs: list[TensorSpec]
     metadata: dict[str, str]
+    file: str
 
 
 def _writer(plan: Plan, folder: Path, join: bool = False, layout: Layout | None = None) -> CheckpointWriter:
     """The files in a staging folder; `join` only opens what another process made."""
     specs = layout.specs if layout else [entry.spec for entry in plan.entries]
     metadata = layout.metadata if layout else checkpoint_metadata(plan)
-    return CheckpointWriter(folder / "out", specs, metadata, plan.recipe.shard_size, resume=True, join=join)
+    file, limit = layout.file if layout else WEIGHTS, plan.recipe.shard_size
+    return CheckpointWriter(folder / "out", specs, metadata, limit, resume=True, join=join, file=file)
 
 
 @dataclass
@@ -392,6 +399,44 @@ def _run(
     follow(futures, counts, len(entries) - len(left), len(entries), progress)
 
 
+def run_parts(
+    layout: Layout,
+    output: Output,
+    source: FileInputs,
+    pool: Executor,
+    write: Callable[[Entry], tuple[dict[str, str], dict[str, Any]]],
+    progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    """Write the parts of every tensor that the journal does not have, and journal them as they are finished.
+
+    write(entry): writes them; their hashes, and what is to be remembered of the tensor, JSON values by name. Returns
+    what is remembered of every tensor. Tensors without parts are not in the journal.
+    """
+    journal, entries, left = output.journal, output.plan.entries, []
+    remembered: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        lines = [journal.tensors.get(name) for name in layout.parts[entry.name]]
+        if not lines or None in lines:
+            left.append(entry)
+        else:
+            source.hashes |= {(origin, entry.name): hash for origin, hash in lines[0]["inputs"].items()}
+            remembered[entry.name] = lines[0].get("remembered", {})
+
+    def finish(entry: Entry) -> int:
+        hashes, found = write(entry)
+        origins = [*entry.sources, *(["base"] if entry.base else [])]
+        inputs = {o: source.hashes[o, entry.name] for o in origins if (o, entry.name) in source.hashes}
+        for name, hash in hashes.items():
+            journal.add_tensor(name, hash, inputs, **({"remembered": found} if found else {}))
+        remembered[entry.name] = found
+        return 1
+
+    futures = [pool.submit(finish, entry) for entry in left]
+    counts = (future.result() for future in futures)
+    follow(futures, counts, len(entries) - len(left), len(entries), progress)
+    return remembered
+
+
 def follow(
     futures: Sequence[Future], counts: Iterable[int], done: int, total: int, progress: Progress | None
 ) -> None:
@@ -441,13 +486,13 @@ def check_device(device: str) -> None:
         raise UserError(f"device '{device}' is not in this machine; choose cpu")
 
 
-def worker_count(plans: Sequence[Plan], workers: int | None, memory: int | None) -> int:
+def worker_count(need: int, workers: int | None, memory: int | None) -> int:
+    """How many workers: as many as asked for (None: one a core), but no more than fit, at `need` bytes each."""
     workers = workers if workers is not None else os.cpu_count() or 1
     if workers < 1:
         raise UserError(f"{workers} workers: give one or more")
     if memory is None:
         return workers
-    need = max(plan.peak_bytes for plan in plans)
     if need > memory:
         raise UserError(f"the largest tensor needs {need} bytes of memory, allowed are {memory}; allow more")
     return max(1, min(workers, memory // max(need, 1)))

@@ -108,6 +108,12 @@ class _Source:
             yield value
 
 
+def no_factors(shape: Sequence[int], device: str) -> tuple[Tensor, Tensor]:
+    """Factors (M, 0) and (0, N): of what an adapter does not change."""
+    sizes = (shape[0] if shape else 1, 0), (0, prod(shape[1:]))
+    return tuple(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
+
+
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     step = block_elements(1)
     for start in range(0, max(length, 1), step):
@@ -191,6 +197,8 @@ class FileInputs(_Source, Files):
 
     def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
         info = self._checkpoints[origin].tensors[name]
+        if self.has_base and info is self._checkpoints["base"].tensors.get(name):
+            return no_factors(info.shape, self.device)
         found = info.factors(self.elements) if isinstance(info, AdaptedTensor) else None
         for factor in found or ():
             _refuse_nonfinite(origin, name, factor)
@@ -289,7 +297,10 @@ class MemoryInputs(_Source):
         return given[int(expert)], name
 
     def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
-        return self._factors.get(origin, {}).get(name)
+        factors = self._factors.get(origin)
+        if factors is None:
+            return None
+        return factors.get(name) or no_factors(self.states[origin][name].shape, self.device)
 
     def length(self, origin: str, name: str) -> int:
         return self.states[origin][name].numel()

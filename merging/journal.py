@@ -1,7 +1,8 @@
 """What a merge has finished, so that a killed one goes on where it was.
 
 One line of JSON each: the identity of the merge, what its pre-pass found, and every finished tensor with the hashes
-of what was written and read. A line counts only if it is whole, and a tensor only if its bytes still have their hash.
+of what was written and read, and what else is remembered of it. A line counts only if it is whole, and a tensor only
+if its bytes still have their hash.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Journal:
         self.facts, self.has_facts = facts, True
         self._append({"facts": facts})
 
-    def add_tensor(self, name: str, hash: str, inputs: dict[str, str]) -> None:
-        self.tensors[name] = line = {"tensor": name, "hash": hash, "inputs": inputs}
+    def add_tensor(self, name: str, hash: str, inputs: dict[str, str], **more: Any) -> None:
+        self.tensors[name] = line = {"tensor": name, "hash": hash, "inputs": inputs, **more}
         self._append(line)
 
     def _append(self, line: dict[str, Any]) -> None:

@@ -96,18 +96,18 @@ def publish_merge(
     out: Path,
     staging: Path,
     device: str,
-    store: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Manifest:
     """Give the finished files in `staging/out` their final name, with manifest, card and configs beside them.
 
-    store: what the manifest says of a compressed store.
+    more: what the manifest says of a compressed `store`, or of an `adapter`, which has a configuration of its own.
     """
-    manifest = _manifest(plan, source, writer, out, device) | ({"store": store} if store else {})
+    manifest = _manifest(plan, source, writer, out, device) | (more or {})
     if out.suffix == ".safetensors":
         write_json(manifest_path(out), manifest)
         publish(writer.folder / writer.files[0], out)
         return manifest
-    if plan.donor:
+    if plan.donor and "adapter" not in manifest:
         layers = plan.stack.layers if plan.stack else None
         carry(plan.donor, [entry.spec for entry in plan.entries], writer.folder, plan.alignment, layers)
     (writer.folder / "README.md").write_text(model_card(manifest))

@@ -68,7 +68,7 @@ class Source(Protocol):
         """Whether there is such a tensor."""
 
     def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
-        """(M, R) and (R, N) in float64, whose product an adapter adds to a tensor; None if the expert is no adapter."""
+        """(M, R) and (R, N) in float64, whose product an adapter adds to a tensor; None if that is none."""
 
     def digest(self, origin: str, name: str) -> str:
         """The hash of a tensor's bytes."""
@@ -234,7 +234,10 @@ class Slot:
         return self.name if expert is None else f"{expert}/{self.name}"
 
     def factors(self, t: int) -> tuple[Tensor, Tensor] | None:
-        """(M, R) and (R, N) in float64, whose product expert t adds to this whole tensor, if it is an adapter."""
+        """(M, R) and (R, N) in float64, whose product expert t, an adapter, adds to this whole tensor.
+
+        R is 0 if it leaves it as it is; None if what it adds is no product, or it is no adapter.
+        """
         source = self.view.source
         return source.factors(source.experts[t], self.name)
 

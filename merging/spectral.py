@@ -150,6 +150,12 @@ def _dependencies(x: Slot, t: int, reference: Any) -> dict[str, Any] | None:
     return own | {"experts": others, "base": base}
 
 
+def weighted_factors(x: Slot, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Factors (M, K) and (K, N) of the weighted sum of what experts, all adapters, add; K the sum of their ranks."""
+    lefts, rights = zip(*(x.factors(t) for t in range(len(x.experts))))
+    return torch.cat([weight * left_MR for weight, left_MR in zip(weights, lefts)], dim=1), torch.cat(rights)
+
+
 # ---------------------------------------------------------------------------------------------- low rank
 
 
@@ -311,6 +317,20 @@ def singular_triplets(
     energy_K, q_RK = leading(gram(a_MN), min(a_MN.shape) if k is None else min(k, *a_MN.shape))
     energy = a_MN.square().sum() if energy is None else energy
     return triplets(a_MN, q_RK[:, above_noise(energy_K, energy)])
+
+
+def balanced(u_MK: Tensor, s_K: Tensor, v_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (M, K) and (K, N) of U diag(s) V^T, each with the square root of s."""
+    root_K = s_K.sqrt()
+    return u_MK * root_K, (v_NK * root_K).T
+
+
+def recompressed(left_MK: Tensor, right_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (M, L), s (L,), V (N, L) of the product of two float64 factors, without forming it; L = min(M, K, N)."""
+    q_MK, r_KK = torch.linalg.qr(left_MK)
+    p_NK, t_KK = torch.linalg.qr(right_KN.T)
+    u_KL, s_L, vt_LK = torch.linalg.svd(r_KK @ t_KK.T, full_matrices=False)
+    return q_MK @ u_KL, s_L, p_NK @ vt_LK.T
 
 
 def dct(a_MN: Tensor, inverse: bool = False) -> Tensor:

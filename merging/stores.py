@@ -18,19 +18,19 @@ from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merging.checkpoint import DTYPES, FLOATS, Checkpoint, open_checkpoint
+from merging.checkpoint import DTYPES, FLOATS, WEIGHTS, Checkpoint, open_checkpoint
 from merging.companions import carry
 from merging.engine import (
     Job,
     Output,
     Progress,
     check_device,
-    follow,
     keep_freed_memory,
     merged_blocks,
     one_thread,
     own_stream,
     rounded,
+    run_parts,
     worker_count,
 )  # fmt: skip
 from merging.errors import UserError, did_you_mean
@@ -153,7 +153,7 @@ def compress(
     check_device(device)
     with user_errors(out):
         refuse_to_replace(plan, out)
-    workers = worker_count([plan], workers, memory)
+    workers = worker_count(plan.peak_bytes, workers, memory)
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(one_thread(plan.is_spectral))
@@ -163,9 +163,15 @@ def compress(
         output = stack.enter_context(Output(plan, out, folder, device, layout))
         pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
         output.find_facts(source, pool.map)
-        _run(layout, output, source, pool, progress)
-        output.writer.finish()
-        return publish_merge(plan, source, output.writer, out, folder, device, layout.sizes())
+        writer, facts = output.writer, output.journal.facts
+        for name in layout.facts:
+            value = facts[int(name.partition("/")[0])] if facts else 1.0
+            writer.write(name, torch.tensor(value, dtype=torch.float64))
+        run_parts(
+            layout, output, source, pool, lambda entry: (_encode(layout, entry, source, writer, facts), {}), progress
+        )  # fmt: skip
+        writer.finish()
+        return publish_merge(plan, source, writer, out, folder, device, {"store": layout.sizes()})
 
 
 def stores() -> list[str]:
@@ -177,6 +183,8 @@ def stores() -> list[str]:
 
 class _Layout:
     """What a store of a plan will hold, from headers and the digest of the base, which is read for it."""
+
+    file = WEIGHTS
 
     def __init__(self, plan: Plan, source: FileInputs):
         self.plan = plan
@@ -229,34 +237,6 @@ class _Layout:
             else:
                 own[self.names[int(owner)]] += spec.nbytes
         return {"checkpoint": self.plan.bytes_written, "once": once, "experts": own}
-
-
-def _run(
-    layout: _Layout, output: Output, source: FileInputs, pool: ThreadPoolExecutor, progress: Progress | None
-) -> None:
-    """Encode what the journal does not have, and journal it as it is finished."""
-    journal, writer, entries = output.journal, output.writer, layout.plan.entries
-    left = []
-    for entry in entries:
-        lines = [journal.tensors.get(name) for name in layout.parts[entry.name]]
-        if not lines or None in lines:
-            left.append(entry)
-        else:
-            source.hashes |= {(origin, entry.name): hash for origin, hash in lines[0]["inputs"].items()}
-    for name in layout.facts:
-        t = int(name.partition("/")[0])
-        writer.write(name, torch.tensor(journal.facts[t] if journal.facts else 1.0, dtype=torch.float64))
-
-    def encode(entry: Entry) -> int:
-        hashes = _encode(layout, entry, source, writer, journal.facts)
-        origins = [*entry.sources, *(["base"] if entry.base else [])]
-        inputs = {o: source.hashes[o, entry.name] for o in origins if (o, entry.name) in source.hashes}
-        for name, hash in hashes.items():
-            journal.add_tensor(name, hash, inputs)
-        return 1
-
-    futures = [pool.submit(encode, entry) for entry in left]
-    follow(futures, (f.result() for f in futures), len(entries) - len(left), len(entries), progress)
 
 
 def _encode(

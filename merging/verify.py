@@ -12,6 +12,7 @@ from merging.checkpoint import open_checkpoint
 from merging.engine import merge
 from merging.errors import UserError
 from merging.files import user_errors
+from merging.lora import extract_lora
 from merging.manifest import manifest_path
 from merging.stores import compress
 
@@ -36,6 +37,13 @@ class _Output(BaseModel):
     tensors: dict[str, str]
 
 
+class _Adapter(BaseModel):
+    """How an adapter was made."""
+
+    rank: int | float | None
+    modules_to_save: list[str]
+
+
 class _Manifest(BaseModel):
     """What `verify` needs of a manifest."""
 
@@ -44,6 +52,7 @@ class _Manifest(BaseModel):
     device: str
     versions: dict[str, str]
     store: dict[str, Any] | None = None  # of a compressed store
+    adapter: _Adapter | None = None
 
 
 def verify(out: Path) -> str:
@@ -79,7 +88,11 @@ def verify(out: Path) -> str:
         user_errors(out.parent),
         tempfile.TemporaryDirectory(dir=out.parent, prefix=".verify-", suffix=".partial") as scratch,
     ):
-        made = (compress if manifest.store else merge)(again, Path(scratch) / "again", device=manifest.device)
+        place = Path(scratch) / f"again{out.suffix if out.is_file() else ''}"
+        if manifest.adapter:
+            made = extract_lora(again, place, **manifest.adapter.model_dump(), device=manifest.device)
+        else:
+            made = (compress if manifest.store else merge)(again, place, device=manifest.device)
     if made["output"]["digest"] != digest:
         differ = [n for n, h in made["output"]["tensors"].items() if manifest.output.tensors.get(n) != h]
         versions = {k: v for k, v in manifest.versions.items() if made["versions"].get(k) != v}

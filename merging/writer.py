@@ -43,7 +43,9 @@ class CheckpointWriter:
         shard_size: int | None,
         resume: bool = False,
         join: bool = False,
+        file: str = WEIGHTS,
     ):
+        """file: the name of a single file; shards have names of their own."""
         self.folder, self._join = folder, join
         self.specs = {t.name: t for t in tensors}
         self.hashes: dict[str, str] = {}
@@ -51,7 +53,7 @@ class CheckpointWriter:
         self._place: dict[str, tuple[int, int]] = {}
         ordered = sorted(tensors, key=lambda t: (-DTYPES[t.dtype][1], t.name))
         shards = _shards(ordered, shard_size)
-        self.files = _file_names(len(shards))
+        self.files = [file] if len(shards) == 1 else _shard_names(len(shards))
         folder.mkdir(exist_ok=True)
         try:
             for name, shard in zip(self.files, shards):
@@ -167,7 +169,5 @@ def _shards(tensors: list[TensorSpec], limit: int | None) -> list[list[TensorSpe
     return shards
 
 
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return [WEIGHTS]
+def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

@@ -54,7 +54,8 @@ class Datasets(_Strict):
 class Merge(_Strict):
     """One merge: fixed `params`, and a grid `search` whose best point on the validation split is taken.
 
-    experts: those of the pipeline's that it merges, in its own order; None for all. The best point is that of all tasks.
+    experts: those of the pipeline's that it merges, in its own order; None for all. Either way a point is scored on
+    all tasks.
     """
 
     method: str

@@ -36,8 +36,8 @@ source). `python -m pytest tests/test_goldens.py` holds every merge to them. Wha
 
 An element is within the tolerance if |a − b| ≤ atol + rtol · |b|, b being the other implementation's. Of
 discontinuous methods, whose masks and elections may turn over by rounding, a few elements may lie beyond it,
-as many as are *allowed*. *Absolute* is the largest |a − b| of any element; *relative* the same over the largest |b| of its
-tensor; *used* the largest |a − b| / (atol + rtol · |b|), so that it exceeds 1 where elements lie beyond. The
+as many as are *allowed*. *Absolute* is the largest |a − b| of any element; *relative* the same over the largest |b| of
+its tensor; *used* the largest |a − b| / (atol + rtol · |b|), so that it exceeds 1 where elements lie beyond. The
 differences were measured on one machine; another may round otherwise.
 
 | method | case | source | atol | rtol | absolute | relative | used | beyond | allowed |

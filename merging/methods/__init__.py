@@ -106,6 +106,8 @@ class Method:
     delta: bool
     beside: Callable[[int, int, int], int] | None
     store: Store | None
+    as_factors: Callable[..., tuple[Tensor, Tensor]] | None
+    as_factors_if: Callable[[Mapping[str, Any]], bool] | None
 
     @property
     def summary(self) -> str:
@@ -417,6 +419,16 @@ class Bound:
         """The parts of the block in a compressed store; see `Store`."""
         return self.method.store.encode(*self._arguments(x, facts, measured), tasks, **self.params)
 
+    @property
+    def gives_factors(self) -> bool:
+        """Whether of adapters it can say what it adds to the base as factors."""
+        method = self.method
+        return bool(method.as_factors) and (method.as_factors_if is None or method.as_factors_if(self.params))
+
+    def as_factors(self, x: Slot, facts: Any, measured: Any) -> tuple[Tensor, Tensor]:
+        """What it adds to a whole tensor of the base: the product of (M, K) and (K, N), float64."""
+        return self.method.as_factors(*self._arguments(x, facts, measured), **self.params)
+
     def _arguments(self, x: Slot, facts: Any, measured: Any) -> tuple[Any, ...]:
         """The block as the method sees it, and what it wraps."""
         if not self.inner:
@@ -538,6 +550,8 @@ def method(
     delta: bool = False,
     beside: Callable[[int, int, int], int] | None = None,
     store: Store | None = None,
+    as_factors: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    as_factors_if: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Add a function to the catalogue under its own name.
 
@@ -559,6 +573,8 @@ def method(
     delta: without a base, it merges what bare factors of adapters add.
     beside(rows, columns, experts): float64 numbers that it holds of a matrix beyond what any does (`Entry.peak_bytes`).
     store: how it is kept for all experts, if it gives the expert of its parameter `task` back.
+    as_factors(x, [merge,] **params): of experts that are adapters, factors (M, K) and (K, N) of what it adds to the
+        base, of no higher rank than all of theirs together; as_factors_if(params): whether it can.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -587,6 +603,8 @@ def method(
             delta=delta,
             beside=beside,
             store=store,
+            as_factors=as_factors,
+            as_factors_if=as_factors_if,
         )
         assert entry.id not in _METHODS, f"method '{entry.id}' is defined twice"
         _METHODS[entry.id] = entry

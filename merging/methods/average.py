@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merging import operators as ops
+from merging import spectral
 from merging.methods import method
 from merging.slots import Slot
 
@@ -12,7 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(family="elementwise", paper="2203.05482", code="yule-BUAA/MergeLM@6d49ad96", reference="mean")
+@method(
+    family="elementwise",
+    paper="2203.05482",
+    code="yule-BUAA/MergeLM@6d49ad96",
+    reference="mean",
+    as_factors=lambda x: spectral.weighted_factors(x, [1 / len(x.experts)] * len(x.experts)),
+)
 def average(x: Slot) -> Tensor:
     """The mean of the experts.
 

@@ -64,11 +64,11 @@ def cart(
 ) -> Tensor:
     """origin + scale * sum of the rank-k parts of (expert - origin); the origin is the mean of the experts.
 
-    k = max(1, int(rank * min(M, N))), or rounded up, or the smallest that holds `energy` of the squared singular values.
-    Tensors that are no block matrices add their (expert - origin) whole, which is nothing around the mean. `origin` may
-    be another merge: task_arithmetic with origin_scale, cart with origin_scale and origin_rank, or tsv_merge with
-    scale 1; `reduce: tsv` orthogonalises the factors before summing. `basis: dct` is cheaper and not optimal: instead of
-    the rank-k part, the k columns of the rows' cosine transforms with the largest norms.
+    k = max(1, int(rank * min(M, N))), or rounded up, or the smallest that holds `energy` of the squared singular
+    values. Tensors that are no block matrices add their (expert - origin) whole, which is nothing around the mean.
+    `origin` may be another merge: task_arithmetic with origin_scale, cart with origin_scale and origin_rank, or
+    tsv_merge with scale 1; `reduce: tsv` orthogonalises the factors before summing. `basis: dct` is cheaper and not
+    optimal: instead of the rank-k part, the k columns of the rows' cosine transforms with the largest norms.
 
     Formula:
         θₒ + scale · Σₜ P_k(θₜ − θₒ), θₒ = θ̄ or another merge;  k = max(1, int(rank · min(M, N)))

@@ -50,6 +50,13 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
     return is_matrix(name, shape, params["keys"])
 
 
+def _factors(x: Slot, merge: Inner, *, keys: Keys, **_: Any) -> tuple[Tensor, Tensor]:
+    _, left_MK, right_NL = _space(x)
+    if not sees(x.name, x.shape, {"keys": keys}) or not left_MK.shape[1]:
+        return left_MK[:, :0], right_NL[:, :0].T
+    return left_MK @ merge(x).double(), right_NL.T
+
+
 @method(
     family="adapters",
     paper="2509.17786",
@@ -62,6 +69,7 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
     spectral=True,
     beside=lambda rows, columns, experts: 5 * experts * rows * columns,
     delta=True,
+    as_factors=_factors,
 )
 def core_space(
     x: Slot,
@@ -90,6 +98,6 @@ def core_space(
     """
     if not sees(x.name, x.shape, {"keys": keys}):
         return ops.mean(x.experts) if x.base is None else x.base.double()
-    _, left_MK, right_NL = _space(x)
-    start = left_MK.new_zeros(x.shape) if x.base is None else x.base.double()
-    return start + left_MK @ merge(x).double() @ right_NL.T if left_MK.shape[1] else start
+    left_ML, right_LN = _factors(x, merge, keys=keys)
+    start = left_ML.new_zeros(x.shape) if x.base is None else x.base.double()
+    return start + left_ML @ right_LN if left_ML.shape[1] else start

@@ -35,7 +35,7 @@ def dc_merge(
     rank: Annotated[float, Gt(0), Le(1)] | Literal["1/T"] = "1/T",
     keys: Keys = "matrices",
 ) -> Tensor:
-    """base + scale * polar(U) C polar(V)^T, U S V^T the concatenated rank-k parts of the task vectors; others: the mean.
+    """base + scale * polar(U) C polar(V)^T, U S V^T the rank-k parts of task vectors in a row; others: the mean.
 
     C is the mean, over tasks that agree with the sign of the sum, of the largest max(1, int(density * R^2)) entries of
     polar(U)^T U_t S_t V_t^T polar(V), of which the diagonal blocks, one a task, are kept. k as in tsv_merge; other

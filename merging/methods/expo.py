@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from merging import spectral
 from merging.methods import method
 from merging.slots import Slot
 
@@ -11,7 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method(family="elementwise", paper="2404.16792", reference="pretrained", needs_base=True, maximum_experts=1)
+@method(
+    family="elementwise",
+    paper="2404.16792",
+    reference="pretrained",
+    needs_base=True,
+    maximum_experts=1,
+    as_factors=lambda x, scale: spectral.weighted_factors(x, [1 + scale]),
+)
 def expo(x: Slot, *, scale: float = 0.5) -> Tensor:
     """expert + scale * (expert - base).
 

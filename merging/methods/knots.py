@@ -39,6 +39,12 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
     return is_matrix(name, shape, params["keys"])
 
 
+def _factors(x: Slot, merge: Inner, *, threshold: float, keys: Keys, **_: Any) -> tuple[Tensor, Tensor]:
+    seen = sees(x.name, x.shape, {"keys": keys})
+    basis_MK = _basis(x, threshold) if seen else x.base.double().flatten(1)[:, :0]
+    return basis_MK, merge(x).double() if basis_MK.shape[1] else x.base.double().flatten(1)[:0]
+
+
 @method(
     family="wrapper",
     paper="2410.19735",
@@ -51,6 +57,7 @@ def sees(name: str, shape: Sequence[int], params: Mapping[str, Any]) -> bool:
     inner_defaults={"scale": 0.6},
     spectral=True,
     beside=lambda rows, columns, experts: 12 * rows * columns + 6 * rows**2,
+    as_factors=_factors,
 )
 def knots(
     x: Slot,
@@ -81,7 +88,7 @@ def knots(
         ties inside trims over the rotated matrices of the whole model. Other tensors stay the base's.
     """
     base = x.base.double()
-    basis_MK = _basis(x, threshold) if sees(x.name, x.shape, {"keys": keys}) else base.new_zeros(0, 0)
-    if not basis_MK.shape[1]:
+    if not sees(x.name, x.shape, {"keys": keys}):
         return base
-    return base + basis_MK @ merge(x).double()
+    left_MK, right_KN = _factors(x, merge, threshold=threshold, keys=keys)
+    return base + left_MK @ right_KN if left_MK.shape[1] else base

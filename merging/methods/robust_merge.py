@@ -52,9 +52,9 @@ def robust_merge(
         BA in other factors merges differently.
     """
     pairs = [x.factors(t) if is_matrix(x.name, x.shape, keys) else None for t in range(len(x.experts))]
-    if not any(pairs):
-        return ops.mean(x.experts)
     ranks = [pair[1].shape[0] if pair else None for pair in pairs]
+    if not any(ranks):
+        return ops.mean(x.experts)
     if len(set(ranks)) > 1:
         raise UserError(f"robust_merge: adapters of different ranks, {ranks}, for '{x.name}'; give them one rank")
     up_TMR, down_TRN = (torch.stack(side) for side in zip(*pairs))

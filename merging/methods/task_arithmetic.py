@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from merging import operators as ops
+from merging import spectral
 from merging.methods import method
 from merging.slots import Slot
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _factors(
+    x: Slot, *, scale: float, weights: list[float] | None, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    weights = weights or [1.0] * len(x.experts)
+    total = sum(weights) if normalize else 1.0
+    return spectral.weighted_factors(x, [scale / total * weight for weight in weights])
 
 
 @method(
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
     code="mlfoundations/task_vectors@826a64c6",
     reference="pretrained",
     needs_base=True,
+    as_factors=_factors,
 )
 def task_arithmetic(
     x: Slot, *, scale: float = 0.3, weights: list[float] | None = None, normalize: bool = False

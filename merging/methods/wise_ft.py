@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Le
 
+from merging import spectral
 from merging.methods import method
 from merging.methods.task_arithmetic import task_arithmetic
 from merging.slots import Slot
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     reference="pretrained",
     needs_base=True,
     maximum_experts=1,
+    as_factors=lambda x, scale: spectral.weighted_factors(x, [scale]),
 )
 def wise_ft(x: Slot, *, scale: Annotated[float, Ge(0), Le(1)] = 0.75) -> Tensor:
     """(1 - scale) * base + scale * expert.
