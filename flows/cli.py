@@ -183,6 +183,9 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-pickle", action="store_true", help="convert pickle checkpoints of the sources"
     )
+    command.add_argument(
+        "--allow-locked", action="store_true", help="merge experts that are locked against it, as their owner permits"
+    )
 
 
 def _add_engine(command: argparse.ArgumentParser) -> None:
@@ -309,6 +312,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "shard_size": args.shard_size,
         "donor": args.donor,
         "vocabulary": args.vocabulary,
+        "allow_locked": args.allow_locked or None,
     }
     given = {key: value for key, value in options.items() if value is not None}
     return Recipe.of({**written, **given, "params": {**written.get("params", {}), **_settings(args)}})

@@ -19,6 +19,7 @@ from merging.inputs import FileInputs, MemoryInputs, State
 from merging.journal import Journal
 from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
+from merging.mergelock import refuse_locked
 from merging.methods import Bound, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, unfolded
@@ -53,8 +54,8 @@ def merge(
     tensor. Returns the manifest.
 
     Raises:
-        UserError: anything `plan` reports, NaN or Inf in an input, an overflow of the output dtype, a full disk,
-            another process writing `out`, `memory` below what one tensor needs, an `out` that holds anything but an
+        UserError: anything `plan` reports, an expert that is locked against merging (see `merging.mergelock`),
+            NaN or Inf in an input, an overflow of the output dtype, a full disk, another process writing `out`, `memory` below what one tensor needs, an `out` that holds anything but an
             earlier merge.
     """
     return merge_points(
@@ -84,12 +85,13 @@ def merge_points(
         plan.check()
     _check_inputs(plans)
     check_device(device)
+    refuse_locked(plans[0])
     store = store_at(factors)
     outs = [Path(out) for _, out in points]
     for plan, out in zip(plans, outs):
         with user_errors(out):
             refuse_to_replace(plan, out)
-    workers = worker_count(plans, workers, memory)
+    workers = worker_count(max(plan.peak_bytes for plan in plans), workers, memory)
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
@@ -441,13 +443,13 @@ def check_device(device: str) -> None:
         raise UserError(f"device '{device}' is not in this machine; choose cpu")
 
 
-def worker_count(plans: Sequence[Plan], workers: int | None, memory: int | None) -> int:
+def worker_count(need: int, workers: int | None, memory: int | None) -> int:
+    """How many workers fit into memory, each of which needs so many bytes at most (raises UserError if none does)."""
     workers = workers if workers is not None else os.cpu_count() or 1
     if workers < 1:
         raise UserError(f"{workers} workers: give one or more")
     if memory is None:
         return workers
-    need = max(plan.peak_bytes for plan in plans)
     if need > memory:
         raise UserError(f"the largest tensor needs {need} bytes of memory, allowed are {memory}; allow more")
     return max(1, min(workers, memory // max(need, 1)))

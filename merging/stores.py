@@ -32,6 +32,7 @@ from merging.lazy import torch
 from merging.manifest import (
     Manifest, described_output, manifest_path, publish_merge, read_manifest, refuse_place, refuse_to_replace,
 )  # fmt: skip
+from merging.mergelock import refuse_locked
 from merging.methods import Bound, Part, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, canonical_json
@@ -136,9 +137,10 @@ def compress(
     if plan.alignment:
         raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
     check_device(device)
+    refuse_locked(plan)
     with user_errors(out):
         refuse_to_replace(plan, out)
-    workers = worker_count([plan], workers, memory)
+    workers = worker_count(plan.peak_bytes, workers, memory)
     keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(one_thread(plan.is_spectral))
