@@ -416,6 +416,7 @@ def _layers(measured: Sequence[_Measured], ranks: Sequence[float], experts: int)
         sums = total((m.sums for m in inside), experts)
         around = {o: [m.spectra[o] for m in inside if o in m.spectra] for o in ("base", "mean")}
         row: Json = {
+            "layer": f"{block[0]}{block[1]}" if block else "outside blocks",
             "tower": block and block[0].rstrip("."),
             "block": block and block[1],
             "tensors": len(inside),
