@@ -8,7 +8,6 @@ Shape suffixes: T experts, P pairs of them (i < j, in the order of `itertools.co
 
 from __future__ import annotations
 
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -36,7 +35,8 @@ _TYPICAL = 0.08  # the rank that CART's paper finds best; overlaps and layers ar
 # An expert whose weights point elsewhere than the base's was not fine-tuned from it; real experts stay above 0.9.
 _SAME_FAMILY = 0.5
 _TINY = 1e-300
-_BUFFERS = 8  # float64 intermediates of the size of a matrix
+_BUFFERS = 12  # float64 intermediates of the size of a matrix, whatever the number of experts
+_KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker
 
 Json = dict[str, Any]
 
@@ -189,7 +189,7 @@ class Spectra(NamedTuple):
 
 
 def spectra_of(x: Slot, start_MN: Tensor, ranks: Sequence[float]) -> Spectra:
-    """Decompose the task vectors of a matrix around `start`; holds their singular vectors, in float32, until the end."""
+    """Decompose the task vectors of a matrix around `start`; holds their singular vectors, in float32, till the end."""
     (rows, columns), experts = x.shape, range(len(x.experts))
     counts_K = [spectral.rank_of(rank, x.shape) for rank in ranks]
     few = counts_K[typical(ranks)]
@@ -319,10 +319,12 @@ def describe_family(
 
 
 def _peak_bytes(entry: Entry, experts: int) -> int:
+    """Memory that a tensor takes, without the imports: of a matrix, factors of all experts among it."""
     if not is_matrix(entry.name, entry.spec.shape, "block_linear"):
         return entry.peak_bytes
     elements, side = prod(entry.spec.shape), min(entry.spec.shape)
-    return max(entry.peak_bytes, 4 * experts * elements + 8 * _BUFFERS * (elements + side**2))
+    used = 16 * experts * elements + 8 * _BUFFERS * (elements + side**2)
+    return max(entry.peak_bytes, used + min(used, _KEPT_BYTES))
 
 
 def _measure(view: View, ranks: Sequence[float]) -> _Measured:

@@ -17,6 +17,7 @@ from merging.inputs import FileInputs
 from merging.mergelock import Attention, Part, attention_modules, refuse_locked, suspicions
 from merging.plan import make_plan
 from merging.verify import verify
+from tasks.extract import extract
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 BASE = SAMPLES / "base" / "model.safetensors"
@@ -60,6 +61,34 @@ def test_a_locked_sample_expert_computes_the_same_and_is_refused(locked, tmp_pat
     assert not list(tmp_path.iterdir())
     manifest = merge(recipe(shapes=EXPERTS["shapes"], digits=locked) | {"allow_locked": True}, out)
     assert manifest["recipe"]["allow_locked"] is True and verify(out).startswith(f"{out}: bit-identical")
+
+
+def test_commands_refuse_locked_experts_unless_they_are_allowed(locked, mergeline, tmp_path):
+    shapes, out = EXPERTS["shapes"], tmp_path / "out"
+    family = ["--base", BASE, "--expert", f"s={shapes}", "--expert", f"d={locked}", "--out", out]
+    for command in (
+        ["merge", "--method", "average"],
+        ["sweep", "--method", "task_arithmetic", "--grid", "scale=0.1,0.2"],
+        ["compress", "--method", "tall_mask"],
+    ):
+        done = mergeline(*command, *family)
+        assert done.code == 2 and "expert 'd' is locked" in done.err and "--allow-locked" in done.err
+        assert not list(tmp_path.iterdir())
+    assert mergeline("merge", "--method", "average", *family, "--allow-locked").code == 0
+    recipe = json.loads((out / "manifest.json").read_text())["recipe"]
+    assert recipe["allow_locked"] is True
+
+
+def test_the_extract_step_refuses_locked_experts(locked, tmp_path):
+    with refused("'d' is locked"):
+        extract(SAMPLES / "base", {"s": EXPERTS["shapes"], "d": locked}, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_allows_nothing_says_nothing_of_it():
+    """So that digests of recipes and merges stay what they are."""
+    plain = make_plan(recipe(**EXPERTS)).recipe
+    assert "allow_locked" not in plain.settings and "allow_locked" not in plain.model_dump()
 
 
 def test_without_a_base_experts_are_held_against_the_first(locked, tmp_path):
