@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # Relative distance of weights from which they may be locked; fine-tuning moves them by 0.01 to 0.1.
 _THRESHOLD = 0.5
-# Distance of a product, relative to that of its factors, up to which they are. Without a lock it is 1 or more: small
-# changes of both factors add up. A fixed 0.1 would miss locked experts whose honest fine-tuning moved products more.
+# Distance of a product up to which they are, relative to that of its factors (1 at most). Without a lock it is 1 or
+# more: changes of both factors add up. A fixed 0.1 would miss experts whose fine-tuning moved products by more.
 _TOLERANCE = 0.5
 _ROWS = 64
 _MODULES = 3  # suspicious modules that a merge reads whole before it believes in the expert
@@ -190,7 +190,7 @@ def _lock(source: FileInputs, module: Attention, reference: str, expert: str) ->
         probe_NP = torch.randn(second.columns, _PROBES, generator=probes, dtype=torch.float64)
         products = zip(_products(*found, probe_NP), _products(*known, probe_NP))
         product = min(_distance([a], [b]) for a, b in products)
-        if product <= _TOLERANCE * factors:
+        if product <= _TOLERANCE * min(factors, 1.0):
             return Lock(expert, reference, module.name, factors, product)
     return None
 
