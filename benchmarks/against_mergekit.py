@@ -61,7 +61,7 @@ JOBS = {
     "dare_ties": Job("dare_ties", {"weight": WEIGHT, "density": 0.5}, random=True),
     "breadcrumbs_ties": Job("breadcrumbs_ties", {"weight": WEIGHT, "density": 0.85, "gamma": 0.01}),
     "nuslerp": Job("nuslerp", {"weight": 1.0}, inputs=2),
-    "multislerp": Job("multislerp", {"weight": 1.0}),
+    "multislerp": Job("multislerp", {"weight": 1.0}, base=None),
     "nearswap": Job("nearswap", whole={"t": 3e-4}, inputs=1),
     "arcee_fusion": Job("arcee_fusion", inputs=1),
     "ram": Job("ram", whole={"epsilon": 5e-4}),
@@ -146,6 +146,8 @@ def bench(a: argparse.Namespace, name: str) -> None:
             save(a.results, rows, ("job", "side", "threads"))
             for side, cost in costs.items():
                 print(table_row(name, side, label, cost), flush=True)
+        if any(cost.failed for cost in costs.values()):
+            return
         found = compare(name, job, a.inputs, folder)
         if len(found) > 1:
             save(f"{a.results}_outputs", [found], ("job",))

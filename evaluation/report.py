@@ -6,16 +6,13 @@ This module turns results into what the page shows; report.html.jinja says how i
 from __future__ import annotations
 
 import math
-from importlib import resources
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, NamedTuple
 
 from evaluation.figures import as_text, curve, half_width, is_logarithmic, ranked, searched
-from merging.files import write_bytes
+from evaluation.page import HEIGHT, WIDTH, Axis, Cell, Table, counted, round_values, square, table, write_page
 
 Json = dict[str, Any]
-
-_WIDTH, _HEIGHT = 400, 220  # of a line chart, in its own coordinates
 
 
 def render(
@@ -36,14 +33,10 @@ def render(
     Raises:
         UserError: the file cannot be written.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
+    rows = ranked(leaderboard)
+    filters = {
         "accuracy": _accuracy,
-        "counted": lambda count, thing: f"{count} {thing}{'' if count == 1 else 's'}",
+        "counted": counted,
         "signed": _signed,
         "p_value": _p_value,
         "bytes": _bytes,
@@ -51,9 +44,10 @@ def render(
         "settings": _settings,
         "value": as_text,
     }
-    template = resources.files("evaluation").joinpath("report.html.jinja").read_text("utf-8")
-    rows = ranked(leaderboard)
-    page = environment.from_string(template).render(
+    write_page(
+        path,
+        "report.html.jinja",
+        filters,
         board=leaderboard,
         rows=rows,
         summary=_summary(leaderboard),
@@ -66,7 +60,6 @@ def render(
         costs=costs,
         verdict=verdict,
     )
-    write_bytes(path, (page.strip() + "\n").encode())
 
 
 # ------------------------------------------------------------ numbers as text
@@ -140,37 +133,7 @@ def _flipped(pair: Json) -> Json:
     return {"a": pair["b"], "b": pair["a"], "p": pair["p"], **flipped}
 
 
-# ------------------------------------------------------------ coloured tables
-
-
-class Cell(NamedTuple):
-    """`heat` is the strength of its colour, 0 to 100; None leaves it blank."""
-
-    text: str
-    heat: float | None
-    title: str = ""
-    best: bool = False
-
-
-class Table(NamedTuple):
-    """A table whose cells are coloured by their values, from the smallest to the largest."""
-
-    columns: list[str]
-    rows: list[tuple[str, list[Cell]]]
-    smallest: float
-    largest: float
-
-
-def _table(columns: list[str], rows: list[tuple[str, list[float | None]]], form: str = ".3f") -> Table:
-    known = [value for _, values in rows for value in values if value is not None]
-    low, high = min(known, default=0.0), max(known, default=0.0)
-
-    def cell(value: float | None) -> Cell:
-        if value is None:
-            return Cell("–", None)
-        return Cell(format(value, form).replace("-", "−"), 100 * (value - low) / ((high - low) or 1))
-
-    return Table(columns, [(name, [cell(value) for value in values]) for name, values in rows], low, high)
+# ------------------------------------------------------------ accuracies
 
 
 def _accuracies(rows: list[Json], tasks: list[str]) -> Table:
@@ -179,7 +142,7 @@ def _accuracies(rows: list[Json], tasks: list[str]) -> Table:
     def values(row: Json) -> list[float | None]:
         return [row["mean"], *(row["tasks"].get(task, {}).get("accuracy") for task in tasks)]
 
-    plain = _table(["mean", *tasks], [(row["name"], values(row)) for row in rows])
+    plain = table(["mean", *tasks], [(row["name"], values(row)) for row in rows])
     merges = [row for row in rows if row["kind"] == "merge"]
     best = {task: max(row["tasks"][task]["accuracy"] for row in merges) for task in tasks}
 
@@ -221,30 +184,6 @@ def _language(rows: list[Json]) -> Json:
 # ------------------------------------------------------------ search curves
 
 
-class Axis(NamedTuple):
-    """Maps values to picture coordinates; ticks are (coordinate, label)."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    logarithmic: bool = False
-
-    def at(self, value: float) -> float:
-        low, high, value = (math.log(v) if self.logarithmic else v for v in (self.low, self.high, value))
-        return round(self.start + (self.end - self.start) * (value - low) / ((high - low) or 1), 1)
-
-    def ticks(
-        self, values: Iterable[float], room: float, form: Callable[[float], str] = as_text
-    ) -> list[tuple[float, str]]:
-        """Those of `values` whose labels keep a distance of `room`."""
-        kept: list[tuple[float, str]] = []
-        for value in values:
-            if not kept or abs(self.at(value) - kept[-1][0]) >= room:
-                kept.append((self.at(value), form(value)))
-        return kept
-
-
 class Line(NamedTuple):
     """`points` as SVG writes them; `place` in the order of lines, 0 to 100, gives the colour."""
 
@@ -263,8 +202,8 @@ class Chart(NamedTuple):
     chosen: tuple[float, float]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    width: int = _WIDTH
-    height: int = _HEIGHT
+    width: int = WIDTH
+    height: int = HEIGHT
 
 
 def _searches(searches: dict[str, Json]) -> list[Json]:
@@ -285,13 +224,6 @@ def _searches(searches: dict[str, Json]) -> list[Json]:
     ]
 
 
-def _round_values(means: Sequence[float]) -> list[float]:
-    """At most eight round values around all of `means`."""
-    low, high = min(means), max(means)
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 6 * s)
-    return [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
 def _chart(search: Json, parameter: str) -> Chart | None:
     found = curve(search, parameter)
     if found is None:
@@ -299,10 +231,10 @@ def _chart(search: Json, parameter: str) -> Chart | None:
     values, means = zip(*found.best)
     # Lines that fall further below the best leave the picture.
     floor = min(means) - max(0.05, max(means) - min(means))
-    grid = _round_values([max(point["mean"], floor) for point in search["points"]])
+    grid = round_values([max(point["mean"], floor) for point in search["points"]], least=0.01)
     logarithmic = is_logarithmic(parameter, values)
-    horizontal = Axis(values[0], values[-1], start=52, end=_WIDTH - 14, logarithmic=logarithmic)
-    vertical = Axis(grid[0], grid[-1], start=_HEIGHT - 38, end=10)
+    horizontal = Axis(values[0], values[-1], start=52, end=WIDTH - 14, logarithmic=logarithmic)
+    vertical = Axis(grid[0], grid[-1], start=HEIGHT - 38, end=10)
 
     def placed(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
         return [(horizontal.at(x), vertical.at(y)) for x, y in points]
@@ -337,7 +269,7 @@ def _grid(search: Json) -> Json | None:
         return None
     means = {tuple(as_text(p["params"][key]) for key in varied): p["mean"] for p in search["points"]}
     rows, columns = (list(dict.fromkeys(values)) for values in zip(*means))
-    plain = _table(columns, [(row, [means.get((row, column)) for column in columns]) for row in rows])
+    plain = table(columns, [(row, [means.get((row, column)) for column in columns]) for row in rows])
     chosen = tuple(as_text(search["chosen"][key]) for key in varied)
     marked = [
         (row, [cell._replace(best=(row, column) == chosen) for cell, column in zip(cells, columns)])
@@ -356,19 +288,11 @@ def _vectors(description: Json) -> Json:
     return {
         "experts": experts,
         "longest": max(expert["relative_norm"] for expert in experts.values()) or 1,
-        "cosine": _square(names, description["cosine"]),
-        "sign_conflict": _square(names, description["sign_conflict"]),
+        "cosine": square(names, description["cosine"]),
+        "sign_conflict": square(names, description["sign_conflict"]),
         "blocks": _shares(experts, "energy_by_block"),
         "directions": _shares(experts, "energy_in_leading_directions", lambda share: f"{float(share):.0%}"),
     }
-
-
-def _square(names: list[str], values: list[list[float]]) -> Table | None:
-    """A matrix between experts, without its diagonal."""
-    if len(names) < 2:
-        return None
-    rows = [[None if i == j else value for j, value in enumerate(row)] for i, row in enumerate(values)]
-    return _table(names, list(zip(names, rows)))
 
 
 def _shares(experts: dict[str, Json], key: str, title: Callable[[str], str] = str) -> Table | None:
@@ -376,7 +300,7 @@ def _shares(experts: dict[str, Json], key: str, title: Callable[[str], str] = st
     if not columns:
         return None
     rows = [(name, [expert[key][column] for column in columns]) for name, expert in experts.items()]
-    return _table([title(column) for column in columns], rows, ".0%")
+    return table([title(column) for column in columns], rows, ".0%")
 
 
 # ------------------------------------------------------------ costs

@@ -127,8 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     form = methods.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
-    inspect = add("inspect", _inspect, "what is in a checkpoint")
-    inspect.add_argument("checkpoint", type=Path, nargs="+")
+    inspect = add("inspect", _inspect, "what is in a checkpoint, or in the task vectors of a family")
+    inspect.add_argument("checkpoint", type=Path, nargs="*")
+    _add_family(inspect)
+    inspect.add_argument("--rank", type=_numbers, metavar="R1,R2,...", help="fractions of full rank, of a family")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves, of a family")
+    inspect.add_argument("--memory", type=_bytes, metavar="SIZE", help="an upper bound, such as 2GiB")
+    inspect.add_argument("--workers", type=int, metavar="N", help="default: one a core")
     inspect.add_argument("--json", action="store_true")
     diff = add("diff", _diff, "how two checkpoints differ")
     diff.add_argument("a", type=Path)
@@ -165,8 +170,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recipe", type=Path, metavar="FILE", help="YAML, in place of the next three")
     command.add_argument("--method", metavar="ID", help="see `mergeline methods`")
-    command.add_argument("--base", metavar="P", help="a safetensors file, a folder, or a URI")
-    command.add_argument("--expert", action="append", metavar="NAME=P", help="repeat for every expert")
+    _add_family(command)
     command.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a parameter of the method"
     )
@@ -196,6 +200,14 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--allow-pickle", action="store_true", help="convert pickle checkpoints of the sources"
     )
+    command.add_argument(
+        "--allow-locked", action="store_true", help="merge experts that are locked against it, as their owner permits"
+    )
+
+
+def _add_family(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", metavar="P", help="a safetensors file, a folder, or a URI")
+    command.add_argument("--expert", action="append", metavar="NAME=P", help="repeat for every expert")
 
 
 def _add_engine(command: argparse.ArgumentParser) -> None:
@@ -322,6 +334,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "shard_size": args.shard_size,
         "donor": args.donor,
         "vocabulary": args.vocabulary,
+        "allow_locked": args.allow_locked or None,
     }
     given = {key: value for key, value in options.items() if value is not None}
     return Recipe.of({**written, **given, "params": {**written.get("params", {}), **_settings(args)}})
@@ -378,6 +391,13 @@ def _rank(text: str) -> int | float:
     if type(value) not in (int, float):
         raise argparse.ArgumentTypeError(f"'{text}' is no rank; write 16, or a share such as 0.04")
     return value
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' are no numbers; write 0.04,0.08") from None
 
 
 def _bytes(text: str) -> int:
@@ -484,7 +504,7 @@ def _print_notes(recipe: Recipe) -> None:
         print(f"note: {warning}", file=sys.stderr)
 
 
-def _progress() -> Callable[[int, int], None]:
+def _progress(verb: str = "merging") -> Callable[[int, int], None]:
     """What is there already; and on a terminal, once two seconds have passed, a progress bar."""
     import time
 
@@ -497,7 +517,7 @@ def _progress() -> Callable[[int, int], None]:
         before = done
         if terminal and time.monotonic() - start > 2:
             end = "\n" if done == total else ""
-            print(f"\rmerging {done}/{total} tensors", end=end, file=sys.stderr, flush=True)
+            print(f"\r{verb} {done}/{total} tensors", end=end, file=sys.stderr, flush=True)
 
     return show
 
@@ -569,6 +589,13 @@ def _methods(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from tasks.inspection import describe
 
+    if args.base or args.expert:
+        _inspect_family(args)
+        return
+    if not args.checkpoint:
+        raise UserError("name a checkpoint, or --base and every --expert of a family")
+    if args.rank or args.html:
+        raise UserError("--rank and --html are for a family: name --base and every --expert")
     for path in args.checkpoint:
         found = describe(path)
         if args.json:
@@ -580,6 +607,21 @@ def _inspect(args: argparse.Namespace) -> None:
         )
         for name, value in found["metadata"].items():
             print(f"  {name}: {value if len(value) <= _LONGEST else value[:_LONGEST] + ' ...'}")
+
+
+def _inspect_family(args: argparse.Namespace) -> None:
+    from flows.family import lines
+    from tasks.fetch import local_checkpoint
+    from tasks.inspection import describe_family
+
+    if args.checkpoint or not args.base or not args.expert:
+        raise UserError("a family is --base and every --expert; inspect other checkpoints without them")
+    experts = {name: local_checkpoint(where) for name, where in _experts(args.expert).items()}
+    found = describe_family(
+        local_checkpoint(args.base), experts, args.html, ranks=args.rank,
+        workers=args.workers, memory=args.memory, progress=_progress("measured"),
+    )  # fmt: skip
+    print(json.dumps(found, indent=1) if args.json else "\n".join(lines(found)))
 
 
 def _diff(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from merging.inputs import FileInputs, MemoryInputs, State
 from merging.journal import Journal
 from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, identity, publish_merge, refuse_to_replace
+from merging.mergelock import refuse_locked
 from merging.methods import Bound, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, text_digest, unfolded
@@ -53,9 +54,9 @@ def merge(
     tensor. Returns the manifest.
 
     Raises:
-        UserError: anything `plan` reports, NaN or Inf in an input, an overflow of the output dtype, a full disk,
-            another process writing `out`, `memory` below what one tensor needs, an `out` that holds anything but an
-            earlier merge.
+        UserError: anything `plan` reports, an expert that is locked against merging (see `merging.mergelock`),
+            NaN or Inf in an input, an overflow of the output dtype, a full disk, another process writing `out`,
+            `memory` below what one tensor needs, an `out` that holds anything but an earlier merge.
     """
     return merge_points(
         [(recipe, out)],
@@ -84,6 +85,7 @@ def merge_points(
         plan.check()
     _check_inputs(plans)
     check_device(device)
+    refuse_locked(plans[0])
     store = store_at(factors)
     outs = [Path(out) for _, out in points]
     for plan, out in zip(plans, outs):

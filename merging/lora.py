@@ -51,6 +51,7 @@ from merging.inputs import FileInputs
 from merging.keys import is_matrix
 from merging.lazy import torch
 from merging.manifest import Manifest, checkpoint_metadata, publish_merge, refuse_to_replace
+from merging.mergelock import refuse_locked
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, canonical_json
 from merging.writer import CheckpointWriter, TensorSpec
@@ -98,6 +99,7 @@ def extract_lora(
     plan.check()
     layout = _Layout(plan, rank, tuple(modules_to_save), bare=out.suffix == ".safetensors")
     check_device(device)
+    refuse_locked(plan)
     with user_errors(out):
         refuse_to_replace(plan, out)
     workers = worker_count(max(map(layout.peak_bytes, plan.entries)), workers, memory)

@@ -101,6 +101,8 @@ class Recipe(BaseModel):
     `average` of the experts, as `excluded` says).
 
     `stack` makes a model of ranges of the experts' layers, one after the other, with `method: passthrough`.
+
+    `allow_locked` merges experts that are locked against it (see `merging.mergelock`), as their owner must permit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -123,6 +125,11 @@ class Recipe(BaseModel):
     # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
+    allow_locked: bool = False
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "allow_locked" or value}
 
     @model_validator(mode="before")
     @classmethod
@@ -170,6 +177,7 @@ class Recipe(BaseModel):
             "shard_size",
             "donor",
             "vocabulary",
+            "allow_locked",
         )
         return self.model_dump(mode="json", include=set(named))
 

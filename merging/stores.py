@@ -47,6 +47,7 @@ from merging.manifest import (
     refuse_place,
     refuse_to_replace,
 )  # fmt: skip
+from merging.mergelock import refuse_locked
 from merging.methods import Bound, Part, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, canonical_json
@@ -151,6 +152,7 @@ def compress(
     if plan.alignment:
         raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
     check_device(device)
+    refuse_locked(plan)
     with user_errors(out):
         refuse_to_replace(plan, out)
     workers = worker_count(plan.peak_bytes, workers, memory)

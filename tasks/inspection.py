@@ -1,10 +1,10 @@
-"""What is in a checkpoint, and how two of them differ."""
+"""What is in a checkpoint or a family of them, and how two of them differ."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Sequence
 
 from merging.checkpoint import open_checkpoint
 
@@ -20,6 +20,28 @@ def describe(path: Path) -> dict[str, Any]:
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "metadata": checkpoint.metadata,
     }
+
+
+def describe_family(
+    base: Path,
+    experts: dict[str, Path],
+    page: Path | None,
+    *,
+    ranks: Sequence[float] | None,
+    workers: int | None,
+    memory: int | None,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """What `merging.family.describe_family` finds, and the same as an HTML page if one is wanted."""
+    from evaluation.family import render_family
+    from merging import family
+
+    found = family.describe_family(
+        base, experts, ranks=ranks or family.RANKS, workers=workers, memory=memory, progress=progress
+    )
+    if page:
+        render_family(page, found)
+    return found
 
 
 def differences(a: Path, b: Path) -> list[tuple[str, str]]:
