@@ -139,6 +139,8 @@ def test_scale_zero_is_the_reference_bit_for_bit(method, params, seed, dtype):
 def test_the_order_of_experts_does_not_matter(method, params, seed, order):
     if method in ORDERED:
         return
+    if method == "around" and params.get("inner") == "ties":
+        return  # entries of all experts sum to 0 around their mean, and rounding elects the sign
     base, experts = family(seed)
     if get_method(method).store:  # it gives back the expert of a number
         params, other = {**params, "task": order[0]}, params
