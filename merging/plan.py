@@ -27,8 +27,8 @@ _BLOCK_BUFFERS = 12  # float64 intermediates of the size of a block of all exper
 _TENSOR_BUFFERS = 6  # float64 intermediates of the size of a tensor, whatever the number of experts
 _SQUARE_BUFFERS = 4  # float64 matrices as large as the smaller side squared
 _KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker (engine._keep_freed_memory)
-_BYTES_PER_SECOND = 5e8  # read, hash, convert and combine on one core
-_FLOPS_PER_SECOND = 3e10  # float64 on one core
+_BYTES_PER_SECOND = 1e9  # a reading: bring, hash, convert and combine on one core
+_FLOPS_PER_SECOND = 5e10  # float64 on one core
 PARTIAL_STATISTICS = ("gram", "masks")  # tensors without any are merged in a simpler way
 # What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
 _QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
@@ -145,12 +145,14 @@ class Plan:
     @property
     def seconds(self) -> float:
         """A rough estimate for one core."""
-        flops = 0.0
+        bytes_read = flops = 0.0
         for entry in self.entries:
+            readings = 1 + (bool(entry.bound.method.measure) + 3 * entry.bound.has_prepass if entry.bound else 0)
+            bytes_read += readings * sum(info.nbytes for info in entry.inputs)
             if entry.bound and entry.bound.is_spectral and len(entry.spec.shape) == 2:
                 small, large = sorted(entry.spec.shape)
                 flops += len(self.experts) * (2.0 * large * small**2 + 6.0 * small**3)
-        return self.bytes_read / _BYTES_PER_SECOND + flops / _FLOPS_PER_SECOND
+        return bytes_read / _BYTES_PER_SECOND + flops / _FLOPS_PER_SECOND
 
     def table(self) -> Iterator[dict[str, Any]]:
         """What becomes of every tensor: its action, method and parameters."""

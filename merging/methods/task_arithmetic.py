@@ -48,5 +48,5 @@ def task_arithmetic(
     if normalize:
         scale = scale / sum(weights)
     base = x.base.to(x.precision)
-    total = ops.weighted_sum(x.experts, weights, x.precision)
-    return total.sub_(base, alpha=sum(weights)).mul_(scale).add_(base)
+    taus = (expert.to(x.precision) - base for expert in x.experts)  # of 16-bit weights exact, unlike sums of weights
+    return ops.weighted_sum(taus, weights, x.precision).mul_(scale).add_(base)
