@@ -120,7 +120,10 @@ def compare(name: str, job: Job, family: Path, folder: Path) -> dict[str, Any]:
     if job.random:
         row["note"] = "random masks: not comparable element by element"
     elif theirs.exists() and ours.exists():
-        row |= asdict(difference(theirs, ours, family / "base"))
+        try:
+            row |= asdict(difference(theirs, ours, family / "base"))
+        except ValueError as error:  # not the same tensors, or not in the same dtype
+            row["note"] = str(error)
     if name == "karcher":
         errors = {out.name: karcher_error(experts_of(job, family), out) for out in (theirs, ours) if out.exists()}
         row |= {f"error_{side}": error for side, error in errors.items()}
