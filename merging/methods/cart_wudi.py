@@ -62,8 +62,6 @@ def cart_wudi(
     update_MN = x.share(("cart_wudi", damping, power), flattened)
     if low_rank:
         k = spectral.rank_of(rank, x.shape)
-        parts_MN = x.share(
-            ("cart", "mean", k, "sum", "svd"), lambda: low_rank_sum(x, mean, "mean", k)
-        )
+        parts_MN = x.share(("cart", "mean", k, "sum", "svd"), lambda: low_rank_sum(x, mean, "mean", k))
         update_MN = torch.add(update_MN, parts_MN, alpha=low_rank)
     return torch.add(mean, update_MN, alpha=scale)
