@@ -147,7 +147,7 @@ def compress(
         layout = _Layout(plan, source)
         output = stack.enter_context(Output(plan, out, folder, device, layout))
         pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
-        output.find_facts(source, pool.map)
+        output.find_facts(source, pool.map, {})
         _run(layout, output, source, pool, progress)
         output.writer.finish()
         return publish_merge(plan, source, output.writer, out, folder, device, layout.sizes())
