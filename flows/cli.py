@@ -106,11 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, type=Path, help="x.safetensors for one file, else a folder")
     _add_engine(merge)
     sweep = add("sweep", _sweep, "merge with every combination of parameter values, from one reading")
+    sweep.add_argument(
+        "--params",
+        metavar="FILE",
+        help="search, score and rank every merge of a params.yaml instead; --out is the table, in Markdown",
+    )
     _add_recipe(sweep)
     sweep.add_argument(
         "--grid",
         action="append",
-        required=True,
+        default=[],
         metavar="KEY=V1,V2,...",
         help="values of a parameter, or a JSON list; repeat for every parameter",
     )
@@ -429,6 +434,9 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace) -> None:
+    if args.params:
+        _sweep_params(args)
+        return
     from merging.sweep import grid_points, sweep
 
     recipe, grid = _recipe(args), _grid(args)
@@ -436,6 +444,23 @@ def _sweep(args: argparse.Namespace) -> None:
     _print_notes(recipe.model_copy(update={"params": {**recipe.params, **first}}))
     for point in sweep(recipe, grid, args.out, **_engine(args)):
         print(f"{args.out / point['folder']}  {point['digest']}")
+
+
+def _sweep_params(args: argparse.Namespace) -> None:
+    """Every merge of a params.yaml, without servers; only --workers and --out say more than the file."""
+    from flows.console import print_leaderboard, watched
+    from tasks.sweep import run_stages, write_table
+
+    if args.recipe or args.method or args.base or args.expert or args.grid or args.set:
+        raise UserError("--params says what is merged and searched; leave out the recipe's options and --grid")
+    out = args.out.absolute()
+    workspace = _workspace(args)
+    with workspace.lock(), watched(workspace):
+        workspace.tidy()
+        run_stages(workspace, args.workers)
+    write_table(workspace, out)
+    print_leaderboard(workspace)
+    print(out)
 
 
 def _compress(args: argparse.Namespace) -> None:

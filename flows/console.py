@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from typing import TYPE_CHECKING, Any
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, Iterator
 
 from tasks.publish import REPORT, load_verdict
 from tasks.tracking import read_leaderboard
@@ -20,8 +21,20 @@ if TYPE_CHECKING:
 _PIPED_WIDTH = 110
 
 
-def watch(workspace: Workspace, done: Event) -> None:
-    """Print a line for each stage that finishes, until `done` is set."""
+@contextmanager
+def watched(workspace: Workspace) -> Iterator[None]:
+    """A line for each stage as it finishes."""
+    done = Event()
+    watcher = Thread(target=_watch, args=(workspace, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _watch(workspace: Workspace, done: Event) -> None:
     folder = workspace.state / "costs"
     seen = {f.name: f.stat().st_mtime_ns for f in folder.glob("*.json")}
     while not done.wait(0.5):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING
 
-from flows.console import print_leaderboard, print_next_steps, watch
+from flows.console import print_leaderboard, print_next_steps, watched
 from flows.server import prefect_server
 
 if TYPE_CHECKING:
@@ -21,22 +19,9 @@ def run_pipeline(workspace: Workspace) -> None:
     """
     with workspace.lock():
         pass  # say so at once, before a server is started
-    with prefect_server(workspace.state), _watched(workspace):
+    with prefect_server(workspace.state), watched(workspace):
         from flows.pipeline import pipeline
 
         ran = pipeline(str(workspace.params_file))
     print_leaderboard(workspace)
     print_next_steps(workspace, ran)
-
-
-@contextmanager
-def _watched(workspace: Workspace) -> Iterator[None]:
-    """A line for each stage as it finishes."""
-    done = threading.Event()
-    watcher = threading.Thread(target=watch, args=(workspace, done), daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()

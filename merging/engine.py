@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[[int, int], None]
+Run = Callable[[Callable, Iterable], Iterable]  # map, or a pool's
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 _UNIT_BYTES = 1 << 28  # what another process reads for one unit of work
 
@@ -99,8 +100,9 @@ def merge_points(
         source = stack.enter_context(FileInputs(plans[0], device, store))
         outputs = [stack.enter_context(Output(p, o, f, device)) for p, o, f in zip(plans, outs, folders)]
         pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
+        found: dict[Any, Any] = {}
         for output in outputs:
-            output.find_facts(source, pool.map)
+            output.find_facts(source, pool.map, found)
         _run(source, outputs, pool, executor, progress)
         for output in outputs:
             output.writer.finish()
@@ -156,7 +158,8 @@ def merge_state_dicts_points(
     source = MemoryInputs(experts, base, statistics or {}, seed, factors, entry.delta)
     merged: list[dict[str, Tensor]] = [{} for _ in points]
     with one_thread(any(bound.is_spectral for bound in bounds)):
-        facts = [bound.prepass(Inputs(source.views, map)) for bound in bounds]
+        found: dict[Any, Any] = {}
+        facts = [_facts(bound, source.views, map, found) for bound in bounds]
         for name in source.names:
             like = source.first[name]
             parts: list[list[Tensor]] = [[] for _ in points]
@@ -171,6 +174,14 @@ def merge_state_dicts_points(
             for state, own in zip(merged, parts):
                 state[name] = torch.cat(own).reshape(like.shape) if own else like.clone()
     return [{**{k: v for k, v in (base or {}).items() if k not in state}, **state} for state in merged]
+
+
+def _facts(bound: Bound, views: Sequence[View], run: Run, found: dict[Any, Any]) -> Any:
+    """What the pre-pass finds, or has found for another point of the same setting: `found` keeps it."""
+    setting = bound.prepass_setting, *(view.name for view in views)
+    if setting not in found:
+        found[setting] = bound.prepass(Inputs(views, run))
+    return found[setting]
 
 
 def merged_blocks(view: View, bounds: Sequence[Bound], facts: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
@@ -248,13 +259,13 @@ class Output:
         self.writer.close()
         self.journal.close()
 
-    def find_facts(self, source: FileInputs, run: Callable[[Callable, Iterable], Iterable]) -> None:
-        """Run the method's pre-pass, unless the journal knows what it found."""
+    def find_facts(self, source: FileInputs, run: Run, found: dict[Any, Any]) -> None:
+        """Run the method's pre-pass, unless the journal knows what it found, or another point has."""
         if not self.journal.has_facts:
             views = [
                 source.view(e) for e in self.plan.entries if e.bound and e.bound.method is self.plan.method
             ]
-            self.journal.add_facts(self.plan.bound.prepass(Inputs(views, run)))
+            self.journal.add_facts(_facts(self.plan.bound, views, run, found))
 
 
 class Layout(Protocol):

@@ -110,7 +110,7 @@ def extract_lora(
         source = stack.enter_context(FileInputs(plan, device, store_at(factors)))
         output = stack.enter_context(Output(plan, out, folder, device, layout))
         pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
-        output.find_facts(source, pool.map)
+        output.find_facts(source, pool.map, {})
         writer, facts = output.writer, output.journal.facts
         found = run_parts(
             layout, output, source, pool, lambda entry: _write(layout, entry, source, writer, facts), progress

@@ -429,6 +429,16 @@ def raised(a_MN: Tensor, share: float) -> Tensor:
     return a_MN @ _outer(q_NN * factor_N.sqrt())
 
 
+def raised_to(a_MN: Tensor, power: float) -> Tensor:
+    """A float64 matrix with its singular values raised to a power, and the norm that it had.
+
+    Those that are numerically zero stay so.
+    """
+    u_MK, s_K, v_NK = singular_triplets(a_MN)
+    raised_K = s_K**power
+    return (u_MK * (raised_K * (s_K.norm() / raised_K.norm().clamp(min=_TINY)))) @ v_NK.T
+
+
 def _outer(y_NN: Tensor) -> Tensor:
     """Y Y^T."""
     return mirrored(inner(y_NN.T))

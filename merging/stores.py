@@ -164,7 +164,7 @@ def compress(
         layout = _Layout(plan, source)
         output = stack.enter_context(Output(plan, out, folder, device, layout))
         pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
-        output.find_facts(source, pool.map)
+        output.find_facts(source, pool.map, {})
         writer, facts = output.writer, output.journal.facts
         for name in layout.facts:
             value = facts[int(name.partition("/")[0])] if facts else 1.0

@@ -145,6 +145,39 @@ def test_wudi_direct_of_one_expert_is_that_expert_but_for_the_damping(seed):
 
 @few
 @given(SEEDS)
+def test_cart_wudi_is_cart_beside_the_least_interference_around_the_mean(seed):
+    """Without flattening and low-rank parts its loss has no slope; with them it adds what CART adds to the mean."""
+    base, experts = family64(seed)
+    taus_TMN = task_vectors(base, experts)
+    mean_MN = taus_TMN.mean(0)
+    plain = {"scale": 1.0, "power": 1.0, "low_rank": 0.0, "damping": 0.1}
+    moved_MN = (update_of("cart_wudi", experts, base, **plain) - mean_MN).requires_grad_()
+    damped = 0.1 * len(taus_TMN) / taus_TMN.shape[-1] * moved_MN.square().sum()
+    (loss(mean_MN + moved_MN, taus_TMN) + damped).backward()
+    assert moved_MN.grad.abs().max() < 1e-10
+
+    cart_MN = update_of("cart", experts, base, rank=0.5) - mean_MN
+    both_MN = update_of("cart_wudi", experts, base, **plain | {"low_rank": 0.7, "rank": 0.5, "scale": 2.0})
+    assert torch.allclose(both_MN, mean_MN + 2 * (moved_MN + 0.7 * cart_MN), atol=1e-9)
+    bias = "blocks.1.bias"
+    assert torch.allclose(
+        merged("cart_wudi", experts, base)[bias], sum(e[bias] for e in experts.values()) / len(experts)
+    )
+
+
+@few
+@given(SEEDS, st.sampled_from([0.0, 0.5, 1.0]))
+def test_raising_singular_values_to_a_power_keeps_the_norm_and_the_vectors(seed, power):
+    a_MN = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    a_MN = a_MN[:, :4] @ a_MN[:4]  # of rank 4: the fifth singular value stays 0
+    u, s, vh = torch.linalg.svd(a_MN, full_matrices=False)
+    raised = s[:4] ** power
+    expected = (u[:, :4] * raised * s.norm() / raised.norm()) @ vh[:4]
+    assert torch.allclose(spectral.raised_to(a_MN, power), expected, atol=1e-8)
+
+
+@few
+@given(SEEDS)
 def test_what_wudi_does_to_other_tensors(seed):
     base, experts = family(seed)
     tau_TN = task_vectors(base, experts, "blocks.1.bias")

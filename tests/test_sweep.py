@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from merging import merge
 from merging import sweep as sweeps
 from merging.inputs import FileInputs
+from merging.methods import Bound
 from merging.plan import make_plan
 from merging.sweep import in_batches, sweep
 
@@ -49,6 +50,29 @@ def test_every_point_has_the_bytes_of_a_single_merge(at_a_time, factors, recipe,
         assert row["recipe_digest"] == manifest["recipe_digest"]
     assert len({row["digest"] for row in rows}) == len(NAMES)
     assert (tmp_path / "factors").exists() == bool(factors)
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "passes"),
+    [
+        ("ties", {"density": [0.2, 0.5], "scale": [0.5, 1.0, 2.0]}, 2),
+        ("dare(ties)", {"drop_rate": [0.2, 0.5], "scale": [0.5, 1.0]}, 2),
+        ("lines(ties)", {"scale": [0.5, 1.0]}, 2),  # whose alpha depends on what is merged
+    ],
+)
+def test_points_that_differ_in_scale_alone_share_what_a_pre_pass_finds(
+    method, grid, passes, recipe, tmp_path, monkeypatch
+):
+    ran = []
+    prepass = Bound.prepass
+    monkeypatch.setattr(
+        Bound, "prepass", lambda bound, inputs: ran.append(bound.method.id) or prepass(bound, inputs)
+    )
+    rows = sweep({**recipe, "method": method}, grid, tmp_path / "out")
+    assert ran.count(method.partition("(")[0]) == passes
+    for row in rows:
+        merge({**recipe, "method": method, "params": row["params"]}, tmp_path / "single" / row["folder"])
+        assert content(tmp_path / "out" / row["folder"]) == content(tmp_path / "single" / row["folder"])
 
 
 def test_sweep_json_lists_the_points(recipe, tmp_path):

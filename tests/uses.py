@@ -108,6 +108,8 @@ OPTIMISED: list[Use] = [
     ("swudi", {"variant": "iwudi", "filter": "tikhonov", "keys": "block_linear", "other": "pretrained"}),
     ("swudi", {"filter": "landweber", "rank_rounding": "floor", "other": "sum"}),
     ("swudi", {"variant": "aswudi"}),
+    ("cart_wudi", {}),
+    ("cart_wudi", {"power": 1.0, "low_rank": 0.0, "keys": "matrices"}),
     ("doge", {"iterations": 20}),
     ("doge", {"iterations": 20, "scope": "tensor", "subspace": 2, "keys": "matrices"}),
 ]

@@ -382,6 +382,16 @@ class Bound:
         method = self.method
         return bool(method.prepass) and (method.prepass_if is None or method.prepass_if(self.params))
 
+    @property
+    def prepass_setting(self) -> str:
+        """Equal for points of a sweep that find the same in the same model: those that differ in `scale` alone.
+
+        No method's own pre-pass asks for it; but a wrapper's may merge.
+        """
+        merges = any(bound.inner and bound.own_prepass for bound in self.chain)
+        params = {key: value for key, value in self.flat.items() if merges or key != "scale"}
+        return canonical_json([[bound.method.id for bound in self.chain], params])
+
     def prepass(self, inputs: Inputs) -> Any:
         """What must be known of the whole model, as plain JSON values; None if nothing."""
         if not inputs.views or not self.has_prepass:
