@@ -30,7 +30,6 @@ Parity: a golden case is the output of another implementation, the official one 
 and those without a case to these alone."""
 
 _LEFT_OUT = {
-    "`rmm` (2510.14163)": "no code was found, and the formula is inferred from its storage alone",
     "`nan` (2505.16148)": "only its abstract was read: coefficients from inverse norms, not the formula",
     "`larv` (2602.09413)": "only its abstract was read: a rescaling by layer, not the formula",
     "`r_tsvm` (2502.06876)": "neither code nor the formula of its weights and thresholds was found",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,7 +113,7 @@ def test_emr_counts_every_tensor_the_same():
 
 
 @given(st.integers(0, 1000), st.integers(0, 2))
-@pytest.mark.parametrize("method", ["tsv_compress", "twin", "cart_indexing"])
+@pytest.mark.parametrize("method", ["tsv_compress", "twin", "cart_indexing", "rmm"])
 def test_full_rank_gives_an_expert_back(method, seed, task):
     base = random_state(seed)
     experts = {f"e{t}": random_state(seed + 1 + t) for t in range(3)}
@@ -145,6 +146,51 @@ def test_low_rank_stores_keep_the_leading_directions(seed, task):
     by_ties = merge_state_dicts("ties", experts, base, params={"density": 0.5})[name].double()
     expected = by_ties + truncated(expert - by_ties, 2)
     assert torch.allclose(found("twin", rank=0.5, inner="ties", density=0.5), expected, atol=1e-5)
+
+
+def test_rmm_without_components_is_the_square_of_the_mean_factor():
+    name, base = "blocks.0.attn.weight", torch.tensor([[10.0]])
+    experts = {f"e{t}": {name: base + tau} for t, tau in enumerate((1.0, 4.0, 9.0))}  # factors 1, 2, 3
+    for task in range(3):
+        params = {"rank": 1, "components": 0, "task": task}
+        found = merge_state_dicts("rmm", experts, {name: base}, params=params)
+        assert found[name].item() == pytest.approx(14.0)
+
+
+def test_rmm_keeps_what_one_direction_holds():
+    name, base = "blocks.0.attn.weight", torch.zeros(3, 2)
+    direction = torch.tensor([[1.0], [2.0], [-1.0]]) @ torch.tensor([[1.0, 0.5]])
+    experts = {f"e{t}": {name: scale * direction} for t, scale in enumerate((1.0, 4.0, 9.0, 2.25))}
+    for task, expert in enumerate(experts.values()):  # every row of a factor moves along one line
+        params = {"rank": 1, "components": 1, "task": task}
+        found = merge_state_dicts("rmm", experts, {name: base}, params=params)
+        assert torch.allclose(found[name], expert[name], atol=1e-5)
+
+
+@given(st.integers(0, 1000))
+def test_rmm_loses_nothing_with_all_components_but_what_rank_cuts(seed):
+    name, base = "blocks.0.attn.weight", random_state(seed)
+    experts = {f"e{t}": random_state(seed + 1 + t) for t in range(4)}
+
+    def lost(components: int) -> float:
+        square = 0.0
+        for task in range(4):
+            kept = merge_state_dicts("tsv_compress", experts, base, params={"rank": 0.5, "task": task})[name]
+            params = {"rank": 2, "components": components, "task": task}
+            square += float((merge_state_dicts("rmm", experts, base, params=params)[name] - kept).square().sum())
+        return square
+
+    assert lost(2) < 1e-8 < lost(1)  # two directions are all that rows of two columns have
+
+
+def test_rmm_keeps_as_many_numbers_as_the_paper_counts():
+    rows, columns, experts, r, p = 30, 20, 6, 5, 2
+    once, own = get_method("rmm").store.parts(
+        "blocks.0.attn.weight", (rows, columns), experts, rank=r, components=p, keys="block_linear"
+    )
+    numbers = sum(prod(part.shape) for part in once.values())
+    numbers += experts * sum(prod(part.shape) for part in own.values())
+    assert numbers == (rows + columns) * (p * (r + experts) + r)
 
 
 @every_store

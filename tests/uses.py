@@ -134,6 +134,8 @@ STORES: list[Use] = [
     ("cart_indexing", {"rank": 0.5, "scale": 1.5, "keys": "matrices"}),
     ("tsv_compress", {}),
     ("tsv_compress", {"rank": 0.5, "keys": "block_linear"}),
+    ("rmm", {"rank": 1.0}),
+    ("rmm", {"rank": 2, "components": 1}),
     ("twin", {"rank": 0.5}),
     ("twin", {"rank": 0.2, "inner": "ties"}),
     ("tall_mask", {}),
