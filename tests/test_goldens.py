@@ -65,7 +65,7 @@ def in_memory(name: str) -> State:
 
 # Nothing that was published could be run on the inputs of the cases; their tests pin the formula.
 WITHOUT_A_CASE = {
-    "around", "ema", "greedy_soup", "magnitude_prune", "passthrough", "random_mix", "robust_merge", "star",
+    "around", "cart_wudi", "ema", "greedy_soup", "magnitude_prune", "passthrough", "random_mix", "rmm", "robust_merge", "star",
     "subspace_boosting", "svc", "tatr", "truncate",
 }  # fmt: skip
 
