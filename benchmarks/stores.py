@@ -22,6 +22,7 @@ STORES: dict[str, list[dict[str, Any]]] = {
     "cart_indexing": [{"rank": rank} for rank in (0.02, 0.04, 0.08, 0.16, 0.32)],
     "tsv_compress": [{"rank": rank} for rank in (0.02, 0.04, 0.08, 0.16, 0.32)],
     "twin": [{"rank": rank} for rank in (0.02, 0.04, 0.08, 0.16, 0.32)],
+    "rmm": [{"rank": 0.16, "components": components} for components in (0, 2, 4, 6)],
     "tall_mask": [{"threshold": threshold} for threshold in (0.2, 0.4, 0.6)],
     "emr": [{}],
 }
@@ -93,13 +94,14 @@ def plot(whole: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workspace", type=Path, required=True, help="a folder in which `mergeline run` has run")
+    parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         whole = accuracy(a.workspace, experts_of(a.workspace), Path(folder, "scores"))
     key = ("store", "params")
     save("stores", [{"store": "experts", "params": "{}", "ratio": 1.0, "accuracy": whole, "kept": 1.0}], key)
-    for method, settings in STORES.items():
-        rows = [measured(a.workspace, method, params, whole) for params in settings]
+    for method in a.stores:
+        rows = [measured(a.workspace, method, params, whole) for params in STORES[method]]
         save("stores", rows, key)
         print(table(KEYS, [[row[key] for key in KEYS] for row in rows]), flush=True)
     plot(whole)
