@@ -85,28 +85,58 @@ def merge_points(
     for plan in plans:
         plan.check()
     _check_inputs(plans)
-    check_device(device)
-    refuse_locked(plans[0])
-    store = store_at(factors)
     outs = [Path(out) for _, out in points]
-    for plan, out in zip(plans, outs):
-        with user_errors(out):
-            refuse_to_replace(plan, out)
-    workers = worker_count(max(plan.peak_bytes for plan in plans), workers, memory)
-    keep_freed_memory()
-    with ExitStack() as stack:
-        stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
-        folders = [stack.enter_context(resumable(out)) for out in outs]
-        source = stack.enter_context(FileInputs(plans[0], device, store))
-        outputs = [stack.enter_context(Output(p, o, f, device)) for p, o, f in zip(plans, outs, folders)]
-        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
-        found: dict[Any, Any] = {}
-        for output in outputs:
-            output.find_facts(source, pool.map, found)
+    with opened(
+        plans, outs, device=device, memory=memory, workers=workers, factors=factors,
+        need=max(plan.peak_bytes for plan in plans), lapack=any(plan.is_spectral for plan in plans),
+    ) as (source, outputs, pool):  # fmt: skip
         _run(source, outputs, pool, executor, progress)
         for output in outputs:
             output.writer.finish()
         return [publish_merge(o.plan, source, o.writer, o.out, o.folder, device) for o in outputs]
+
+
+@contextmanager
+def opened(
+    plans: Sequence[Plan],
+    outs: Sequence[Path],
+    *,
+    device: str,
+    memory: int | None,
+    workers: int | None,
+    factors: str | os.PathLike | None,
+    need: int,
+    lapack: bool,
+    layout: Callable[[FileInputs], Layout] | None = None,
+) -> Iterator[tuple[FileInputs, list[Output], Executor]]:
+    """What writes files begins so: checks, then inputs, locked outputs with the facts of their pre-pass, and a pool.
+
+    need: bytes that a worker takes at most; lapack: whether matrices are decomposed; layout: of all outputs.
+
+    Raises:
+        UserError: a device that is not here, a locked expert, outputs that may not be replaced, too little memory.
+    """
+    check_device(device)
+    refuse_locked(plans[0])
+    store = store_at(factors)
+    for plan, out in zip(plans, outs):
+        with user_errors(out):
+            refuse_to_replace(plan, out)
+    workers = worker_count(need, workers, memory)
+    keep_freed_memory()
+    with ExitStack() as stack:
+        stack.enter_context(one_thread(lapack))
+        folders = [stack.enter_context(resumable(out)) for out in outs]
+        source = stack.enter_context(FileInputs(plans[0], device, store))
+        made = layout(source) if layout else None
+        outputs = [
+            stack.enter_context(Output(p, o, f, device, made)) for p, o, f in zip(plans, outs, folders)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
+        found: dict[Any, Any] = {}
+        for output in outputs:
+            output.find_facts(source, pool.map, found)
+        yield source, outputs, pool
 
 
 def merge_state_dicts(
@@ -238,7 +268,7 @@ class Output:
     """One merged checkpoint (or what has a layout of its own, as a store) in the making: plan, files, journal."""
 
     def __init__(self, plan: Plan, out: Path, folder: Path, device: str, layout: Layout | None = None):
-        self.plan, self.out, self.folder = plan, out, folder
+        self.plan, self.out, self.folder, self.layout = plan, out, folder, layout
         self.journal = Journal(folder, identity(plan, device) + (text_digest(layout.metadata) if layout else ""))
         if not self.journal.resumes:
             empty(folder, keep=self.journal.path)
@@ -321,9 +351,7 @@ class Job:
             view, bounds = self.source.view(entries[0]), [entry.bound for entry in entries]
             for i, block in merged_blocks(view, bounds, facts):
                 sinks[i].append(rounded(block, entries[i].spec))
-        origins = [*entries[0].sources, *(["base"] if entries[0].base else [])]
-        inputs = {o: self.source.hashes[o, name] for o in origins if (o, name) in self.source.hashes}
-        return Finished(name, [sink.close() for sink in sinks], inputs)
+        return Finished(name, [sink.close() for sink in sinks], _hashes_read(self.source, entries[0]))
 
     @staticmethod
     def facts_for(entry: Entry, facts: Any) -> Any:
@@ -336,6 +364,12 @@ class Job:
         for block in self.source.agreed(origins, first.name):
             for entry, sink in zip(entries, sinks):
                 sink.append(block if block.dtype == torch_dtype(entry.spec) else rounded(block, entry.spec))
+
+
+def _hashes_read(source: FileInputs, entry: Entry) -> dict[str, str]:
+    """Of each checkpoint that a tensor was read from, the hash."""
+    origins = [*entry.sources, *(["base"] if entry.base else [])]
+    return {o: source.hashes[o, entry.name] for o in origins if (o, entry.name) in source.hashes}
 
 
 def rounded(value: Tensor, spec: TensorSpec) -> Tensor:
@@ -413,7 +447,6 @@ def _run(
 
 
 def run_parts(
-    layout: Layout,
     output: Output,
     source: FileInputs,
     pool: Executor,
@@ -428,7 +461,7 @@ def run_parts(
     journal, entries, left = output.journal, output.plan.entries, []
     remembered: dict[str, dict[str, Any]] = {}
     for entry in entries:
-        lines = [journal.tensors.get(name) for name in layout.parts[entry.name]]
+        lines = [journal.tensors.get(name) for name in output.layout.parts[entry.name]]
         if not lines or None in lines:
             left.append(entry)
         else:
@@ -437,8 +470,7 @@ def run_parts(
 
     def finish(entry: Entry) -> int:
         hashes, found = write(entry)
-        origins = [*entry.sources, *(["base"] if entry.base else [])]
-        inputs = {o: source.hashes[o, entry.name] for o in origins if (o, entry.name) in source.hashes}
+        inputs = _hashes_read(source, entry)
         for name, hash in hashes.items():
             journal.add_tensor(name, hash, inputs, **({"remembered": found} if found else {}))
         remembered[entry.name] = found

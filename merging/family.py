@@ -23,7 +23,7 @@ from merging.inputs import FileInputs
 from merging.keys import is_matrix
 from merging.lazy import torch
 from merging.mergelock import Lock, attention_modules, suspicions
-from merging.plan import Entry, make_plan
+from merging.plan import Entry, make_plan, with_kept
 from merging.rules import block_of
 from merging.slots import Slot, View
 
@@ -36,7 +36,6 @@ _TYPICAL = 0.08  # the rank that CART's paper finds best; overlaps and layers ar
 _SAME_FAMILY = 0.5
 _TINY = 1e-300
 _BUFFERS = 12  # float64 intermediates of the size of a matrix, whatever the number of experts
-_KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker
 
 Json = dict[str, Any]
 
@@ -324,7 +323,7 @@ def _peak_bytes(entry: Entry, experts: int) -> int:
         return entry.peak_bytes
     elements, side = prod(entry.spec.shape), min(entry.spec.shape)
     used = 16 * experts * elements + 8 * _BUFFERS * (elements + side**2)
-    return max(entry.peak_bytes, used + min(used, _KEPT_BYTES))
+    return max(entry.peak_bytes, with_kept(used))
 
 
 def _measure(view: View, ranks: Sequence[float]) -> _Measured:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -21,37 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 from merging import spectral
-from merging.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    PREFIX,
-    AdaptedTensor,
-    added_rank,
-    is_adapter,
-)  # fmt: skip
+from merging.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, AdaptedTensor, added_rank, is_adapter
 from merging.checkpoint import DTYPES, WEIGHTS
 from merging.companions import hub_id, read_config, source_of
-from merging.engine import (
-    Job,
-    Output,
-    Progress,
-    check_device,
-    keep_freed_memory,
-    merged_blocks,
-    one_thread,
-    own_stream,
-    rounded,
-    run_parts,
-    worker_count,
-)  # fmt: skip
+from merging.engine import Job, Progress, merged_blocks, opened, rounded, run_parts
 from merging.errors import UserError
-from merging.factors import store_at
-from merging.files import resumable, user_errors, write_json
+from merging.files import write_json
 from merging.inputs import FileInputs
 from merging.keys import is_matrix
 from merging.lazy import torch
-from merging.manifest import Manifest, checkpoint_metadata, publish_merge, refuse_to_replace
-from merging.mergelock import refuse_locked
+from merging.manifest import Manifest, checkpoint_metadata, publish_merge
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, canonical_json
 from merging.writer import CheckpointWriter, TensorSpec
@@ -98,28 +75,17 @@ def extract_lora(
     plan, out = make_plan(recipe), Path(out)
     plan.check()
     layout = _Layout(plan, rank, tuple(modules_to_save), bare=out.suffix == ".safetensors")
-    check_device(device)
-    refuse_locked(plan)
-    with user_errors(out):
-        refuse_to_replace(plan, out)
-    workers = worker_count(max(map(layout.peak_bytes, plan.entries)), workers, memory)
-    keep_freed_memory()
-    with ExitStack() as stack:
-        stack.enter_context(one_thread(lapack=True))
-        folder = stack.enter_context(resumable(out))
-        source = stack.enter_context(FileInputs(plan, device, store_at(factors)))
-        output = stack.enter_context(Output(plan, out, folder, device, layout))
-        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
-        output.find_facts(source, pool.map, {})
+    with opened(
+        [plan], [out], device=device, memory=memory, workers=workers, factors=factors,
+        need=max(map(layout.peak_bytes, plan.entries)), lapack=True, layout=lambda _: layout,
+    ) as (source, [output], pool):  # fmt: skip
         writer, facts = output.writer, output.journal.facts
-        found = run_parts(
-            layout, output, source, pool, lambda entry: _write(layout, entry, source, writer, facts), progress
-        )  # fmt: skip
+        found = run_parts(output, source, pool, lambda entry: _write(layout, entry, source, writer, facts), progress)
         writer.finish()
         if not layout.bare:
             write_json(writer.folder / ADAPTER_CONFIG, layout.config())
         more = {"adapter": layout.settings | layout.held(found)}
-        return publish_merge(plan, source, writer, out, folder, device, more)
+        return publish_merge(plan, source, writer, out, output.folder, device, more)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.it
 _BLOCK_BUFFERS = 12  # float64 intermediates of the size of a block of all experts
 _TENSOR_BUFFERS = 6  # float64 intermediates of the size of a tensor, whatever the number of experts
 _SQUARE_BUFFERS = 4  # float64 matrices as large as the smaller side squared
-_KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker (engine._keep_freed_memory)
+_KEPT_BYTES = 1 << 26  # freed memory that the C library keeps for a worker (engine.keep_freed_memory)
 _BYTES_PER_SECOND = 1e9  # a reading: bring, hash, convert and combine on one core
 _FLOPS_PER_SECOND = 5e10  # float64 on one core
 PARTIAL_STATISTICS = ("gram", "masks")  # tensors without any are merged in a simpler way
@@ -78,7 +78,7 @@ class Entry:
         held = count + 2 if self.bound.changes else 0  # experts and bases that wrappers changed
         beside = self.bound.beside(self.spec.shape, count)
         used = 8 * ((_TENSOR_BUFFERS + held) * elements + _SQUARE_BUFFERS * square + beside)
-        return used + min(used, _KEPT_BYTES)
+        return with_kept(used)
 
 
 @dataclass
@@ -175,6 +175,11 @@ class Plan:
             "problems": self.problems,
             "warnings": self.warnings,
         }
+
+
+def with_kept(used: int) -> int:
+    """So many bytes that a worker uses, and what of them the C library keeps when they are freed."""
+    return used + min(used, _KEPT_BYTES)
 
 
 def make_plan(recipe: Recipe | Mapping[str, Any]) -> Plan:

@@ -478,6 +478,12 @@ def interference(
     return mirrored(curvature_NN), slope_MN
 
 
+def interference_of_tasks(x: Slot, base_MN: Tensor, start_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """`interference` where every task vector is the target, the rows and, as its squared norm, the size of a term."""
+    taus = (task_vector(x, t, base_MN) for t in range(len(x.experts)))
+    return interference(start_MN, ((tau_MN, tau_MN, tau_MN.square().sum()) for tau_MN in taus))
+
+
 def descended(curvature_NN: Tensor, slope_MN: Tensor, dtype: torch.dtype, **optimizer: Any) -> Tensor:
     """The displacement by which an optimiser (see `operators.descend`) lowers a loss of this curvature and slope.
 

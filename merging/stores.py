@@ -9,8 +9,6 @@ What comes out is, bit for bit, what the method merges with the expert's number 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,22 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from merging.checkpoint import DTYPES, FLOATS, WEIGHTS, Checkpoint, open_checkpoint
 from merging.companions import carry
-from merging.engine import (
-    Job,
-    Output,
-    Progress,
-    check_device,
-    keep_freed_memory,
-    merged_blocks,
-    one_thread,
-    own_stream,
-    rounded,
-    run_parts,
-    worker_count,
-)  # fmt: skip
+from merging.engine import Job, Progress, merged_blocks, one_thread, opened, rounded, run_parts
 from merging.errors import UserError, did_you_mean
-from merging.factors import store_at
-from merging.files import publish, resumable, staged, user_errors, write_json
+from merging.files import publish, staged, user_errors, write_json
 from merging.inputs import FileInputs, Files
 from merging.lazy import torch
 from merging.manifest import (
@@ -45,9 +30,7 @@ from merging.manifest import (
     publish_merge,
     read_manifest,
     refuse_place,
-    refuse_to_replace,
 )  # fmt: skip
-from merging.mergelock import refuse_locked
 from merging.methods import Bound, Part, get_method
 from merging.plan import Entry, Plan, make_plan
 from merging.recipe import Recipe, canonical_json
@@ -151,29 +134,17 @@ def compress(
         raise UserError(f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}")
     if plan.alignment:
         raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
-    check_device(device)
-    refuse_locked(plan)
-    with user_errors(out):
-        refuse_to_replace(plan, out)
-    workers = worker_count(plan.peak_bytes, workers, memory)
-    keep_freed_memory()
-    with ExitStack() as stack:
-        stack.enter_context(one_thread(plan.is_spectral))
-        folder = stack.enter_context(resumable(out))
-        source = stack.enter_context(FileInputs(plan, device, store_at(factors)))
-        layout = _Layout(plan, source)
-        output = stack.enter_context(Output(plan, out, folder, device, layout))
-        pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
-        output.find_facts(source, pool.map, {})
-        writer, facts = output.writer, output.journal.facts
+    with opened(
+        [plan], [out], device=device, memory=memory, workers=workers, factors=factors, need=plan.peak_bytes,
+        lapack=plan.is_spectral, layout=lambda source: _Layout(plan, source),
+    ) as (source, [output], pool):  # fmt: skip
+        layout, writer, facts = output.layout, output.writer, output.journal.facts
         for name in layout.facts:
             value = facts[int(name.partition("/")[0])] if facts else 1.0
             writer.write(name, torch.tensor(value, dtype=torch.float64))
-        run_parts(
-            layout, output, source, pool, lambda entry: (_encode(layout, entry, source, writer, facts), {}), progress
-        )  # fmt: skip
+        run_parts(output, source, pool, lambda entry: (_encode(layout, entry, source, writer, facts), {}), progress)
         writer.finish()
-        return publish_merge(plan, source, writer, out, folder, device, {"store": layout.sizes()})
+        return publish_merge(plan, source, writer, out, output.folder, device, {"store": layout.sizes()})
 
 
 def stores() -> list[str]:

@@ -66,10 +66,7 @@ def cart_wudi(
 
     def least() -> Tensor:
         base = x.base.double()
-        taus = (spectral.task_vector(x, t, base) for t in range(len(x.experts)))
-        curvature_NN, slope_MN = spectral.interference(
-            mean - base, ((tau_MN, tau_MN, tau_MN.square().sum()) for tau_MN in taus)
-        )
+        curvature_NN, slope_MN = spectral.interference_of_tasks(x, base, mean - base)
         return spectral.damped_minimum(curvature_NN, slope_MN, damping)
 
     def flattened() -> Tensor:

@@ -76,10 +76,7 @@ def swudi(
 
     def spectrum() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         start_MN = ops.plain_update(x.experts, base, "sum")
-        taus = (spectral.task_vector(x, t, base) for t in range(len(x.experts)))
-        curvature_NN, slope_MN = spectral.interference(
-            start_MN, ((tau_MN, tau_MN, tau_MN.square().sum()) for tau_MN in taus)
-        )
+        curvature_NN, slope_MN = spectral.interference_of_tasks(x, base, start_MN)
         energy_N, q_NN = spectral.leading(curvature_NN, len(curvature_NN))
         return start_MN, slope_MN @ q_NN, energy_N.clamp(min=_LEAST), q_NN
 

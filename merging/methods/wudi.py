@@ -66,10 +66,7 @@ def wudi(
     def update() -> Tensor:
         direct = solver == "direct"
         start_MN = torch.zeros_like(base) if direct else ops.plain_update(x.experts, base, "sum")
-        taus = (spectral.task_vector(x, t, base) for t in range(len(x.experts)))
-        curvature_NN, slope_MN = spectral.interference(
-            start_MN, ((tau_MN, tau_MN, tau_MN.square().sum()) for tau_MN in taus)
-        )
+        curvature_NN, slope_MN = spectral.interference_of_tasks(x, base, start_MN)
         if direct:
             return spectral.damped_minimum(curvature_NN, slope_MN, damping)
         setting = {"optimizer": optimizer, "learning_rate": learning_rate, "iterations": iterations}
