@@ -33,7 +33,8 @@ _LEFT_OUT = {
     "`nan` (2505.16148)": "only its abstract was read: coefficients from inverse norms, not the formula",
     "`larv` (2602.09413)": "only its abstract was read: a rescaling by layer, not the formula",
     "`r_tsvm` (2502.06876)": "neither code nor the formula of its weights and thresholds was found",
-    "`esm`": "not built yet: it needs the activations of unlabelled samples (code: kiddo127/ESM@fc82fe76)",
+    "`esm_pp` (2606.19164)": "routes every input to an expert while the model runs, so it is no checkpoint; `esm` is "
+    "the static merge that it starts from",
     "`lata` with `mode: log_rank`": "the formula of the logarithm was not found; the linear one and the threshold are "
     "reconstructed",
     "`regmean_pp` (2508.03121)": "needs data: forward passes through the layers that are merged so far",

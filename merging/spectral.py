@@ -9,7 +9,7 @@ an accelerator torch's. Who calls them limits BLAS to one thread (`merging.engin
 from __future__ import annotations
 
 from math import acosh, pi
-from typing import TYPE_CHECKING, Any, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence
 
 from merging.lazy import torch
 from merging.operators import descend, on_cpu
@@ -96,6 +96,12 @@ def leading_triplets(
     energy_L, q_RL = directions(x, t, start_MN, tau_MN, reference, k)
     kept = min(k, int(above_noise(energy_L, energy_L.sum()).sum()))
     return triplets(tau_MN, q_RL[:, :kept])
+
+
+def triplets_of_tasks(x: Slot, base_MN: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`leading_triplets` of every expert's task vector."""
+    for t in range(len(x.experts)):
+        yield leading_triplets(x, t, base_MN, task_vector(x, t, base_MN), "pretrained", k)
 
 
 def common_directions(x: Slot, start_MN: Tensor, reference: Any) -> tuple[Tensor, Tensor]:

@@ -171,6 +171,84 @@ def test_regmean_of_a_matrix_that_is_not_treated_says_so():
         merge_state_dicts("regmean", experts, params={"weights": [1.0, -1.0]}, statistics=grams)
 
 
+# --------------------------------------------------------------------------------------- esm
+
+
+def esm(taus: list[Tensor], grams: list[Tensor] | None, **params: Any) -> Tensor:
+    """What is added to the only matrix of a model."""
+    base = random(99, *taus[0].shape)
+    experts = {f"e{t}": {"l.0.w": base + tau} for t, tau in enumerate(taus)}
+    statistics = {"gram": [{"l.0.w": gram} for gram in grams] if grams else [{}] * len(taus)}
+    return merge_state_dicts("esm", experts, {"l.0.w": base}, params=params, statistics=statistics)["l.0.w"] - base
+
+
+@given(SEEDS, st.sampled_from([(6, 4), (4, 6), (5, 5)]), st.sampled_from(["vision", "language"]))
+def test_esm_does_not_see_the_unit_of_gram_matrices(seed, shape, variant):
+    taus = [random(seed + t, *shape) for t in range(2)]
+    grams = [x.T @ x for x in (random(seed + 10 + t, 9, shape[1]) for t in range(2))]
+    found = esm(taus, grams, variant=variant)
+    assert torch.allclose(found, esm(taus, [1000 * grams[0], grams[1] / 7], variant=variant), atol=1e-9)
+    assert not torch.allclose(found, esm(taus, grams[::-1], variant=variant), atol=1e-3)
+
+
+@given(SEEDS, st.sampled_from([(6, 4), (4, 6), (5, 5)]))
+def test_esm_of_all_directions_of_one_expert_evens_its_singular_values(seed, shape):
+    tau_MN = random(seed, *shape)
+    x = random(seed + 1, 9, shape[1])
+    found = esm([tau_MN], [x.T @ x], variant="language", eigenvalue_power=0.0)
+    u_MR, s_R, vt_RN = torch.linalg.svd(tau_MN, full_matrices=False)
+    assert torch.allclose(found, s_R.mean() * u_MR @ vt_RN, atol=1e-7)
+
+
+@given(SEEDS)
+def test_esm_keeps_what_moves_the_outputs_of_the_samples_most(seed):
+    """Of inputs in two directions alone, one of which is ten times as large, rank 1 of the outputs."""
+    q_NN = torch.linalg.qr(random(seed, 6, 6)).Q
+    tau_MN = random(seed + 1, 5, 6)
+    gram_NN = 100 * torch.outer(q_NN[:, 0], q_NN[:, 0]) + 1e-9 * torch.outer(q_NN[:, 1], q_NN[:, 1])
+    moved_M = tau_MN @ q_NN[:, 0] / (tau_MN @ q_NN[:, 0]).norm()
+    found = esm([tau_MN], [gram_NN], rank=0.2, variant="language")
+    assert torch.allclose(found, torch.outer(moved_M, moved_M @ tau_MN), atol=1e-5)
+
+
+def test_esm_scales_layers_by_the_powers_of_their_norms():
+    """Task vectors twice as long in the second layer, of the mean norm 3/2: 2/3 and 4/3, to the power of 2 besides."""
+    bases = {f"l.{layer}.w": random(9 + layer, 4, 6) for layer in range(2)}
+    taus = [random(t, 4, 6) for t in range(2)]
+    experts = {f"e{t}": {n: bases[n] + (1 + i) * tau for i, n in enumerate(bases)} for t, tau in enumerate(taus)}
+    statistics = {"gram": [{n: torch.eye(6) for n in bases}] * 2}
+
+    def updates(**params: Any) -> list[Tensor]:
+        found = merge_state_dicts("esm", experts, bases, params=params, statistics=statistics)
+        return [found[name] - base for name, base in bases.items()]
+
+    for variant in ("vision", "language"):
+        first, second = updates(variant=variant)
+        assert torch.allclose(second, 8 * first, atol=1e-9)
+    plain = updates(variant="language", polarization=0.0)
+    assert torch.allclose(plain[1], 2 * plain[0], atol=1e-9)
+    assert torch.allclose(first, plain[0] * (2 / 3) ** 2, atol=1e-9)
+
+
+def test_esm_of_matrices_without_a_gram_matrix_is_tsv_merge():
+    experts = {e: {"l.0.w": random(t, 4, 6), "l.0.b": random(t + 9, 4)} for t, e in enumerate("ab")}
+    base = {"l.0.w": random(20, 4, 6), "l.0.b": random(21, 4)}
+    found = merge_state_dicts("esm", experts, base, params={"scale": 1.5}, statistics={"gram": [{}, {}]})
+    expected = merge_state_dicts("tsv_merge", experts, base, params={"scale": 1.5})
+    assert all(torch.equal(found[name], expected[name]) for name in base)
+
+
+def test_esm_of_nothing_and_of_the_same_twice():
+    zero, tau = torch.zeros(4, 6, dtype=torch.float64), random(1, 4, 6)
+    eye = torch.eye(6)
+    assert not esm([zero, zero], [eye, eye]).any()
+    assert not esm([tau, tau], [torch.zeros(6, 6)] * 2).any()
+    twice = esm([tau, tau], [eye, eye], variant="language")
+    assert torch.isfinite(twice).all() and twice.any()
+    assert torch.allclose(twice, esm([tau, tau], [2 * eye, 2 * eye], variant="language"), atol=1e-9)
+    assert torch.isfinite(esm([zero, tau], [eye, eye])).all()
+
+
 # --------------------------------------------------------------------------------------- ffg, ota
 
 

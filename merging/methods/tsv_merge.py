@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Iterator, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Le
 
@@ -56,14 +56,8 @@ def tsv_merge(
         return base + scale * ops.plain_update(x.experts, base, "mean")
     k = spectral.rank_for_task(rank, x)
 
-    def factors() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for t in range(len(x.experts)):
-            tau_MN = spectral.task_vector(x, t, base)
-            yield spectral.leading_triplets(x, t, base, tau_MN, "pretrained", k)
-
     def update() -> Tensor:
-        if orthogonalize:
-            return spectral.orthogonal_sum(factors())
-        return sum((u * s) @ v.T for u, s, v in factors())
+        factors = spectral.triplets_of_tasks(x, base, k)
+        return spectral.orthogonal_sum(factors) if orthogonalize else sum((u * s) @ v.T for u, s, v in factors)
 
     return torch.add(base, x.share(("tsv", k, orthogonalize), update), alpha=scale) if k else base
