@@ -119,6 +119,7 @@ class Slot:
     reference: Any = "pretrained"
     changes: list[Any] | None = []
     _wide = False
+    _depth = 0  # how often wrappers changed it
 
     def __init__(self, view: View, start: int, shape: tuple[int, ...], unit: Unit):
         self.view, self.start, self.shape, self.unit = view, start, shape, unit
@@ -185,7 +186,7 @@ class Slot:
         """Keep a mask of 0 and 1 until this block is read again, if all of the tensor's take `MASK_BYTES` or less."""
         import numpy as np
 
-        view, key = self.view, (self.start, self.elements, key)
+        view, key = self.view, self._mask_key(key)
         bits = np.packbits(mask_X.reshape(-1).bool().cpu().numpy())
         if key not in view.masks and view.mask_bytes + bits.nbytes <= MASK_BYTES:
             view.mask_bytes += bits.nbytes
@@ -195,12 +196,15 @@ class Slot:
         """The mask that was left, once: (X); None if there is none."""
         import numpy as np
 
-        bits = self.view.masks.pop((self.start, self.elements, key), None)
+        bits = self.view.masks.pop(self._mask_key(key), None)
         if bits is None:
             return None
         self.view.mask_bytes -= bits.nbytes
         mask_X = torch.from_numpy(np.unpackbits(bits, count=self.elements)).reshape(self.shape)
         return mask_X.to(self.experts[0])
+
+    def _mask_key(self, key: Any) -> Any:
+        return self.start, self.elements, self._depth, key
 
     def statistic(self, kind: str, expert: int | None = None) -> Tensor:
         """This block of a statistics tensor, of one expert or of all: (X); one of another shape as a whole.
@@ -253,7 +257,7 @@ class Slot:
     ) -> Slot:
         """The same block of changed experts: `change(index, expert)`; `wide`: in float64; `keep`: computed once."""
         other = self.given(self.facts, self.measured)
-        other._memo = {}
+        other._memo, other._depth = {}, self._depth + 1
         other._wide = self._wide or wide
         other.experts = Experts(
             len(self.experts), lambda t: change(t, self.experts[t]), self._keep or keep
@@ -272,7 +276,7 @@ class Slot:
     def instead(self, shape: tuple[int, ...], base: Tensor, expert: Callable[[int], Tensor]) -> Slot:
         """Other tensors in the place of this whole one: `expert(index)`, and what stands for the base."""
         other = self.given(self.facts, self.measured)
-        other._memo = {}
+        other._memo, other._depth = {}, self._depth + 1
         other.store = None  # whose entries are of the tensors themselves
         other.shape = other.tensor_shape = shape
         other._base = lambda: base

@@ -402,6 +402,19 @@ def test_della_in_two_readings_draws_the_same_masks(left):
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.parametrize(
+    ("inner", "params"), [("della", {"density": 0.5, "variant": "mergekit"}), ("sce", {"density": 0.5})]
+)
+def test_masks_are_left_for_the_method_that_made_them(inner, params):
+    """An origin and what stands around it have the same parameters, but see other task vectors."""
+    base, experts = family(0)
+    params = {"inner": inner, "origin": inner, **params, **{f"origin_{k}": v for k, v in params.items()}}
+    found = merge_state_dicts("around", experts, base, params=params)
+    with patch.object(slots, "MASK_BYTES", 0):
+        expected = merge_state_dicts("around", experts, base, params=params)
+    assert all(torch.equal(found[name], expected[name]) for name in base)
+
+
 @pytest.mark.parametrize("method", ["dare", "della"])
 def test_masks_must_be_given_where_they_are_wanted_and_only_there(method):
     base, experts = family(0)

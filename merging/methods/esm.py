@@ -73,9 +73,9 @@ def esm(
 
     The scalings of the official vision code are by powers of norms over their mean: of task vectors, of columns of V,
     and of what is added to a matrix among those of its kind in all layers. Its code for language models scales over
-    layers alone, does not double, and evens the factors of `tsv_merge` too. Directions that are only rounding are left out. Where X has fewer rows than
-    outputs, the official code fills the directions up with unit vectors, which enter the norms of task vectors; here
-    these are exact.
+    layers alone, does not double, and evens the factors of `tsv_merge` too. Directions that are only rounding are left
+    out. Where X has fewer rows than outputs, the official code fills the directions up with unit vectors, which enter
+    the norms of task vectors; here these are exact.
 
     Formula:
         eₜ, Qₜ = the k leading eigenvalues and eigenvectors of τₜ Gₜ τₜᵀ

@@ -92,7 +92,15 @@ def sce(
 def _selected(x: Slot, tau_X: Tensor, threshold: float) -> Tensor:
     if threshold <= 0:
         return tau_X
-    chosen_X = x.remember(
-        ("selected", threshold), lambda: (_variance(x).float() >= threshold).to(tau_X.dtype)
-    )
-    return tau_X * chosen_X
+    return tau_X * x.remember(("selected", threshold), lambda: _mask(x, threshold).to(tau_X.dtype))
+
+
+def _mask(x: Slot, threshold: float) -> Tensor:
+    """Which entries are selected, which `selection` finds and leaves for the merge: (X) of 0 and 1."""
+    left_X = x.left_mask(threshold) if x.measured else None
+    if left_X is not None:
+        return left_X
+    chosen_X = _variance(x).float() >= threshold
+    if not x.measured:
+        x.leave_mask(threshold, chosen_X)
+    return chosen_X
