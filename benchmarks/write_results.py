@@ -35,12 +35,13 @@ class Figures:
         rows = [r for r in self.rows if r["job"] == job and r["side"] in sides and r["threads"] == 1]
         return len({row.get("session") for row in rows}) > 1
 
-    def largest(self, side: str, figure: str, jobs: Sequence[str] | None = None) -> float | None:
+    def largest(self, side: str, figure: str, jobs: Sequence[str] | None = None, sweeps: bool = True) -> float | None:
         """Over all jobs (or these), sides that begin so, and numbers of threads."""
         found = [
             row[figure]
             for row in self.rows
             if row["side"].startswith(side) and not row.get("failed") and (jobs is None or row["job"] in jobs)
+            and (sweeps or "sweep" not in row["side"])
         ]
         return max(found, default=None)
 
@@ -80,7 +81,7 @@ def targets() -> list[Row]:
     def peak(
         name: Figures, peer: str, jobs: Sequence[str] | None = None
     ) -> tuple[float | None, float | None]:
-        found = name.largest(peer, "peak_mib", jobs), name.largest("mergeline", "peak_mib", jobs)
+        found = name.largest(peer, "peak_mib", jobs), name.largest("mergeline", "peak_mib", jobs, sweeps=False)
         return tuple(None if value is None else value / GB_IN_MIB for value in found)
 
     jobs_340m = sorted({row["job"] for row in mergekit.rows} - {"help"})
@@ -174,7 +175,8 @@ def document() -> str:
         "sides in turns. Peak memory counts file pages that are mapped, as the kernel does.",
         "## Targets",
         "One thread. The ratio says how many times less than the peer Mergeline needs; † marks figures\n"
-        "that were not measured in one session, so that the machine's mood may be in the ratio.",
+        "that were not measured in one session, so that the machine's mood may be in the ratio. Peak memory is\n"
+        "the largest of single merges, with one thread and with the default; of sweeps see below.",
         table(["job", "peer", "target", "Mergeline", "ratio", "reached"], [row.cells() for row in targets()]),
         "## Against mergekit 0.1.5",
         "Llama of 340 M parameters, bf16, base and four experts.",
