@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -13,6 +14,10 @@ REPOSITORY = Path(__file__).parent.parent
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Outcome(NamedTuple):

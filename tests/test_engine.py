@@ -750,7 +750,7 @@ def test_tied_weights_stay_tied(recipe, tmp_path):
 @pytest.fixture
 def interrupted(tmp_path: Path) -> Callable[[int], subprocess.CompletedProcess]:
     """Sends a signal to a merge of some seconds as soon as it writes; `interrupted.recipe` is that merge."""
-    shapes = {f"blocks.{i}.weight": (480, 480) for i in range(50)}
+    shapes = {f"blocks.{i}.weight": (320, 320) for i in range(40)}
     (tmp_path / "in").mkdir()
     experts = {}
     for t, name in enumerate("abc"):
