@@ -415,6 +415,12 @@ def partial_polar(a_MN: Tensor) -> Tensor:
     return a_MN @ _outer(q_NN * root_N)
 
 
+def evened(a_MN: Tensor) -> Tensor:
+    """A float64 matrix whose singular values, but those that are numerically zero, are all at the mean of min(M, N)."""
+    polar_MN = partial_polar(a_MN)
+    return polar_MN.mul_((polar_MN * a_MN).sum() / min(a_MN.shape))
+
+
 def above_noise(energy_L: Tensor, of: Tensor) -> Tensor:
     """Which eigenvalues of a Gram matrix of norm `of` are more than its rounding: (L,) bool."""
     return energy_L > len(energy_L) * torch.finfo(torch.float64).eps * of.clamp(min=_TINY)

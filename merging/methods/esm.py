@@ -12,6 +12,7 @@ from merging import spectral
 from merging.keys import Keys, is_matrix
 from merging.lazy import torch
 from merging.methods import method
+from merging.methods.regmean import needs_gram
 from merging.slots import Inputs, Slot
 
 if TYPE_CHECKING:
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 
 Rank = Annotated[float, Gt(0), Le(1)] | Literal["1/T"]
 Variant = Literal["vision", "language"]
-
-
-def _needs_gram(_: Any) -> list[str]:
-    return ["gram"]
 
 
 def _kind(name: str) -> str:
@@ -50,7 +47,7 @@ def _mean_norms(inputs: Inputs, *, scale: float, **params: Any) -> dict[str, flo
     needs_base=True,
     prepass=_mean_norms,
     prepass_if=lambda params: params["polarization"] > 0,
-    statistics=_needs_gram,
+    statistics=needs_gram,
     spectral=True,
     beside=lambda rows, columns, experts: 5 * rows**2 + 6 * rows * columns + 4 * columns**2,
 )
@@ -135,7 +132,7 @@ def _update(
             right_KN *= (norm * count / sum(norms)) ** polarization
         norm_N = v_KN.norm(dim=0)
         v_KN *= (norm_N / norm_N.mean()) ** polarization
-    update_MN = _evened(u_MK) @ _evened(v_KN)
+    update_MN = spectral.evened(u_MK) @ spectral.evened(v_KN)
     return update_MN.mul_(2) if vision else update_MN
 
 
@@ -153,10 +150,4 @@ def _output_directions(tau_MN: Tensor, gram_NN: Tensor, k: int) -> tuple[Tensor,
 def _evened_sum(factors: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """TSV-M's sum with both factors evened: of U (M, K), s (K,), V (N, K)."""
     us, ss, vs = zip(*factors)
-    return (_evened(torch.cat(us, dim=1)) * torch.cat(ss)) @ _evened(torch.cat(vs, dim=1)).T
-
-
-def _evened(a_MN: Tensor) -> Tensor:
-    """The matrix with all its singular values, but those that are none, at their mean."""
-    polar_MN = spectral.partial_polar(a_MN)
-    return polar_MN * ((polar_MN * a_MN).sum() / min(a_MN.shape))
+    return (spectral.evened(torch.cat(us, dim=1)) * torch.cat(ss)) @ spectral.evened(torch.cat(vs, dim=1)).T

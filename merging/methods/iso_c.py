@@ -43,7 +43,6 @@ def iso_c(x: Slot, *, scale: float = 1.0, keys: Keys = "matrices") -> Tensor:
         total_X = ops.weighted_sum(x.experts).sub_(base, alpha=len(x.experts))
         if not is_matrix(x.name, x.shape, keys):
             return total_X / len(x.experts)
-        polar_MN = spectral.partial_polar(total_X)
-        return polar_MN.mul_((polar_MN * total_X).sum() / min(total_X.shape))
+        return spectral.evened(total_X)
 
     return torch.add(base, x.share(("iso_c", keys), update), alpha=scale)

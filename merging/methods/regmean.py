@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _RIDGE = 1e-10  # of the mean diagonal: what statistics in float32 leave undecided stays at the mean
 
 
-def _needs_gram(_: Any) -> list[str]:
+def needs_gram(_: Any) -> list[str]:
+    """The statistics of methods that know the inputs of a layer by their Gram matrix."""
     return ["gram"]
 
 
@@ -35,7 +36,7 @@ def _wrong(params: Mapping[str, Any], experts: int) -> str | None:
     reference="mean",
     unit="matrix",
     check=_wrong,
-    statistics=_needs_gram,
+    statistics=needs_gram,
 )
 def regmean(
     x: Slot,
