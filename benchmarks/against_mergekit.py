@@ -109,7 +109,9 @@ def written(a: argparse.Namespace, job: Job, out: Path) -> Path:
 def run_own(job: Job, family: Path, out: Path, threads: int | None) -> Cost:
     """Run Mergeline's own way of the method."""
     shutil.rmtree(out, ignore_errors=True)
-    command = merge_command(job.method, experts_of(job, family), out, base=family / "base", threads=threads, **job.own)
+    command = merge_command(
+        job.method, experts_of(job, family), out, base=family / "base", threads=threads, **job.own
+    )
     return run([*command, "--dtype", "bfloat16"], threads=threads)
 
 
@@ -125,7 +127,9 @@ def compare(name: str, job: Job, family: Path, folder: Path) -> dict[str, Any]:
         except ValueError as error:  # not the same tensors, or not in the same dtype
             row["note"] = str(error)
     if name == "karcher":
-        errors = {out.name: karcher_error(experts_of(job, family), out) for out in (theirs, ours) if out.exists()}
+        errors = {
+            out.name: karcher_error(experts_of(job, family), out) for out in (theirs, ours) if out.exists()
+        }
         row |= {f"error_{side}": error for side, error in errors.items()}
     return row
 

@@ -44,7 +44,9 @@ class Job:
     def command(self, out: Path) -> list[str]:
         experts = [self.inputs / f"expert{i}" for i in range(EXPERTS)]
         base = self.inputs / "base"
-        command = merge_command(self.method, experts, out, base=base, threads=self.workers, **METHODS[self.method])
+        command = merge_command(
+            self.method, experts, out, base=base, threads=self.workers, **METHODS[self.method]
+        )
         return [*command, "--memory", MEMORY]
 
     def plan(self) -> dict[str, Any]:
@@ -121,7 +123,9 @@ def plans() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, help="scratch space (default: the system's)")
     parser.add_argument("--shape", choices=SHAPES, default="3 B")
     parser.add_argument("--layers", type=int, help="default: all; costs grow in proportion to them")
@@ -136,7 +140,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=a.work) as folder:
         make(family, Path(folder), EXPERTS)
         measure(a.shape, family, Path(folder), a.methods, a.workers)
-    header = ["shape", "layers", "job", "workers", "gb_read", "mb_per_s", "cpu_s", "wall_s", "peak_mib", "failed"]
+    header = [
+        "shape",
+        "layers",
+        "job",
+        "workers",
+        "gb_read",
+        "mb_per_s",
+        "cpu_s",
+        "wall_s",
+        "peak_mib",
+        "failed",
+    ]
     print(table(header, [[row.get(key) for key in header] for row in load("large")]))
 
 

@@ -70,7 +70,13 @@ def directions(esd: Any, experts: list[State], base: State) -> list[dict[str, An
 def vision(clone: Path, experts: list[State], base: State) -> State:
     folder = clone / "ESM-ViT"
     packages = ["src", "src.models", "src.datasets", "src.utils"]
-    modules = ["models.task_vectors", "models.heads", "models.modeling", "datasets.registry", "datasets.common"]
+    modules = [
+        "models.task_vectors",
+        "models.heads",
+        "models.modeling",
+        "datasets.registry",
+        "datasets.common",
+    ]
     modules = [f"src.{name}" for name in (*modules, "utils.variables_and_paths")]
     esd = module(folder / "essential_subspace_decomposition.py", *packages, *modules)._compute_esd
     esm_merge = module(folder / "src" / "utils" / "esm_utils.py").esm_merge

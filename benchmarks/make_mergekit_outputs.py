@@ -51,7 +51,9 @@ def sliced(method: str, parts: list[tuple[int, int, dict[str, Any]]], **more: An
     }  # fmt: skip
 
 
-def around(method: str, listed: list[dict[str, Any]], dtype: str = "float32", **shared: Any) -> dict[str, Any]:
+def around(
+    method: str, listed: list[dict[str, Any]], dtype: str = "float32", **shared: Any
+) -> dict[str, Any]:
     found = {"merge_method": method, "base_model": "base", "models": listed, "dtype": dtype}
     return {**found, **({"parameters": shared} if shared else {})}
 

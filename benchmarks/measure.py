@@ -40,8 +40,12 @@ class Cost:
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """The environment of a child: so many BLAS threads, or the library's own default (None)."""
-    env = {name: value for name, value in os.environ.items() if name not in THREAD_VARIABLES}
+    """The environment of a child: so many BLAS threads, or the library's own default (None).
+
+    Bytecode is kept between runs, as an installed package's is.
+    """
+    dropped = (*THREAD_VARIABLES, "PYTHONDONTWRITEBYTECODE")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
     env["HF_HUB_OFFLINE"] = "1"
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)

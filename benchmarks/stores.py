@@ -31,13 +31,15 @@ KEYS = ["store", "params", "checkpoint", "once", "expert", "ratio", "accuracy", 
 
 def accuracy(workspace: Path, experts: dict[str, Path], out: Path) -> float:
     """The mean, over experts, of test accuracy on the task of the expert's name."""
-    from tasks.evaluate import evaluate_baselines
+    from mergeline.tasks.evaluate import evaluate_baselines
+    from mergeline.tasks.modalities import modality_of
+    from mergeline.tasks.params import load_params
 
-    datasets = {name: workspace / "build" / "data" / name for name in experts}
-    base, heads = workspace / "build" / "checkpoints" / "base", workspace / "build" / "heads.safetensors"
-    evaluate_baselines(base, experts, heads, datasets, out, "cpu")
+    params, build = load_params(workspace / "params.yaml"), workspace / "build"
+    base = build / "checkpoints" / params.base
+    evaluate_baselines(modality_of(params), params, build, base, experts, out, out.with_name("scratch"))
     models = json.loads((out / "scores.json").read_text())["models"]
-    scores = [models[name]["test"][name] for name in experts]
+    scores = [models[name]["splits"]["test"][name] for name in experts]
     return sum(score["correct"] / score["n"] for score in scores) / len(scores)
 
 
@@ -46,8 +48,8 @@ def measured(workspace: Path, method: str, params: dict[str, Any], whole: float)
 
     ratio: its bytes over those of all checkpoints; kept: its accuracy over the experts'.
     """
-    from merging.manifest import manifest_path
-    from merging.stores import compress, extract_expert
+    from mergeline.merging.compress import compress, extract_expert
+    from mergeline.merging.engine.manifest import manifest_path
 
     experts = experts_of(workspace)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,9 +69,12 @@ def measured(workspace: Path, method: str, params: dict[str, Any], whole: float)
 
 
 def experts_of(workspace: Path) -> dict[str, Path]:
-    from tasks.params import load_params
+    from mergeline.tasks.params import load_params
 
-    return {name: workspace / "build" / "checkpoints" / name for name in load_params(workspace / "params.yaml").experts}
+    return {
+        name: workspace / "build" / "checkpoints" / name
+        for name in load_params(workspace / "params.yaml").experts
+    }
 
 
 def plot(whole: float) -> None:
@@ -84,7 +89,9 @@ def plot(whole: float) -> None:
         points = sorted((row["ratio"], row["accuracy"]) for row in load("stores") if row["store"] == method)
         axes.plot(*zip(*points), marker="o", label=method)
     axes.axhline(whole, color="0.5", linestyle=":", label="the experts")
-    axes.set(xlabel="bytes of the store / bytes of 8 checkpoints", ylabel="mean test accuracy", xlim=(0, None))
+    axes.set(
+        xlabel="bytes of the store / bytes of 8 checkpoints", ylabel="mean test accuracy", xlim=(0, None)
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(HERE / "plots" / "stores.png", dpi=120, metadata={"Software": None})
@@ -92,8 +99,12 @@ def plot(whole: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, required=True, help="a folder in which `mergeline run` has run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workspace", type=Path, required=True, help="a folder in which `mergeline run` has run"
+    )
     parser.add_argument("--stores", nargs="+", choices=STORES, default=list(STORES))
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -35,12 +35,16 @@ class Figures:
         rows = [r for r in self.rows if r["job"] == job and r["side"] in sides and r["threads"] == 1]
         return len({row.get("session") for row in rows}) > 1
 
-    def largest(self, side: str, figure: str, jobs: Sequence[str] | None = None, sweeps: bool = True) -> float | None:
+    def largest(
+        self, side: str, figure: str, jobs: Sequence[str] | None = None, sweeps: bool = True
+    ) -> float | None:
         """Over all jobs (or these), sides that begin so, and numbers of threads."""
         found = [
             row[figure]
             for row in self.rows
-            if row["side"].startswith(side) and not row.get("failed") and (jobs is None or row["job"] in jobs)
+            if row["side"].startswith(side)
+            and not row.get("failed")
+            and (jobs is None or row["job"] in jobs)
             and (sweeps or "sweep" not in row["side"])
         ]
         return max(found, default=None)
@@ -81,7 +85,10 @@ def targets() -> list[Row]:
     def peak(
         name: Figures, peer: str, jobs: Sequence[str] | None = None
     ) -> tuple[float | None, float | None]:
-        found = name.largest(peer, "peak_mib", jobs), name.largest("mergeline", "peak_mib", jobs, sweeps=False)
+        found = (
+            name.largest(peer, "peak_mib", jobs),
+            name.largest("mergeline", "peak_mib", jobs, sweeps=False),
+        )
         return tuple(None if value is None else value / GB_IN_MIB for value in found)
 
     jobs_340m = sorted({row["job"] for row in mergekit.rows} - {"help"})
@@ -147,6 +154,41 @@ def outputs(peers: Mapping[str, str]) -> str:
     return table(header, rows)
 
 
+def learned() -> str:
+    """Merges with examples beside FusionBench's: what they cost, and how alike they are."""
+    sides = ("fusion_bench", "mergeline")
+    costs, towers = [], []
+    for row in load("learned_fusion_bench"):
+        for label, key, size in (("whole", "cpu_s", "bytes"), ("a step", "step_cpu_s", "step_bytes")):
+            cpu = [row[side][key] for side in sides]
+            if all(cpu) and (label == "a step" or "experts" not in row["job"]):
+                found = [row[side][size] / 2**20 for side in sides]
+                process = [row[side]["process_mib"] for side in sides]
+                cells = [*cpu, f"{cpu[0] / cpu[1]:.2g}×", *found, f"{found[0] / found[1]:.2g}×", *process]
+                costs.append([f"{row['job']}, {label}", *cells])
+            if label == "a step" and row["mergeline"][size] is not None:
+                tower = row["mergeline"]["weights"]
+                towers.append([row["job"], *((row[side][size] - row["images"]) / tower for side in sides)])
+    header = ["job", "FusionBench, CPU-s", "Mergeline", "ratio", "FusionBench, MiB of tensors", "Mergeline", "ratio",
+              "FusionBench, MiB of the process", "Mergeline"]  # fmt: skip
+    alike = [
+        [row["job"], *(row[f"{side} accuracy"] for side in sides), row["relative to the update"],
+         row.get("coefficients"), row.get("coefficients apart")]
+        for row in load("learned_fusion_bench")
+        if "mergeline accuracy" in row
+    ]  # fmt: skip
+    names = [
+        "job",
+        "FusionBench, accuracy",
+        "Mergeline",
+        "relative to the update",
+        "coefficients",
+        "largest difference",
+    ]
+    grown = table(["a step without images, in towers of float32", "FusionBench", "Mergeline"], towers)
+    return "\n\n".join([table(header, costs), grown, table(names, alike)])
+
+
 def accelerator() -> str:
     """Merges on an accelerator beside its limits."""
     rows = load("gpu")
@@ -184,18 +226,32 @@ def document() -> str:
         "## Against FusionBench 0.2.33",
         "Eight CLIP ViT-B/32 vision towers, fp32.",
         side_by_side("fusion_bench", "fusion_bench"),
+        "## Merges with examples, against FusionBench 0.2.33",
+        "The sample family as transformers has it, eight experts of 1.9 M parameters in fp32, one thread: the same\n"
+        "images, settings and, of AdaMerging, batches (`learned_against_fusion_bench.py`). CPU-seconds of the merge,\n"
+        "without imports; bytes of tensors at the peak, with the weights that stay in memory and, of AdaMerging, the\n"
+        "images (48 MiB, 15 of the larger family), which both hold; of the others they are in Mergeline's alone.\n"
+        "Accuracies are means over tasks, on test; differences are those of the merges and of AdaMerging's\n"
+        "coefficients. The larger family is random: its bytes alone were measured.",
+        learned(),
         "## Against the plain loop of CART",
         costs("cart"),
         "## How outputs differ from the peers'",
         "In representable numbers of the output's dtype (bf16 for mergekit, fp32 for the others), and\n"
         "relative in the Frobenius norm. A small number next to 0 is many ulps from it, so read `relative` first.",
         outputs(
-            {"mergekit": "mergekit_outputs", "FusionBench": "fusion_bench_outputs", "plain loop": "cart_outputs"}
+            {
+                "mergekit": "mergekit_outputs",
+                "FusionBench": "fusion_bench_outputs",
+                "plain loop": "cart_outputs",
+            }
         ),
         "## Parity on SmolLM2-135M",
         "The base and three full fine-tunes of `samples/make_llm.py`, in bf16. mergekit computes in the dtype of its\n"
         "configuration, bfloat16 here and float32 with `out_dtype: bfloat16` below; Mergeline rounds once either way.",
-        outputs({"mergekit in bfloat16": "smollm2_outputs", "mergekit in float32": "smollm2_float32_outputs"}),
+        outputs(
+            {"mergekit in bfloat16": "smollm2_outputs", "mergekit in float32": "smollm2_float32_outputs"}
+        ),
         "## How cost grows",
         "![CPU-seconds by bytes read](plots/cost_by_size.png)\n"
         "![Memory by experts](plots/memory_by_experts.png)",

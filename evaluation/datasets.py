@@ -1,15 +1,19 @@
 """Image classification datasets, decoded once and then read through memory maps.
 
 A source is one of
-    images.npz, images.safetensors      arrays val_x, val_y, test_x, test_y
-    folder/                             test/CLASS/*, and val/CLASS/* or train/CLASS/*
-    torchvision://MNIST?root=data       also val=, test=, train= (names of official splits), download=true,
+    images.npz, images.safetensors      arrays val_x, val_y, test_x, test_y, and fit_x, with fit_y or without
+    folder/                             test/CLASS/*, and val/CLASS/* or train/CLASS/*, and fit/CLASS/* or fit/*
+    torchvision://MNIST?root=data       also val=, test=, train=, fit= (names of official splits), download=true,
                                         and split= (for EMNIST)
-    hf-dataset://org/name@revision      also ?config=, test=test, val=train[90%:], image=image, label=label
+    hf-dataset://org/name@revision      also ?config=, test=test, val=train[90%:], fit=train[:400], image=image,
+                                        label=label
 
 Where no validation split is given, a tenth of train is held out; where there is no test split either
 (EuroSAT, SUN397), a tenth of all is drawn for each. The draw is one permutation with a fixed seed of the
 examples in a fixed order, so it is the same everywhere; meta.json names the splits that were drawn.
+`fit=400` draws so many of train that are not in val.
+
+`fit` is what merges are fitted to, and needs no labels. Without it, that is every other example of val.
 
 Images become RGB and get CLIP's geometry: the shortest side resized (bicubic, antialiased), the centre
 cropped. Arrays that have the size already are taken as they are.
@@ -20,20 +24,27 @@ from __future__ import annotations
 import inspect
 import json
 import operator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
-from urllib.parse import parse_qsl, urlsplit
+from typing import Any, Sequence
 
 import numpy as np
 
-from merging.errors import UserError, did_you_mean
-from merging.files import publish, staged, write_json
-
-SPLITS = ("val", "test")
-DRAWN_SHARE = 0.1
-DRAW_SEED = 0
+from mergeline.evaluation.splits import (
+    FIT,
+    FITTED_OF_VAL,
+    SPLITS,
+    Examples,
+    Opened,
+    beside,
+    blame,
+    check_options,
+    official,
+    parsed,
+)
+from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.merging.files import publish, staged, write_json
 
 
 @dataclass(frozen=True)
@@ -44,16 +55,30 @@ class Dataset:
     classnames: list[str] | None
 
     def split(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The images (uint8, N x H x W x 3, memory-mapped) and labels (int64, N) of `val` or `test`."""
+        """The images (uint8, N x H x W x 3, memory-mapped) and labels (int64, N) of `fit`, `val` or `test`.
+
+        Where there is no `fit`, it is every other example of `val`. Where `fit` has no labels, they are -1.
+        """
+        if name == FIT and self.fits_val:
+            x, y = self.split("val")
+            return x[FITTED_OF_VAL], y[FITTED_OF_VAL]
         try:
             x = np.load(self.folder / f"{name}_x.npy", mmap_mode="r", allow_pickle=False)
-            y = np.load(self.folder / f"{name}_y.npy", allow_pickle=False)
+            if name == FIT and not (self.folder / f"{FIT}_y.npy").exists():
+                y = np.full(len(x), -1, np.int64)
+            else:
+                y = np.load(self.folder / f"{name}_y.npy", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{self.folder}: not a prepared dataset ({error}); prepare it again") from None
         images = x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3
         if not images or y.dtype != np.int64 or y.shape != x.shape[:1]:
             raise UserError(f"{self.folder}: {name}_x.npy and {name}_y.npy do not fit; prepare it again")
         return x, y
+
+    @property
+    def fits_val(self) -> bool:
+        """Whether it has no split `fit`, so that examples of `val` stand for one."""
+        return not (self.folder / f"{FIT}_x.npy").exists()
 
 
 def load(folder: Path | str) -> Dataset:
@@ -68,8 +93,9 @@ def load(folder: Path | str) -> Dataset:
 def prepare(source: str, out: Path | str, image_size: int) -> None:
     """Decode a dataset into the folder `out`: val_x.npy, val_y.npy, test_x.npy, test_y.npy, meta.json.
 
-    x is uint8 (N, image_size, image_size, 3), y is int64 (N). The same source gives the same bytes. `out`
-    appears whole or not at all, and replaces what was there. Images are decoded one at a time.
+    And fit_x.npy, fit_y.npy, of what the source has of them. x is uint8 (N, image_size, image_size, 3), y is int64 (N).
+    The same source gives the same bytes. `out` appears whole or not at all, and replaces what was there. Images are
+    decoded one at a time.
 
     Raises:
         UserError: the source is not there, cannot be read, or does not hold images with labels.
@@ -78,46 +104,13 @@ def prepare(source: str, out: Path | str, image_size: int) -> None:
     with staged(out) as partial:
         for name in SPLITS:
             _write(getattr(opened, name), name, partial, image_size, source)
+        if opened.fit is not None:
+            _write(opened.fit, FIT, partial, image_size, source)
         write_json(partial / "meta.json", _meta(opened, source))
         publish(partial, out)
 
 
-@dataclass(frozen=True)
-class _Examples:
-    """`get(i)` is the i-th of `size` pairs of an image (PIL or uint8 array) and its label."""
-
-    size: int
-    get: Callable[[int], tuple[Any, Any]]
-    classnames: list[str] | None = None
-
-    def take(self, indices: Sequence[int]) -> _Examples:
-        return replace(self, size=len(indices), get=lambda i: self.get(int(indices[i])))
-
-    def draw(self, parts: int) -> list[_Examples]:
-        """`parts` disjoint random samples of a tenth each."""
-        order = np.random.default_rng(DRAW_SEED).permutation(self.size)
-        size = round(DRAWN_SHARE * self.size)
-        return [self.take(np.sort(order[k * size : (k + 1) * size])) for k in range(parts)]
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """The examples of both splits, and which of the splits were drawn at random."""
-
-    val: _Examples
-    test: _Examples
-    drawn: tuple[str, ...] = ()
-
-
-def _official(split: Callable[[str], _Examples], options: Mapping[str, str]) -> _Opened:
-    """The source's own splits, by the names in `options`; without `val` there, it is drawn from train."""
-    test = split(options.get("test", "test"))
-    if "val" in options:
-        return _Opened(split(options["val"]), test)
-    return _Opened(split(options.get("train", "train")).draw(1)[0], test, drawn=("val",))
-
-
-def _open(source: str) -> _Opened:
+def _open(source: str) -> Opened:
     scheme, separator, _ = source.partition("://")
     if separator and scheme in _SCHEMES:
         return _SCHEMES[scheme](source)
@@ -126,17 +119,19 @@ def _open(source: str) -> _Opened:
     path = Path(source)
     if path.is_dir():
         return _open_folder(path)
-    if path.suffix in _ARRAYS:
-        return _open_arrays(path)
     if not path.exists():
         raise UserError(f"{source}: no such file or folder")
+    if not path.is_file():
+        raise UserError(f"{source}: is no file, but a pipe or a device; name a file or a folder")
+    if path.suffix in _ARRAYS:
+        return _open_arrays(path)
     raise UserError(f"{source}: must be a folder or end in {' or '.join(_ARRAYS)}")
 
 
-def _write(examples: _Examples, name: str, folder: Path, image_size: int, source: str) -> None:
+def _write(examples: Examples, name: str, folder: Path, image_size: int, source: str) -> None:
     if not examples.size:
         raise UserError(f"{source}: the {name} split is empty")
-    labels = np.empty(examples.size, np.int64)
+    labels = np.zeros(examples.size, np.int64)
     shape = (examples.size, image_size, image_size, 3)
     # Not through a memory map: there a full disk is a bus error.
     with open(folder / f"{name}_x.npy", "wb") as file:
@@ -144,8 +139,12 @@ def _write(examples: _Examples, name: str, folder: Path, image_size: int, source
         for i in range(examples.size):
             with _blame(f"{source}: {name} image {i}", ValueError, TypeError, OSError, SyntaxError):
                 image, label = examples.get(i)
-                pixels, labels[i] = _pixels(image, image_size), operator.index(label)
+                pixels = _pixels(image, image_size)
+                if examples.labelled:
+                    labels[i] = operator.index(label)
             file.write(pixels.tobytes())
+    if not examples.labelled:
+        return
     classes = len(examples.classnames or ()) or np.iinfo(np.int32).max
     if labels.min() < 0 or labels.max() >= classes:
         extent = f"{labels.min()} to {labels.max()}"
@@ -153,11 +152,15 @@ def _write(examples: _Examples, name: str, folder: Path, image_size: int, source
     np.save(folder / f"{name}_y.npy", labels)
 
 
-def _meta(opened: _Opened, source: str) -> dict[str, Any]:
+def _meta(opened: Opened, source: str) -> dict[str, Any]:
     return {
         "source": source if "://" in source else Path(source).name,  # where it lies is no part of what it is
         "classnames": opened.test.classnames,
-        "sizes": {"val": opened.val.size, "test": opened.test.size},
+        "sizes": {
+            "val": opened.val.size,
+            "test": opened.test.size,
+            **({FIT: opened.fit.size} if opened.fit else {}),
+        },
         "drawn": list(opened.drawn),
     }
 
@@ -183,22 +186,17 @@ def _pixels(image: Any, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-@contextmanager
-def _blame(what: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn what a library says about bad input into a UserError of one line."""
+def _blame(what: str, *errors: type[Exception]) -> AbstractContextManager[None]:
+    """As `blame`, of images too."""
     from PIL import Image
 
-    try:
-        yield
-    except (*errors, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: {reason[:300]}") from None
+    return blame(what, *errors, Image.DecompressionBombError)
 
 
 # Arrays
 
 
-def _open_arrays(path: Path) -> _Opened:
+def _open_arrays(path: Path) -> Opened:
     import lzma
     import zipfile
     import zlib
@@ -208,7 +206,10 @@ def _open_arrays(path: Path) -> _Opened:
     damage = (zipfile.BadZipFile, lzma.LZMAError, zlib.error, SafetensorError, EOFError, ValueError)
     with _blame(str(path), *damage, OSError, MemoryError):
         arrays = _ARRAYS[path.suffix](path)
-    return _official(lambda name: _array_examples(path, name, arrays), {"val": "val"})
+    own = {FIT: FIT} if f"{FIT}_x" in arrays else {}
+    if not own and f"{FIT}_y" in arrays:
+        raise UserError(f"{path}: fit_y is there, but no fit_x; add the images, or leave fit_y out")
+    return official(lambda name: _array_examples(path, name, arrays), {"val": "val", **own}, str(path))
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -227,38 +228,53 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 _ARRAYS = {".npz": _read_npz, ".safetensors": _read_safetensors}
-_ARRAY_KEYS = [f"{name}_{axis}" for name in SPLITS for axis in "xy"]
+_NEEDED_KEYS = [f"{name}_{axis}" for name in SPLITS for axis in "xy"]
+_ARRAY_KEYS = [*_NEEDED_KEYS, f"{FIT}_x", f"{FIT}_y"]
 
 
-def _array_examples(path: Path, name: str, arrays: dict[str, np.ndarray]) -> _Examples:
-    for key in (f"{name}_x", f"{name}_y"):
+def _array_examples(path: Path, name: str, arrays: dict[str, np.ndarray]) -> Examples:
+    labelled = name != FIT or f"{name}_y" in arrays
+    for key in (f"{name}_x", f"{name}_y") if labelled else ():
         if key not in arrays:
-            raise UserError(f"{path}: '{key}' is missing; it must hold {', '.join(_ARRAY_KEYS)}")
-    x, y = arrays[f"{name}_x"], arrays[f"{name}_y"]
+            raise UserError(f"{path}: '{key}' is missing; it must hold {', '.join(_NEEDED_KEYS)}")
+    x = arrays[f"{name}_x"]
+    y = arrays[f"{name}_y"] if labelled else np.zeros(len(x), np.int64)
     images = x.ndim == 3 or x.ndim == 4 and x.shape[3] in (1, 3)
     if x.dtype != np.uint8 or not images or 0 in x.shape[1:]:
         raise UserError(f"{path}: {name}_x is {x.dtype} {x.shape}, not uint8 (N, H, W) or (N, H, W, 1 or 3)")
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
         raise UserError(f"{path}: {name}_y is {y.dtype} {y.shape}, not integers ({len(x)},)")
-    return _Examples(len(x), lambda i: (x[i], y[i]))
+    return Examples(len(x), lambda i: (x[i], y[i]), labelled=labelled)
 
 
 # Folders of images
 
 
-def _open_folder(root: Path) -> _Opened:
+def _open_folder(root: Path) -> Opened:
     if not (root / "test").is_dir():
         raise UserError(
             f"{root}: no folder test/; put images at test/CLASS/*, and val/CLASS/* or train/CLASS/*"
         )
     classes = sorted(entry.name for entry in (root / "test").iterdir() if entry.is_dir())
-    given = {"val": "val"} if (root / "val").is_dir() else {}
-    return _official(lambda name: _folder_examples(root / name, classes), given)
+    opened = official(
+        lambda name: _folder_examples(root / name, classes),
+        {"val": "val"} if (root / "val").is_dir() else {},
+        str(root),
+    )
+    return replace(opened, fit=_fit_folder(root / FIT, classes)) if (root / FIT).is_dir() else opened
 
 
-def _folder_examples(folder: Path, classes: list[str]) -> _Examples:
-    from PIL import Image
+def _fit_folder(folder: Path, classes: list[str]) -> Examples:
+    """fit/CLASS/*, or fit/* without labels."""
+    shown = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    if any(path.is_dir() for path in shown):
+        if odd := next((path for path in shown if not path.is_dir()), None):
+            raise UserError(f"{odd}: lies beside folders of classes; put all of {folder} into them, or none")
+        return _folder_examples(folder, classes)
+    return Examples(len(shown), lambda i: (_image(shown[i]), None), labelled=False)
 
+
+def _folder_examples(folder: Path, classes: list[str]) -> Examples:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     files = []
@@ -267,14 +283,23 @@ def _folder_examples(folder: Path, classes: list[str]) -> _Examples:
             raise UserError(f"{entry}: there is no class '{entry.name}' under test/")
         if entry.is_dir():
             label = classes.index(entry.name)
-            files += [(path, label) for path in sorted(entry.iterdir()) if not path.name.startswith(".")]
+            shown = sorted(path for path in entry.iterdir() if not path.name.startswith("."))
+            if odd := next((path for path in shown if not path.is_file()), None):
+                raise UserError(f"{odd}: is no file; keep only images under {entry}")
+            files += [(path, label) for path in shown]
 
     def get(i: int) -> tuple[Any, int]:
         path, label = files[i]
-        with _blame(str(path), OSError, ValueError, SyntaxError), Image.open(path) as image:
-            return image.convert("RGB"), label
+        return _image(path), label
 
-    return _Examples(len(files), get, _readable(classes))
+    return Examples(len(files), get, _readable(classes))
+
+
+def _image(path: Path) -> Any:
+    from PIL import Image
+
+    with _blame(str(path), OSError, ValueError, SyntaxError), Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _readable(classnames: Sequence[str]) -> list[str]:
@@ -284,8 +309,8 @@ def _readable(classnames: Sequence[str]) -> list[str]:
 # torchvision
 
 
-def _open_torchvision(source: str) -> _Opened:
-    name, options = _parse(source)
+def _open_torchvision(source: str) -> Opened:
+    name, options = parsed(source)
     with _blame(source, ImportError):
         from torchvision import datasets
     kind = getattr(datasets, name, None)
@@ -297,25 +322,29 @@ def _open_torchvision(source: str) -> _Opened:
     by_name = "split" in parameters and not by_flag
     variants = {"split"} if issubclass(kind, datasets.EMNIST) else set()
     splits = {"train", "val", "test"} if by_name else set()
-    _check(source, options, {"root", "download"} | variants | splits)
+    check_options(source, options, {"root", "download", FIT} | variants | splits)
+    if not by_name and not options.get(FIT, "0").isdecimal():
+        raise UserError(f"{source}: {name} has no split to fit to; write fit=400 for so many of its examples")
     if "root" not in options:
         raise UserError(f"{source}: add ?root=FOLDER, the folder that holds the dataset")
     arguments: dict[str, Any] = {key: options[key] for key in {"root"} | variants if key in options}
     if options.get("download") == "true":
         arguments["download"] = True
 
-    def examples(**which: Any) -> _Examples:
+    def examples(**which: Any) -> Examples:
         with _blame(source, RuntimeError, ValueError, TypeError, OSError, ImportError):
-            dataset = kind(**arguments, **which)
+            dataset: Any = kind(**arguments, **which)
         classes = getattr(dataset, "classes", None)
-        everything = _Examples(len(dataset), dataset.__getitem__, _readable(classes) if classes else None)
+        everything = Examples(len(dataset), dataset.__getitem__, _readable(classes) if classes else None)
         return everything.take(_stable_order(dataset))
 
     if by_flag:
-        return _official(lambda split: examples(train=split == "train"), {})
+        own = {key: options[key] for key in (FIT,) if key in options}
+        return official(lambda split: examples(train=split == "train"), own, source)
     if by_name:
-        return _official(lambda split: examples(split=split), options)
-    return _Opened(*examples().draw(2), drawn=SPLITS)
+        return official(lambda split: examples(split=split), options, source)
+    val, test, fit = beside(examples(), 2, options.get(FIT, ""), source)
+    return Opened(val, test, (*SPLITS, *([FIT] if fit else [])), fit)
 
 
 def _stable_order(dataset: Any) -> Sequence[int]:
@@ -328,15 +357,15 @@ def _stable_order(dataset: Any) -> Sequence[int]:
 # Hugging Face
 
 
-def _open_hub(source: str) -> _Opened:
-    address, options = _parse(source)
-    _check(source, options, {"config", "train", "val", "test", "image", "label"})
+def _open_hub(source: str) -> Opened:
+    address, options = parsed(source)
+    check_options(source, options, {"config", "train", "val", "test", FIT, "image", "label"})
     path, _, revision = address.partition("@")
     image, label = options.get("image", "image"), options.get("label", "label")
     with _blame(source, ImportError):
         import datasets
 
-    def examples(split: str) -> _Examples:
+    def examples(split: str) -> Examples:
         with _blame(source, datasets.exceptions.DatasetsError, OSError, ValueError, ImportError):
             table = datasets.load_dataset(path, options.get("config"), split=split, revision=revision or None)
         for column in (image, label):
@@ -345,23 +374,9 @@ def _open_hub(source: str) -> _Opened:
         table = table.select_columns([image, label])
         classes = getattr(table.features[label], "names", None)
         pair = operator.itemgetter(image, label)
-        return _Examples(len(table), lambda i: pair(table[i]), _readable(classes) if classes else None)
+        return Examples(len(table), lambda i: pair(table[i]), _readable(classes) if classes else None)
 
-    return _official(examples, options)
+    return official(examples, options, source)
 
 
 _SCHEMES = {"torchvision": _open_torchvision, "hf-dataset": _open_hub}
-
-
-def _parse(source: str) -> tuple[str, dict[str, str]]:
-    """What stands between :// and ?, and the options after it."""
-    parts = urlsplit(source)
-    with _blame(source, ValueError):
-        options = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
-    return parts.netloc + parts.path, options
-
-
-def _check(source: str, options: Mapping[str, str], known: set[str]) -> None:
-    for key in options:
-        if key not in known:
-            raise UserError(f"{source}: unknown option '{key}'{did_you_mean(key, known)}")

@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
-from merging.methods import Method
+from mergeline.merging.learning.contract import LearnedMethod
+from mergeline.merging.methods.bound import bind
+from mergeline.merging.methods.contract import Declared, Method
 
-# What tests/parity.py measured: golden cases, and how often a method reads its inputs.
+# What tools/parity.py measured: golden cases, and how often a method reads its inputs.
 MEASURED = Path(__file__).with_name("measured.json")
 
 FAMILIES = {
@@ -21,6 +23,8 @@ FAMILIES = {
     "adapters": "low-rank adapters, by their factors",
     "store": "one expert is given back from what is kept of all (`mergeline compress`)",
     "wrapper": "change what another method sees, or what it made",
+    "learned": "fitted to a few examples of the tasks (`mergeline fit`), then merged as any other",
+    "outside": "defined outside of Mergeline, by a package or a file",
 }
 
 # What a parameter means in every method that says nothing else of it.
@@ -36,6 +40,8 @@ MEANINGS = {
     "reduce": "how the entries that agree are combined",
     "keys": "which tensors are matrices to it: all 2-D ones but a text tower's projection (matrices), linear weights "
     "in numbered blocks (block_linear), or these and the last projection",
+    "convolutions": "whether kernels of convolutions in numbered blocks are matrices, too, (outputs, inputs · height · "
+    "width)",
     "other": "what the remaining tensors add: nothing (pretrained), the mean or the sum of the task vectors",
     "inner": "the method that is wrapped; its parameters stand beside these",
     "variant": "which implementation is followed where they differ",
@@ -48,34 +54,29 @@ MEANINGS = {
 }
 
 
+Entry = Method | LearnedMethod
+
+
 def described(entry: Method) -> dict[str, Any]:
     """All that is known of a method, as JSON values; `unit` and `statistics` with its default parameters.
 
     `parameters` are the defaults, `schema` is the JSON schema of each with its meaning as the description.
     """
     sections = entry.sections
-    statistics = entry.statistics(entry.parameters) if entry.statistics else []
+    reference = entry.reference_of(entry.parameters)
     return {
-        "id": entry.id,
-        "family": entry.family,
-        "summary": entry.summary,
-        "notes": _paragraph(entry.notes),
-        "formula": sections.get("Formula", "").split("\n"),
-        "parameters": entry.parameters,
-        "schema": _schema(entry),
-        "paper": entry.paper,
-        "code": entry.code,
-        "reference": entry.reference,
+        **_page(entry),
+        "reference": reference if isinstance(reference, str) else "mean",
         "needs": [*_needs(entry), *filter(None, [_paragraph(sections.get("Needs", ""))])],
-        "needs_base": entry.needs_base,
-        "minimum_experts": entry.minimum_experts,
-        "maximum_experts": entry.maximum_experts,
-        "statistics": statistics,
-        "reads_statistics": entry.statistics is not None,
+        "needs_base": "base" in entry.needs_of(entry.parameters),
+        "minimum_experts": entry.experts[0],
+        "maximum_experts": entry.experts[1],
+        "statistics": entry.statistics_of(entry.parameters),
+        "reads_statistics": callable(entry.needs) or bool(entry.statistics_of({})),
         "is_store": entry.store is not None,
-        "merges_factors": entry.as_factors is not None,
+        "merges_factors": entry.factors is not None,
         "wraps": entry.wraps,
-        "unit": entry.bind(entry.resolve({})).own_unit,
+        "unit": bind(entry, entry.resolve({})).own_unit,
         "cost": {
             "unit": _units(entry),
             "readings": measured()["readings"].get(entry.id),
@@ -87,6 +88,41 @@ def described(entry: Method) -> dict[str, Any]:
         },
         "trap": _paragraph(sections.get("Trap", "")),
     }
+
+
+def described_learned(entry: LearnedMethod) -> dict[str, Any]:
+    """All that is known of a learned method, as JSON values; `data` is what it looks at beside the weights."""
+    return {
+        **_page(entry),
+        "data": entry.data,
+        "marked": entry.marked,
+        "trains": entry.trains,
+        "task_known": entry.task_known,
+        "needs": ["the base", _examples(entry)],
+        "wraps": entry.wraps,
+        "trap": _paragraph(entry.sections.get("Trap", "")),
+    }
+
+
+def _page(entry: Entry) -> dict[str, Any]:
+    """What methods of both kinds say of themselves."""
+    return {
+        "id": entry.id,
+        "family": entry.family,
+        "summary": entry.summary,
+        "notes": _paragraph(entry.notes),
+        "formula": entry.sections.get("Formula", "").split("\n"),
+        "parameters": entry.parameters,
+        "schema": _schema(entry),
+        "paper": entry.paper,
+        "code": entry.code,
+    }
+
+
+def _examples(entry: LearnedMethod) -> str:
+    if entry.data == "none":
+        return f"no examples ({entry.stand_in})" if entry.stand_in else "no examples"
+    return f"examples, {entry.data}"
 
 
 @cache
@@ -113,13 +149,15 @@ def _named(case: Mapping[str, Any]) -> str:
     return f"`{case['case']}` (to {case['atol']:g} + {case['rtol']:g} · |b|{but})"
 
 
-def short_needs(entry: Method) -> str:
+def short_needs(entry: Method | LearnedMethod) -> str:
     """What a method cannot do without, in few words."""
+    if isinstance(entry, LearnedMethod):
+        return f"base, {_examples(entry)}"
     found = [need.removeprefix("the ") for need, setting in _needs_by_setting(entry) if not setting]
     return ", ".join(found) or "experts"
 
 
-def by_family(entries: Iterable[Method]) -> dict[str, list[Method]]:
+def by_family(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
     """Methods in the order of `FAMILIES`, those that have one."""
     entries = list(entries)
     found = {family: [entry for entry in entries if entry.family == family] for family in FAMILIES}
@@ -148,7 +186,7 @@ def _range(schema: Mapping[str, Any]) -> str:
     return f" in {start}, {end}"
 
 
-def _schema(entry: Method) -> dict[str, Any]:
+def _schema(entry: Declared) -> dict[str, Any]:
     own: dict[str, list[str]] = {}
     for line in entry.sections.get("Parameters", "").split("\n"):
         name, colon, meaning = line.partition(": ")
@@ -157,7 +195,9 @@ def _schema(entry: Method) -> dict[str, Any]:
         elif line:
             own[list(own)[-1]].append(line.strip())
     unknown = own.keys() - entry.parameters.keys()
-    assert not unknown, f"{entry.id}: its docstring speaks of the parameters {unknown}, which it does not have"
+    assert not unknown, (
+        f"{entry.id}: its docstring speaks of the parameters {unknown}, which it does not have"
+    )
     meanings = MEANINGS | {name: " ".join(words) for name, words in own.items()}
     properties = entry.schema.model_json_schema().get("properties", {})
     return {
@@ -174,23 +214,21 @@ def _needs(entry: Method) -> list[str]:
 
 def _needs_by_setting(entry: Method) -> Iterator[tuple[str, str]]:
     """A phrase, and the settings that make it true; none if it always is."""
-    least, most = entry.minimum_experts, entry.maximum_experts
+    least, most = entry.experts
     if most == least:
         yield f"{least} expert{'s' * (least > 1)}", ""
     elif least > 1:
         yield f"{least} experts or more", ""
-    if entry.needs_base:
-        yield "the base", ""
-    elif entry.base_if:
-        for _, setting in _answers(entry, lambda params: bool(entry.base_if(params))):
-            yield "the base", setting
-    if entry.statistics:
-        for kinds, setting in _answers(entry, lambda params: ", ".join(entry.statistics(params))):
-            yield from [(f"the statistics {kinds}", setting)] if kinds else []
+    for _, setting in _answers(entry, lambda params: "base" in entry.needs_of(params)):
+        yield "the base", setting
+    for kinds, setting in _answers(entry, lambda params: ", ".join(entry.statistics_of(params))):
+        yield from [(f"the statistics {kinds}", setting)] if kinds else []
 
 
 def _units(entry: Method) -> str:
     """The blocks that it can be given, and the settings that make them larger."""
+    if entry.keys is not None:
+        return "matrix"
     if isinstance(entry.unit, str):
         return entry.unit
     return "; ".join(

@@ -7,8 +7,16 @@ import shutil
 import textwrap
 from typing import Any, Sequence
 
-from flows.catalogue import FAMILIES, by_family, described, kind, short_needs
-from merging.methods import Method
+from mergeline.flows.catalogue import (
+    FAMILIES,
+    Entry,
+    by_family,
+    described,
+    described_learned,
+    kind,
+    short_needs,
+)
+from mergeline.merging.learning.contract import LearnedMethod
 
 _LEAST_WIDTH = 80
 
@@ -35,19 +43,21 @@ _LEFT_OUT = {
     "`r_tsvm` (2502.06876)": "neither code nor the formula of its weights and thresholds was found",
     "`esm_pp` (2606.19164)": "routes every input to an expert while the model runs, so it is no checkpoint; `esm` is "
     "the static merge that it starts from",
+    "`free` with experts (FREE-Merging)": "adds an expert a task, by a router, while the model runs; `free` is its one "
+    "model, FR-Merging",
+    "`actmerge`": "is `wudi` with `norm_power: 0` and `solver: direct`",
     "`lata` with `mode: log_rank`": "the formula of the logarithm was not found; the linear one and the threshold are "
     "reconstructed",
-    "`regmean_pp` (2508.03121)": "needs data: forward passes through the layers that are merged so far",
-    "`adamerging`, `adarank`, `atlas`, `concrete`, `expert_merging`, `fw_merging`, `map_pareto`, `surgery` and other "
-    "learned methods": "need data and a loss: their coefficients are trained",
+    "`map_pareto` (2406.07529)": "searches by evaluations for a front of merges, where one is asked for here",
     "`weight_matching`, `activation_matching`, `pleas`": "align models that were trained apart, which are no experts "
     "of one base",
-    "`tangent`, `peta`, `svfit`": "need experts that were trained in another form: linearised, or as singular values",
+    "`peta`, `svfit`": "need experts that were trained in another form: in a partly linearised model, or as singular "
+    "values",
     "`mc_smoe`, `sub_moe`": "merge the experts inside of a mixture-of-experts layer, by its router's statistics",
 }
 
 
-def listed(entries: Sequence[Method]) -> str:
+def listed(entries: Sequence[Entry]) -> str:
     """A line for each method, by family: id, what it needs, what it does."""
     width, needs = (max(map(len, column)) for column in zip(*((e.id, short_needs(e)) for e in entries)))
     lines = []
@@ -57,9 +67,9 @@ def listed(entries: Sequence[Method]) -> str:
     return "\n".join(lines[1:])
 
 
-def one(entry: Method) -> str:
+def one(entry: Entry) -> str:
     """All that is known of a method, for a terminal."""
-    found = described(entry)
+    found = all_of(entry)
     lines = _wrapped(f"{found['id']}: {found['summary']}")
     lines += ["", *(f"    {line}" for line in found["formula"])]
     for paragraph in filter(None, found["notes"].split("\n\n")):
@@ -76,11 +86,21 @@ def one(entry: Method) -> str:
     return "\n".join(lines)
 
 
-def markdown(entries: Sequence[Method]) -> str:
+def all_of(entry: Entry) -> dict[str, Any]:
+    """All that is known of a method, learned or not, as JSON values."""
+    return described_learned(entry) if isinstance(entry, LearnedMethod) else described(entry)
+
+
+def markdown(entries: Sequence[Entry]) -> str:
     """The page docs/methods.md."""
     families = by_family(entries)
     lines = ["# Methods", ""]
-    lines += ["Written by `mergeline methods --markdown > docs/methods.md`, from the code.", "", _NOTATION, ""]
+    lines += [
+        "Written by `mergeline methods --markdown > docs/methods.md`, from the code.",
+        "",
+        _NOTATION,
+        "",
+    ]
     lines += ["## Contents", ""]
     for family, own in families.items():
         links = ", ".join(f"[`{e.id}`](#{e.id})" for e in own)
@@ -89,7 +109,7 @@ def markdown(entries: Sequence[Method]) -> str:
     for family, own in families.items():
         lines += ["", f"## {family.capitalize()} methods", "", f"{FAMILIES[family].capitalize()}."]
         for entry in own:
-            lines += ["", *_section(described(entry))]
+            lines += ["", *_section(all_of(entry))]
     lines += ["", "## Left out", "", "| what | why |", "|---|---|"]
     lines += [f"| {what} | {why} |" for what, why in _LEFT_OUT.items()]
     return "\n".join(lines) + "\n"
@@ -115,6 +135,8 @@ def _section(found: dict[str, Any]) -> list[str]:
 
 def _facts(found: dict[str, Any]) -> dict[str, str]:
     """What is said of a method in a line each."""
+    if found["family"] == "learned" or "cost" not in found:
+        return _learned_facts(found)
     cost = found["cost"]
     alone = not (found["needs_base"] or found["minimum_experts"] > 1 or found["maximum_experts"])
     needs = [*(["experts alone"] if alone else []), *found["needs"]]
@@ -129,6 +151,21 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
         "paper": found["paper"],
         "official code": found["code"] or "none",
         "parity": found["parity"]["status"],
+    }
+
+
+def _learned_facts(found: dict[str, Any]) -> dict[str, str]:
+    said = [
+        "the weights leave what merging reaches: it is training" if found["trains"] else "",
+        "the task of an input must be known where the merge is used" if found["task_known"] else "",
+        f"{found['marked']}: no official code was found" if found["marked"] else "",
+    ]
+    needs = [*found["needs"], *(["and what its inner method needs"] if found["wraps"] else [])]
+    return {
+        "needs": "; ".join(needs),
+        **({"note": "; ".join(filter(None, said))} if any(said) else {}),
+        "paper": found["paper"],
+        "official code": found["code"] or "none",
     }
 
 

@@ -2,42 +2,116 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+import asyncio
+import signal
+import sys
+from concurrent.futures import Future
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Coroutine
+from uuid import UUID, uuid4
 
-from flows.server import announced_server, prefect_server
-from merging.errors import UserError, did_you_mean
+from mergeline.flows.ending import in_thread, own_children, terminable
+from mergeline.flows.server import address_file, announce, prefect_server
+from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.tasks.credentials import scrubbed, without_credentials
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
-    from tasks.workspace import Workspace
+    from mergeline.tasks.workspace import Workspace
 
 EVENT = "mergeline.checkpoint.pushed"
+
+_STOP_SECONDS = 6  # for the runner to end its run and to pause the schedule
 
 
 def serve(workspace: Workspace, cron: str) -> None:
     """Serve the deployment of a workspace until interrupted; its runs start by `cron` and by `EVENT`.
 
     Raises:
-        UserError: a malformed cron expression.
+        UserError: a malformed cron expression, or this workspace is served already.
+        ServerDied: the embedded server did; the run that was going ends, and the next one goes on with it.
+        KeyboardInterrupt: a signal came.
     """
-    with prefect_server(workspace.state, announce=True) as url:
-        import prefect
+    keep = workspace.params.retention.age
+    with terminable(), prefect_server(workspace.state, alone=True, keep=keep) as server:
+        from prefect.runner import Runner
 
-        print(
-            f"serving '{workspace.params.name}' by cron '{cron}' and on {EVENT}; pages: {url.removesuffix('/api')}"
-        )
-        prefect.serve(deployment(workspace, cron))
+        made = deployment(workspace, cron)
+        own_children()
+        runner = Runner(pause_on_shutdown=True)
+        served = runner.add_deployment(made)
+        assert not isinstance(served, Coroutine)  # it is one where an event loop runs
+        if server.login:  # it is ours, and so were all runs
+            _end_dead_runs(served)
+        announce(workspace.state, server)  # whoever finds it is heard: the deployment's triggers are there
+        print(f"serving '{workspace.params.name}' by cron '{cron}' and on {EVENT}", flush=True)
+        print(_pages(server.url, workspace), flush=True)
+        ended = in_thread(lambda: asyncio.run(runner.start()))
+        try:
+            ended.result()
+        except KeyboardInterrupt:
+            if runner.started:
+                runner.execute_in_background(runner.astop)
+                _wait_for_the_end(ended)
+            raise
+
+
+def _end_dead_runs(served: UUID) -> None:
+    """Runs whose `mergeline serve` was killed would hold the deployment's one place for ever."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.states import Crashed
+
+    active = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    dead = filters.FlowRunFilter(
+        deployment_id=filters.FlowRunFilterDeploymentId(any_=[served]),
+        state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=active)),
+    )
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=dead):
+            state: State[object] = Crashed(message="`mergeline serve` was killed while it ran.")
+            client.set_flow_run_state(run.id, state, force=True)
+
+
+def _wait_for_the_end(ended: Future[None]) -> None:
+    """The runner ends its run and pauses its schedule; its processes end with this one in any case."""
+    try:
+        ended.result(_STOP_SECONDS)
+    except TimeoutError:
+        print("the schedule was not paused: the runner did not end in time", file=sys.stderr)
+
+
+def show_pages(workspace: Workspace) -> None:
+    """Show Prefect's pages of a workspace until interrupted, without running anything.
+
+    Raises:
+        UserError: a server of this workspace shows them already.
+        KeyboardInterrupt: a signal came.
+    """
+    keep = workspace.params.retention.age
+    with terminable(), prefect_server(workspace.state, alone=True, keep=keep) as server:
+        announce(workspace.state, server)
+        print(_pages(server.url, workspace), flush=True)
+        while True:
+            signal.pause()
+
+
+def _pages(url: str, workspace: Workspace) -> str:
+    """Where Prefect's pages are, and what they ask for."""
+    pages = f"pages: {without_credentials(url).removesuffix('/api')}"
+    file = address_file(workspace.state)
+    return f"{pages}; they ask for the login in {file}" if file.exists() else pages
 
 
 def deployment(workspace: Workspace, cron: str) -> RunnerDeployment:
     """One run at a time; what comes meanwhile waits."""
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.deployments.runner import EntrypointType
     from prefect.events import DeploymentEventTrigger
+    from prefect.types.entrypoint import EntrypointType
 
-    from flows.pipeline import pipeline
+    from mergeline.flows.pipeline import pipeline
 
     name = workspace.params.name
     trigger = DeploymentEventTrigger(
@@ -46,7 +120,7 @@ def deployment(workspace: Workspace, cron: str) -> RunnerDeployment:
         match={"prefect.resource.id": f"{_resource(workspace)}.*"},
     )
     try:
-        return pipeline.to_deployment(
+        made = pipeline.to_deployment(
             name=name,
             cron=cron,
             triggers=[trigger],
@@ -60,6 +134,8 @@ def deployment(workspace: Workspace, cron: str) -> RunnerDeployment:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--cron '{cron}': {reason}; write five fields, such as '0 3 * * *'") from None
+    assert not isinstance(made, Coroutine)  # it is one where an event loop runs
+    return made
 
 
 def notify(workspace: Workspace, name: str) -> None:
@@ -72,15 +148,31 @@ def notify(workspace: Workspace, name: str) -> None:
         raise UserError(
             f"params.yaml has no checkpoint '{name}'{did_you_mean(name, workspace.params.sources)}"
         )
-    if not (os.environ.get("PREFECT_API_URL") or announced_server(workspace.state)):
-        raise UserError(
-            "no server to tell: start `mergeline serve` in this workspace, or set PREFECT_API_URL"
-        )
-    with prefect_server(workspace.state) as url:
-        from prefect.events import emit_event
+    event = {
+        "id": str(uuid4()),
+        "occurred": datetime.now(timezone.utc).isoformat(),
+        "event": EVENT,
+        "resource": {"prefect.resource.id": f"{_resource(workspace)}.{name}"},
+    }
+    with prefect_server(workspace.state, start=False) as server:
+        from prefect.client.orchestration import get_client
+        from prefect.exceptions import ObjectNotFound
 
-        emit_event(EVENT, resource={"prefect.resource.id": f"{_resource(workspace)}.{name}"})
-        print(f"told {url} of {name}")
+        from mergeline.flows.pipeline import pipeline
+
+        told = without_credentials(server.url)
+        try:
+            with get_client(sync_client=True) as client:
+                client.read_deployment_by_name(f"{pipeline.name}/{workspace.params.name}")
+                client.request("POST", "/events", json=[event])
+        except ObjectNotFound:
+            raise UserError(
+                f"{told} serves no pipeline '{workspace.params.name}': start `mergeline serve` in this workspace"
+            ) from None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(scrubbed(str(error)).split())}"
+            raise UserError(f"{told} did not take the event ({reason})") from None
+        print(f"told {told} of {name}")
 
 
 def _resource(workspace: Workspace) -> str:

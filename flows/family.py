@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Iterator, Sequence
 
-from evaluation.page import counted
+from mergeline.evaluation.pages.page import counted
+from mergeline.merging.errors import printable
 
 Json = dict[str, Any]
 
 
 def lines(found: Json) -> Iterator[str]:
-    """The tables of what `merging.family.describe_family` found."""
+    """The tables of what `merging.describe.describe_family` found."""
     names = list(found["experts"])
     of = f"{counted(found['tensors'], 'tensor')}, of which {found['matrices']} are matrices of blocks"
     yield f"{found['base']} and {counted(len(names), 'expert')}: {of}"
@@ -36,7 +37,8 @@ def _experts(found: Json) -> Iterator[str]:
         "of full": ("effective_rank_share", ".0%"),
     }
     rows = [
-        (name, [_text(own[key], form) for key, form in keys.values()]) for name, own in found["experts"].items()
+        (name, [_text(own[key], form) for key, form in keys.values()])
+        for name, own in found["experts"].items()
     ]
     yield from _table("Task vectors, expert - base", list(keys), rows)
 
@@ -73,7 +75,9 @@ def _pairs(found: Json, names: Sequence[str]) -> Iterator[str]:
         )
 
 
-def _triangles(title: str, names: Sequence[str], below: list[list], above: list[list] | None) -> Iterator[str]:
+def _triangles(
+    title: str, names: Sequence[str], below: list[list], above: list[list] | None
+) -> Iterator[str]:
     def cell(i: int, j: int) -> str:
         if i == j:
             return ""
@@ -84,9 +88,13 @@ def _triangles(title: str, names: Sequence[str], below: list[list], above: list[
 
 
 def _layers(found: Json) -> Iterator[str]:
-    keys = {"norm / base, mean": None}
+    keys: dict[str, str | None] = {"norm / base, mean": None}
     if len(found["experts"]) > 1:
-        keys |= {"cosine": "cosine", "conflict": "sign_conflict", "by magnitude": "sign_conflict_by_magnitude"}
+        keys |= {
+            "cosine": "cosine",
+            "conflict": "sign_conflict",
+            "by magnitude": "sign_conflict_by_magnitude",
+        }
         keys |= {"cancelled": "cancelled"}
     if found["origins"]:
         keys |= {"effective rank": "effective_rank_share"}
@@ -103,7 +111,7 @@ def _layers(found: Json) -> Iterator[str]:
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:
     """A blank line, the title, and columns aligned to the right of the first."""
-    table = [["", *columns], *([name, *cells] for name, cells in rows)]
+    table = [["", *map(printable, columns)], *([printable(name), *cells] for name, cells in rows)]
     widths = [max(map(len, column)) for column in zip(*table)]
     yield from ("", title)
     for first, *cells in table:

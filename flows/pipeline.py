@@ -5,34 +5,43 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Collection, Iterator, Sequence
+from uuid import UUID
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_client, get_run_logger, task
 from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH
-from prefect.states import Completed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.states import Completed, Crashed
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
-from merging.errors import UserError
-from merging.recipe import text_digest
-from tasks import versioning
-from tasks.graph import Stage
-from tasks.params import raw_params
-from tasks.workspace import Workspace
+from mergeline.flows.cli import text
+from mergeline.flows.ending import end_with_owner, hasty, in_thread
+from mergeline.flows.retention import removable, remove
+from mergeline.merging.canonical import text_digest
+from mergeline.merging.errors import UserError
+from mergeline.tasks import versioning
+from mergeline.tasks.evaluations import afresh
+from mergeline.tasks.params import raw_params
+from mergeline.tasks.publication import is_published
+from mergeline.tasks.records import noted_run, remember
+from mergeline.tasks.status import chosen_stages, refuse_missing, vouched
+from mergeline.tasks.step import Stage
+from mergeline.tasks.workspace import Workspace
 
-_DOWNLOADS = ("fetch", "data")
 # A task that waits for another holds a thread of the runner, so threads are many and cores are counted here.
 _THREADS = 64
 _CORES = threading.BoundedSemaphore(os.cpu_count() or 1)
+_RETRIES_OF_DOWNLOADS = 4
+_REPORT_SECONDS = 3
 _DID_NOT_RUN = ("Cached", "Restored")  # names of task states: known to Prefect's cache, or to DVC's
-_ON_DEVICE = ("search", "merge-all", "evaluate", "baselines")
 
 
 @cache
@@ -86,25 +95,38 @@ def _may_retry(_task: Task, _run: TaskRun, state: State) -> bool:
     retry_jitter_factor=0.5,
     retry_condition_fn=_may_retry,
 )
-def run_stage(params: str, name: str) -> State[dict[str, Any]]:
-    """Run one stage unless dvc.lock vouches for its outputs; the result is its record with its outputs' digests."""
+def run_stage(params: str, name: str, force: bool = False) -> State[dict[str, Any]]:
+    """Run one stage unless dvc.lock or its last run here vouches for its outputs, or in any case (`force`).
+
+    The result is its record with its outputs' digests.
+    """
     workspace = open_workspace(params)
     stage = _stage(workspace, name)
     record = workspace.record(stage)
-    restored = versioning.restore(workspace, stage, record)
+    restored = not force and (
+        vouched(workspace, stage, record) or versioning.restore(workspace, stage, record)
+    )
     if not restored:
-        with _CORES:
+        with _CORES, afresh(force):
             workspace.run(stage)
-    return Completed(name="Restored" if restored else None, data={**record, "outs": workspace.outputs(stage)})
+    whole = {**record, "outs": workspace.outputs(stage)}
+    remember(workspace, stage, whole)
+    return Completed(name="Restored" if restored else None, data=whole)
 
 
 @task(task_run_name="publish", retries=2, retry_delay_seconds=5, retry_condition_fn=_may_retry)
 def publish_run(params: str) -> dict[str, Any]:
-    """Publish to MLflow, register the candidate, and show the results in Prefect's pages."""
-    from flows.artifacts import show
-    from tasks.publish import publish
+    """Publish to MLflow, register the candidate, and show the results in Prefect's pages; nothing if all is there.
 
+    A champion that was rolled back stays what it is until there is something new to judge.
+    """
     workspace = open_workspace(params)
+    if is_published(workspace):
+        get_run_logger().info("nothing to publish: it is what was published last")
+        return {"run_id": None}
+    from mergeline.flows.artifacts import show
+    from mergeline.tasks.publish import publish
+
     published = publish(workspace)
     show(workspace, published)
     return {"run_id": published.run_id}
@@ -119,9 +141,35 @@ def _run_name() -> str:
         return file.parent.name
 
 
-@flow(name="mergeline", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=_THREADS))
-def pipeline(params: str = "params.yaml", publish: bool = True) -> list[str]:
+_started: list[UUID] = []  # the flow run of this process
+
+
+def report_stop() -> None:
+    """Tell Prefect, as far as there is time, that this process ends its flow run, which would run on in its records."""
+
+    def tell() -> None:
+        with get_client(sync_client=True) as client:
+            for run in _started:
+                client.set_flow_run_state(run, Crashed(message="It was stopped by a signal."), force=True)
+
+    with suppress(Exception):  # the process ends because it was told to, whatever the server says
+        in_thread(tell).result(_REPORT_SECONDS)
+
+
+_THREAD_POOL: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=_THREADS)
+
+
+@flow(name="mergeline", flow_run_name=_run_name, task_runner=_THREAD_POOL)
+def pipeline(
+    params: str = "params.yaml",
+    publish: bool = True,
+    only: list[str] | None = None,
+    force: list[str] | None = None,
+) -> list[str]:
     """Run every stage of `params` that is stale, record the run in dvc.lock, publish it; returns the stages that ran.
+
+    only: merges, stages or steps to run, with what they need, and without publishing. force: those that run although
+    they are up to date.
 
     Raises:
         UserError: bad input, or another run in this workspace.
@@ -129,15 +177,44 @@ def pipeline(params: str = "params.yaml", publish: bool = True) -> list[str]:
     params = str(Path(params).absolute())
     workspace = open_workspace(params)
     os.chdir(workspace.root)
+    chosen, forced = chosen_stages(workspace, only or [], force or [])
     one_thread_a_worker()
-    with workspace.lock():
+    with _alone(workspace), noted_run(workspace) as ran:
         workspace.tidy()
-        records, ran = _run_stages(workspace, params)
+        refuse_missing(workspace, chosen)
+        records = _run_stages(workspace, params, chosen, forced, ran)
         versioning.commit(workspace, records, ran)
-        if publish:
+        if publish and not only:
             publish_run(params)
+        _forget_the_old(workspace)
     get_run_logger().info("%d of %d stages ran", len(ran), len(records))
     return ran
+
+
+def _forget_the_old(workspace: Workspace) -> None:
+    keep = workspace.params.retention
+    gone = removable(workspace, keep.age, keep.bytes)
+    remove(gone)
+    if gone:
+        size = text.size(sum(entry.bytes for entry in gone))
+        get_run_logger().info("removed %d old files and leftovers, %s", len(gone), size)
+
+
+@contextmanager
+def _alone(workspace: Workspace) -> Iterator[None]:
+    """With the workspace's lock. A run of a deployment waits for it, and ends soon after a signal or its runner."""
+    context = FlowRunContext.get()
+    run = context and context.flow_run
+    if run:
+        _started.append(run.id)
+    if not (run and run.deployment_id):
+        with workspace.lock():
+            yield
+        return
+    end_with_owner()
+    log = get_run_logger()
+    with hasty(), workspace.lock(wait=lambda: log.info("waiting: another run is using %s", workspace.root)):
+        yield
 
 
 def one_thread_a_worker() -> None:
@@ -147,23 +224,36 @@ def one_thread_a_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _run_stages(workspace: Workspace, params: str) -> tuple[dict[str, Any], list[str]]:
+def _run_stages(
+    workspace: Workspace, params: str, chosen: Sequence[Stage], forced: Collection[str], ran: list[str]
+) -> dict[str, Any]:
+    """The records of the chosen stages after they ran; the names of those that really did go into `ran`."""
     futures: dict[str, PrefectFuture] = {}
-    for stage in workspace.stages:
+    for stage in chosen:
         upstream = [futures[needed.name] for needed in workspace.needs(stage)]
-        futures[stage.name] = _task_for(workspace, stage).submit(params, stage.name, wait_for=upstream)
+        force = stage.name in forced
+        task = _task_for(workspace, stage).with_options(refresh_cache=force)
+        futures[stage.name] = task.submit(params, stage.name, force, wait_for=upstream)
     for future in futures.values():
         future.wait()
+    ran += [
+        name
+        for name, future in futures.items()
+        if future.state.is_completed() and future.state.name not in _DID_NOT_RUN
+    ]
     for future in futures.values():
         if future.state.is_failed() or future.state.is_crashed():
             future.result()
     records = {name: future.result() for name, future in futures.items()}
-    return records, [name for name, future in futures.items() if future.state.name not in _DID_NOT_RUN]
+    for stage in chosen:  # those that Prefect's cache knew, too
+        remember(workspace, stage, records[stage.name])
+    return records
 
 
 def _task_for(workspace: Workspace, stage: Stage) -> Task:
-    gpu = stage.step in _ON_DEVICE and workspace.params.device != "cpu"
+    step = workspace.steps[stage.step]
+    gpu = step.on_device and workspace.params.device != "cpu"
     return run_stage.with_options(
-        retries=4 if stage.step in _DOWNLOADS else 1,
-        tags=[stage.step, *(["gpu"] if gpu else [])],
+        retries=_RETRIES_OF_DOWNLOADS if step.downloads else 1,
+        tags=[step.name, *(["gpu"] if gpu else [])],
     )

@@ -30,6 +30,6 @@ class FlowExecutor(Executor):
             except BaseException as error:
                 future.set_exception(error)
 
-        run = task(function, cache_policy=NO_CACHE, persist_result=False).submit(*args, **kwargs)
+        run = task(cache_policy=NO_CACHE, persist_result=False)(function).submit(*args, **kwargs)
         run.add_done_callback(finish)
         return future

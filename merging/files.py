@@ -1,4 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, whatever is killed and whenever the power fails.
+
+What is written takes shape in a staging folder, `.NAME.partial` beside its place, which whoever writes it has locked:
+
+    out/            what is being made; a single file lies in it under any name
+    beside/         finished files whose place is beside a single file, under their final names
+    old/            what stood in the places of new files, until it is removed
+    journal.jsonl   how far the engine has come
+
+Everything is on the disk before it is renamed, and names are on the disk before the next step. A folder changes places
+with the one that stood there, in one step where the system has it. A single file and what lies beside it are renamed
+one after the other; a cut between leaves the second in `beside/` while `out/` is empty, where `beside` finds it and the
+next writer of the same place puts it right.
+"""
 
 from __future__ import annotations
 
@@ -7,83 +20,140 @@ import fcntl
 import json
 import os
 import shutil
-import threading
-from contextlib import contextmanager
+import stat
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterator
+from types import MappingProxyType
+from typing import Any, Iterable, Iterator, Mapping
 
-from merging.errors import UserError
+from mergeline.merging.errors import UserError
+from mergeline.merging.reading import read_json
 
 _UNWRITABLE = (
-    errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.EFBIG, errno.ENOTEMPTY,
 )  # fmt: skip
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+
+_OUT, _BESIDE, _OLD, JOURNAL = "out", "beside", "old", "journal.jsonl"
 
 
 @contextmanager
 def user_errors(target: Path) -> Iterator[None]:
-    """Turn what a full disk or a read-only target says into a UserError."""
+    """Turn what a full, failing or read-only disk says into a UserError."""
+    if "\0" in str(target):
+        raise UserError(f"{target}: no file can have this name; choose another place")
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{target}: no space left on the disk; free some and run again") from None
-        if error.errno in _UNWRITABLE:
+        if error.errno == errno.EIO:
+            raise UserError(
+                f"{target}: the disk failed ({error.strerror}); check it, or choose another place"
+            ) from None
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError(f"{target}: too many files are open at once; allow more (ulimit -n)") from None
+        missing = _missing(error) if error.errno == errno.ENOENT else None
+        if missing and (not missing.parent.is_dir() or _takes_entries(missing.parent)):
+            raise UserError(
+                f"{missing}: went away while {target} was written; run again, and report it if nobody removed it"
+            ) from None
+        if missing or error.errno in _UNWRITABLE:
             raise UserError(f"{target}: cannot be written ({error.strerror}); choose another place") from None
         raise
+    except RuntimeError as error:
+        if "Symlink loop" not in str(error):  # what Path.resolve says of it before Python 3.13
+            raise
+        raise UserError(f"{target}: is a link that leads to itself; choose another place") from None
+
+
+def _missing(error: OSError) -> Path | None:
+    """What is not there, of the names that a call was given."""
+    names = (error.filename, error.filename2)
+    paths = (Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes))
+    return next((path for path in paths if not os.path.lexists(path)), None)
+
+
+def _takes_entries(folder: Path) -> bool:
+    """Whether files can be made in a folder; one that is there and takes none, as /proc, says ENOENT of a new file."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+# --------------------------------------------------------------------------------------- staging folders
+
+
+def staging_of(out: Path) -> Path:
+    """The staging folder of a place."""
+    return out.parent / f".{out.name}.partial"
 
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """A locked, empty sibling folder `.NAME.partial` to fill; removed if the block fails.
+    """An empty folder to fill, in the locked staging folder of `out`, which is removed at the end.
 
     The lock is the kernel's, so a killed process leaves none behind.
 
     Raises:
-        UserError: another process is writing `out`, the disk is full, or the place is read-only.
+        UserError: another process is writing `out`, the disk is full, the place is read-only, the name of the staging
+            folder is taken by something else.
     """
-    partial, handle = _locked_folder(out)
+    staging, handle = _locked_folder(out)
     try:
-        empty(partial)
         with user_errors(out):
-            yield partial
+            empty(staging)
+            (staging / _OUT).mkdir()
+            yield staging / _OUT
     finally:
-        _remove(partial, handle)
+        _remove(staging, handle)
         os.close(handle)
 
 
 @contextmanager
 def resumable(out: Path) -> Iterator[Path]:
-    """A locked sibling folder `.NAME.partial` that a killed or interrupted block leaves for the next one to go on with.
+    """The locked staging folder of `out`, which a killed or interrupted block leaves for the next one to go on with.
 
     It is removed when the block ends, or fails because of the user's input.
 
     Raises:
         UserError: as `staged`.
     """
-    partial, handle = _locked_folder(out)
+    staging, handle = _locked_folder(out)
     try:
         with user_errors(out):
-            yield partial
-        _remove(partial, handle)
+            yield staging
+        _remove(staging, handle)
     except UserError:
-        _remove(partial, handle)
+        _remove(staging, handle)
         raise
     finally:
         os.close(handle)
 
 
-def _remove(partial: Path, handle: int) -> None:
-    if _is_same(partial, handle):  # not published, nor yet another process's
-        shutil.rmtree(partial, ignore_errors=True)
+def _remove(staging: Path, handle: int) -> None:
+    """Remove the staging folder, unless it is another process's by now, or has what the next writer must put right."""
+    if _is_same(staging, handle) and not _unfinished(staging):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _locked_folder(out: Path) -> tuple[Path, int]:
-    """Make and lock the folder; the lock is on the inode, so check that the name still means it."""
-    partial = out.parent / f".{out.name}.partial"
+    """Make and lock the staging folder; the lock is on the inode, so check that the name still means it."""
+    staging = staging_of(out)
     while True:
         with user_errors(out):
-            partial.mkdir(parents=True, exist_ok=True)
-            handle = os.open(partial, os.O_RDONLY)
+            _make_staging(staging, out)
+            try:
+                handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except FileNotFoundError:  # whoever had it has removed it
+                continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -91,34 +161,175 @@ def _locked_folder(out: Path) -> tuple[Path, int]:
             raise UserError(
                 f"{out}: another process is writing it; wait for it or choose another place"
             ) from None
-        if _is_same(partial, handle):
-            return partial, handle
+        if _is_same(staging, handle):
+            break
         os.close(handle)
+    try:
+        with user_errors(out):
+            _recover(staging, out)
+    except BaseException:
+        os.close(handle)
+        raise
+    return staging, handle
+
+
+def _make_staging(staging: Path, out: Path) -> None:
+    """Make the staging folder, or take the one that a killed process of this user left (raises UserError)."""
+    make_folder(staging.parent)
+    try:
+        staging.mkdir()
+        return
+    except FileExistsError:
+        pass
+    try:
+        found = staging.lstat()
+        names = sorted(os.listdir(staging)) if stat.S_ISDIR(found.st_mode) else []
+    except FileNotFoundError:
+        return
+    strange = [name for name in names if name not in (_OUT, _BESIDE, _OLD, JOURNAL)]
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "is no folder" if not stat.S_ISLNK(found.st_mode) else "is a link"
+    elif found.st_uid != os.geteuid():
+        problem = "belongs to another user"
+    elif strange:
+        problem = f"holds '{strange[0]}'"
+    else:
+        return
+    raise UserError(f"{staging}: {problem}, but is where {out.name} is made; move it away")
 
 
 def _is_same(path: Path, handle: int) -> bool:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
+        return os.path.samestat(os.lstat(path), os.fstat(handle))
     except FileNotFoundError:
         return False
 
 
-def empty(folder: Path, keep: Path | None = None) -> None:
-    """Remove what is in a folder, but for one file."""
+def empty(folder: Path, keep: Iterable[str] = ()) -> None:
+    """Remove what is in a folder, but for entries of these names."""
     for entry in folder.iterdir():
-        if entry != keep:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if entry.name not in keep:
+            remove(entry)
 
 
-def publish(partial: Path, out: Path) -> None:
-    """Give a filled staging folder (or file) its final name, in place of what stood there."""
-    old = out.parent / f".{out.name}.old.partial"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.is_dir() and not out.is_symlink():
+def remove_halves(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote small files have left in a folder and those inside."""
+    for half in folder.rglob(".*.partial"):
+        if half.is_file():
+            half.unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------- publication
+
+
+def publish(new: Path, out: Path, beside: Mapping[str, bytes] = MappingProxyType({})) -> None:
+    """Give what was made in the staging folder of `out` its final name, in place of what stood there.
+
+    new: `out/` of the staging folder, or a single file in it. beside: files that belong beside a single file, by name.
+    If the disk fails, everything becomes what it was before, and OSError is raised.
+    """
+    staging = staging_of(out)
+    sync_tree(new)
+    moves = [(new, out), *((staging / _BESIDE / name, out.parent / name) for name in beside)]
+    if beside:
+        (staging / _BESIDE).mkdir()
+        for name, data in beside.items():
+            _write_new(staging / _BESIDE / name, data)
+        for folder in (new.parent, staging / _BESIDE, staging, staging.parent):
+            sync(folder)
+    (staging / _OLD).mkdir(exist_ok=True)
+    moved: list[tuple[Path, Path]] = []  # that can be taken back
+    try:
+        for source, place in moves:
+            if _put(source, place, staging / _OLD / place.name):
+                moved.append((source, place))
+            sync(place.parent)
+            sync(source.parent)
+    except OSError:
+        for source, place in reversed(moved):
+            place.rename(source)
+        for old, place in _unfinished(staging):
+            old.rename(place)
+        raise
+    shutil.rmtree(staging / _OLD, ignore_errors=True)
+
+
+def _put(new: Path, out: Path, old: Path) -> bool:
+    """Rename `new` to `out`, and what stood there to `old`; False where that is gone.
+
+    Only where the system cannot exchange names, there is a moment in which there is no `out`.
+    """
+    if not os.path.lexists(out):
+        new.rename(out)
+    elif not out.is_dir():
+        with suppress(OSError):  # some file systems have no hard links
+            os.link(out, old, follow_symlinks=False)
+        new.rename(out)
+        return os.path.lexists(old)
+    elif exchange(new, out):
+        new.rename(old)
+    else:
         out.rename(old)
-    partial.rename(out)
-    sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        new.rename(out)
+    return True
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step; False where the system cannot."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(a), None, str(b))
+
+
+def beside(out: Path, name: str) -> Path:
+    """Where a file of this name that belongs beside the single file `out` lies: there, unless a cut left it behind."""
+    left = staging_of(out) / _BESIDE / name
+    return left if left.is_file() and _is_empty(staging_of(out) / _OUT) else out.parent / name
+
+
+def _recover(staging: Path, out: Path) -> None:
+    """Finish or undo a publication that was cut."""
+    for left, place in _unfinished(staging):
+        left.rename(place)
+        sync(out.parent)
+    for done in (staging / _BESIDE, staging / _OLD):
+        remove(done)
+
+
+def _unfinished(staging: Path) -> list[tuple[Path, Path]]:
+    """What a cut left in a staging folder, and where it belongs: what has no successor, what belongs beside a file."""
+    found = [(old, staging.parent / old.name) for old in _entries(staging / _OLD)]
+    found = [(old, place) for old, place in found if not os.path.lexists(place)]
+    if _is_empty(staging / _OUT):
+        found += [(left, staging.parent / left.name) for left in _entries(staging / _BESIDE)]
+    return found
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+# --------------------------------------------------------------------------------------- small files
 
 
 def read_object(path: Path, *, named: str | None = None, mend: str = "download it again") -> dict[str, Any]:
@@ -129,32 +340,65 @@ def read_object(path: Path, *, named: str | None = None, mend: str = "download i
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        found = read_json(path)
+    except ValueError as error:
         raise UserError(f"{named or path}: is not valid JSON ({error}); {mend}") from None
     if not isinstance(found, dict):
         raise UserError(f"{named or path}: is not a JSON object; {mend}")
     return found
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial"
-    try:
-        with user_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            sync(temporary)
+def write_bytes(path: Path, data: bytes, *, lasting: bool = True, mode: int = 0o666) -> None:
+    """Write a small file whole or not at all (raises UserError if the disk is full, failing or read-only).
+
+    lasting: it survives a power cut. What can be told to be damaged, and made again, need not. mode: its permissions,
+    less those that the umask takes.
+    """
+    temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}.partial"
+    with user_errors(path):
+        make_folder(path.parent) if lasting else path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_new(temporary, data, lasting, mode)
             temporary.rename(path)
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if lasting:
+            sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all, keys in their given order."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_bytes(path, text.encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as files hold it, keys in their given order."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _write_new(path: Path, data: bytes, lasting: bool = True, mode: int = 0o666) -> None:
+    """Write a file that is not there yet; if it is to last, through to the disk."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(handle, left) :]
+        if lasting:
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --------------------------------------------------------------------------------------- the disk
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those that it lies in; their names are on the disk then."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:
@@ -164,3 +408,13 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(path: Path) -> None:
+    """`sync` of a file, or of a folder and all that is in it."""
+    if path.is_symlink():
+        return
+    if path.is_dir():
+        for entry in path.iterdir():
+            sync_tree(entry)
+    sync(path)

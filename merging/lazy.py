@@ -1,4 +1,4 @@
-"""`from merging.lazy import torch`: the module is imported at its first use, so that planning never pays for it."""
+"""`from mergeline.merging.lazy import torch`: imported at its first use, so that planning never pays for it."""
 
 from importlib import import_module
 from types import ModuleType

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
+import re
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Sequence, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Sequence, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from merging.errors import UserError, did_you_mean
+from mergeline.merging.errors import UserError, did_you_mean, plainly
+from mergeline.merging.reading import DEEPEST, open_regular
+
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# More than any file that a person writes, and little enough to be read in about two seconds.
+_MOST_BYTES = 1 << 20
+_MOST_VALUES = (
+    20_000  # aliases count as what they stand for; 500 checkpoints and 200 grids of 50 values are 14,000
+)
+_MOST_ALIASES = 200
+_TOO_DEEP = f"nested deeper than {DEEPEST} lists and mappings; write it flatter"
+_BRACKETS = re.compile(r"(?:[\[{]\s*){%d}" % (DEEPEST + 1))  # the scanner would take a second for them
 
 
 class YamlFile:
     """A YAML file that remembers where each value stands."""
 
     def __init__(self, path: Path):
-        """Raises UserError if the file is missing or not YAML."""
-        from ruamel.yaml import YAML
+        """Raises UserError if the file is missing, not YAML, or larger or deeper than what people write."""
         from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
         self.path = path
         try:
-            self._data = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+            with open_regular(path) as file:
+                content = file.read(_MOST_BYTES + 1)
+            if len(content) > _MOST_BYTES:
+                raise UserError(f"{path}: holds more than {_MOST_BYTES} bytes; is it the right file?")
+            text = content.decode()
+            if deep := _BRACKETS.search(text):
+                line = text.count("\n", 0, deep.start()) + 1
+                raise UserError(f"{path}:{line}: not valid YAML: {_TOO_DEEP}")
+            self._data = _reader().load(text)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        except (YAMLError, UnicodeDecodeError) as error:
+        except (YAMLError, ValueError) as error:
             mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
             reason = error.problem if isinstance(error, MarkedYAMLError) else str(error)
             raise UserError(
                 f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(reason.split())}"
             ) from None
 
-    @property
+    @cached_property
     def data(self) -> Any:
         """The content, of the plain types of Python."""
         return _plain(self._data)
@@ -49,19 +71,79 @@ class YamlFile:
             # A misspelt key is also a missing one; the first says more.
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
             loc = [part for part in first["loc"] if part != "[key]"]
-            raise self.error(
-                loc, f"{'.'.join(map(str, loc)) or 'the file'}: {_explain(first, model, loc)}"
-            ) from None
+            if not loc:
+                wrong = "is empty" if self.data is None else _explain(first, model, loc)
+                raise self.error(loc, f"the file {wrong}") from None
+            raise self.error(loc, f"{'.'.join(map(str, loc))}: {_explain(first, model, loc)}") from None
 
     def _line(self, loc: Sequence[Any]) -> int:
         """The line (from 1) of the deepest part of `loc` that stands in the file."""
         line, data = 1, self._data
         for part in loc:
-            if not isinstance(data, (dict, list)) or isinstance(data, dict) and part not in data:
+            known = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
+            if part not in known:
                 break
-            line = (data.lc.key(part) if isinstance(data, dict) else data.lc.item(part))[0] + 1
+            # Nothing is known of keys that `<<` brings, and of lists with a tag.
+            places = data.lc.data or {}
+            line = places[part][0] + 1 if part in places else line
             data = data[part]
         return line
+
+
+def _reader() -> YAML:
+    """Reads YAML with the lines of everything, and refuses what would take for ever, or more memory than there is."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.composer import Composer, ComposerError
+    from ruamel.yaml.events import AliasEvent
+    from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+    from ruamel.yaml.parser import Parser
+    from ruamel.yaml.scanner import Scanner
+
+    class Bounded(Composer):
+        """Counts values while they are composed: a file of some lines may stand for billions of them."""
+
+        def __init__(self, loader: Any = None):
+            super().__init__(loader)
+            self.aliases = 0
+            self.values: dict[int, int] = {}  # in a node and below it, by the node's id
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            mark = self.parser.peek_event().start_mark
+            if self.depth >= DEEPEST:
+                refuse(_TOO_DEEP, mark)
+            if self.parser.check_event(AliasEvent):
+                self.aliases += 1
+                if self.aliases > _MOST_ALIASES:
+                    refuse(f"more than {_MOST_ALIASES} aliases; write it out", mark)
+            if len(self.values) > _MOST_VALUES:
+                refuse(f"more than {_MOST_VALUES} values; is it the right file?", mark)
+            node = super().compose_node(parent, index)
+            if id(node) not in self.values:
+                if node.end_mark is None:
+                    refuse("an anchor holds an alias of itself", mark)
+                self.values[id(node)] = 1 + sum(self.values[id(below)] for below in _below(node, Node))
+            if index is None and isinstance(parent, MappingNode) and not isinstance(node, ScalarNode):
+                refuse("a key is a list or a mapping; write text", mark)
+            if self.values[id(node)] > _MOST_VALUES:
+                refuse(f"its aliases stand for more than {_MOST_VALUES} values; write less", mark)
+            return node
+
+    def refuse(problem: str, mark: Any) -> NoReturn:
+        raise ComposerError(None, None, problem, mark)
+
+    reader = YAML(typ="rt")
+    reader.Composer = Bounded
+    reader.Scanner, reader.Parser = (
+        Scanner,
+        Parser,
+    )  # those of "rt" also keep comments, for half as much time again
+    return reader
+
+
+def _below(node: Any, kind: type) -> Iterator[Any]:
+    """The nodes in a node of YAML."""
+    for value in node.value if isinstance(node.value, list) else ():
+        yield from (value,) if isinstance(value, kind) else value
 
 
 def _plain(value: Any) -> Any:
@@ -78,7 +160,7 @@ def _plain(value: Any) -> Any:
 def _explain(error: Any, model: type[BaseModel], loc: list[Any]) -> str:
     if error["type"] == "extra_forbidden":
         return "unknown key" + did_you_mean(loc[-1], _keys_at(model, loc[:-1]))
-    return error["msg"].removeprefix("Value error, ")
+    return plainly(error)
 
 
 def _keys_at(model: type[BaseModel], loc: list[Any]) -> list[str]:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
-from merging.engine import Progress, merge_points
-from merging.errors import UserError
-from merging.files import write_json
-from merging.methods import get_method
-from merging.plan import Plan, make_plan
-from merging.recipe import Recipe, canonical_json, text_digest
+from mergeline.merging.api import merge_points
+from mergeline.merging.canonical import canonical_json, text_digest
+from mergeline.merging.engine.manifest import is_single
+from mergeline.merging.engine.places import refuse_file
+from mergeline.merging.engine.plan import Plan
+from mergeline.merging.engine.planning import Headers, make_plan
+from mergeline.merging.engine.work import Count, Progress
+from mergeline.merging.errors import UserError
+from mergeline.merging.files import read_object, write_json
+from mergeline.merging.methods.bound import bind
+from mergeline.merging.methods.contract import get_method
+from mergeline.merging.recipes.recipe import Recipe, too_many_points, unfolded
 
 Point = dict[str, Any]
 
+_TABLE = "sweep.json"
 _POINTS = 64  # merged at a time: each keeps some files open
+_FILES_A_POINT = 3  # its staging folder, its journal, the folder that is synced; besides those of its weights
+_OTHER_FILES = 24  # of the process: libraries, pipes, what is imported meanwhile
 _LONGEST_NAME = 100  # of a point's folder
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.,+-]+")
 
@@ -33,6 +43,7 @@ def sweep(
     workers: int | None = None,
     progress: Progress | None = None,
     factors: str | os.PathLike | None = None,
+    force: bool = False,
 ) -> list[dict[str, Any]]:
     """Merge every combination of the values of `grid` into a folder of its own in `out`.
 
@@ -44,24 +55,28 @@ def sweep(
         UserError: as `merging.merge`; a grid that is empty or names an unknown parameter, a wrong or repeated value.
     """
     recipe, out = Recipe.of(recipe), Path(out)
-    if out.suffix == ".safetensors":
+    if is_single(out):
         raise UserError(f"{out}: a sweep makes many checkpoints; name a folder")
+    refuse_file(out / _TABLE, [], _is_table, "sweep", force)
     points = grid_points(recipe, grid)
     names = _names(points)
     recipes = [recipe.model_copy(update={"params": {**recipe.params, **point}}) for point in points]
-    plan = make_plan(recipes[0])
+    headers = Headers()
+    plan = make_plan(recipes[0], headers)
     plan.check()
     workers, settings = _shares(plan, memory, workers)
-    batches = list(in_batches(points, _POINTS, settings))
+    params = [made.params for made in recipes]
+    batches = list(in_batches(recipe.method, params, _points_at_a_time(plan), settings))
     manifests: dict[int, Any] = {}
     for number, batch in enumerate(batches):
         merged = merge_points(
-            [(recipes[i], out / names[i]) for i in batch],
+            [(make_plan(recipes[i], headers), out / names[i]) for i in batch],
             device=device,
             memory=memory,
             workers=workers,
             progress=progress and _part(progress, number, len(batches)),
             factors=factors,
+            force=force,
         )
         manifests |= dict(zip(batch, merged))
     rows = [
@@ -74,10 +89,15 @@ def sweep(
         for i, (name, point) in enumerate(zip(names, points))
     ]
     write_json(
-        out / "sweep.json",
+        out / _TABLE,
         {"method": recipe.method, "params": recipe.params, "grid": dict(grid), "points": rows},
     )
     return rows
+
+
+def folders(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The names of the folders of a sweep (raises UserError as `grid_points`)."""
+    return _names(grid_points(recipe, grid))
 
 
 def grid_points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point]:
@@ -92,6 +112,8 @@ def grid_points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point
     for key, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
             raise UserError(f"grid: '{key}' has no values; list some")
+    if problem := too_many_points(grid):
+        raise UserError(problem)
     points = [dict(zip(grid, values)) for values in product(*grid.values())]
     for point in points:
         params = method.resolve({**recipe.params, **point})
@@ -104,15 +126,18 @@ def grid_points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point
 
 
 def in_batches(
-    points: Sequence[Point], most_points: int, most_settings: int | None = None
+    method: str, points: Sequence[Mapping[str, Any]], most_points: int, most_settings: int | None = None
 ) -> Iterator[list[int]]:
-    """The points' indexes in batches; points that differ in `scale` alone, a setting, are neighbours.
+    """The indexes of points of a method's parameters in batches; points of one setting are neighbours.
 
-    Methods compute the update of a setting once for all scales, and remember it.
+    Of one setting are points that differ only in what multiplies an update: it is computed once for all of them.
     """
     settings: dict[str, list[int]] = {}
     for i, point in enumerate(points):
-        setting = canonical_json({key: value for key, value in point.items() if key != "scale"})
+        id, params = unfolded(method, point)
+        entry = get_method(id)
+        bound = bind(entry, entry.resolve(params))
+        setting = canonical_json({k: v for k, v in bound.flat.items() if k not in bound.scales})
         settings.setdefault(setting, []).append(i)
     batch: list[int] = []
     held = 0
@@ -142,9 +167,33 @@ def _shares(plan: Plan, memory: int | None, workers: int | None) -> tuple[int | 
     return workers, max(1, 1 + (room - peak) // max(update, 1))
 
 
-def _part(progress: Progress, number: int, count: int) -> Callable[[int, int], None]:
+def _points_at_a_time(plan: Plan) -> int:
+    """How many points may keep their files open, by the limit of this process."""
+    read = {info.file for checkpoint in plan.experts.values() for info in checkpoint.stored.tensors.values()}
+    written = 1 + (plan.bytes_written // plan.recipe.shard_size if plan.recipe.shard_size else 0)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _POINTS
+    free = limit - _OTHER_FILES - len(read) - 1
+    return max(1, min(_POINTS, free // (_FILES_A_POINT + written)))
+
+
+def _part(progress: Progress, number: int, count: int) -> Progress:
     """The progress of one of several merges of the same tensors."""
-    return lambda done, total: progress(number * total + done, count * total)
+
+    def part(done: Count, total: Count) -> None:
+        size = number * total.bytes + done.bytes
+        progress(Count.of(number * total + done, size), Count.of(count * total, count * total.bytes))
+
+    return part
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file is the list of a sweep's points."""
+    try:
+        return {"method", "grid", "points"} <= read_object(path).keys()
+    except UserError:
+        return False
 
 
 def _names(points: Sequence[Point]) -> list[str]:

@@ -1,20 +1,35 @@
-"""Re-derive a merged checkpoint from its manifest and say whether it is bit-identical."""
+"""Re-derive a merged checkpoint from its manifest and say whether it is bit-identical, with all that lies beside it."""
 
 from __future__ import annotations
 
+import copy
+import json
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merging.checkpoint import open_checkpoint
-from merging.engine import merge
-from merging.errors import UserError
-from merging.files import user_errors
-from merging.lora import extract_lora
-from merging.manifest import manifest_path
-from merging.stores import compress
+from mergeline.merging.api import merge
+from mergeline.merging.canonical import canonical_json
+from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
+from mergeline.merging.checkpoints.checkpoint import header_digest, open_checkpoint
+from mergeline.merging.checkpoints.heads import HEADS
+from mergeline.merging.checkpoints.router import ROUTER
+from mergeline.merging.checkpoints.task_adapters import ADAPTERS, adapter_path
+from mergeline.merging.compress import compress, extract_expert
+from mergeline.merging.engine.card import CARD
+from mergeline.merging.engine.manifest import Manifest, manifest_path, signature_path, sub_folders
+from mergeline.merging.errors import UserError
+from mergeline.merging.export import export_task
+from mergeline.merging.extract_lora import extract_lora
+from mergeline.merging.files import read_object, user_errors
+from mergeline.merging.methods.contract import catalogue
+from mergeline.merging.reading import open_regular, parsed_json, sha256_of
+from mergeline.merging.signature import check_signature
+
+_FEW = 5  # names in a sentence
 
 
 class _Origin(BaseModel):
@@ -30,11 +45,22 @@ class _Lineage(BaseModel):
     base: _Origin | None
     experts: dict[str, _Origin]
     statistics: dict[str, list[_Origin]] = {}
+    methods: dict[str, str] = {}  # the digests of files that define methods from outside
+    adapters: dict[str, str] = {}  # the digests of adapters of tasks
+    router: str | None = None  # the digest of a store's router
+
+    @property
+    def origins(self) -> list[tuple[str, _Origin]]:
+        """All that was read, each with what it was."""
+        found = [*self.experts.items(), *([("base", self.base)] if self.base else [])]
+        return found + [(kind, origin) for kind, files in self.statistics.items() for origin in files]
 
 
 class _Output(BaseModel):
     digest: str
+    files: list[str]
     tensors: dict[str, str]
+    headers: dict[str, str] = {}  # of each of the files
 
 
 class _Adapter(BaseModel):
@@ -44,73 +70,316 @@ class _Adapter(BaseModel):
     modules_to_save: list[str]
 
 
-class _Manifest(BaseModel):
-    """What `verify` needs of a manifest."""
+class _Extracted(BaseModel):
+    """How an expert was given back by a store."""
+
+    store: _Origin
+    expert: str
+    base: _Origin | None
+    shard_size: int | None
+
+    @property
+    def origins(self) -> list[tuple[str, _Origin]]:
+        return [("store", self.store), *([("base", self.base)] if self.base else [])]
+
+
+class _Written(BaseModel):
+    """What `verify` needs of any manifest."""
+
+    output: _Output
+    versions: dict[str, str]
+    files: dict[str, str] | None = None  # what lies beside the weights; None: made before it was listed
+
+
+class _Manifest(_Written):
+    """Of a merge, and of what is made of one."""
 
     recipe: _Lineage
-    output: _Output
     device: str
-    versions: dict[str, str]
     store: dict[str, Any] | None = None  # of a compressed store
     adapter: _Adapter | None = None
 
+    def make_again(self, folder: Path, place: Path) -> Manifest:
+        """Merge into `place`; the manifest lies in `folder`."""
+        recipe = self.recipe
+        inputs = {
+            **recipe.model_dump(exclude={"methods"}),
+            "base": recipe.base and folder / recipe.base.path,
+            "experts": {name: folder / origin.path for name, origin in recipe.experts.items()},
+            "statistics": {
+                kind: [folder / o.path for o in files] for kind, files in recipe.statistics.items()
+            },
+            # Both lie in the folder itself, and are as the manifest says.
+            "adapters": {task: adapter_path(folder, task) for task in recipe.adapters},
+            "router": recipe.router and folder / ROUTER,
+        }
+        if self.adapter:
+            return extract_lora(inputs, place, **self.adapter.model_dump(), device=self.device)
+        return (compress if self.store else merge)(inputs, place, device=self.device)
 
-def verify(out: Path) -> str:
-    """Check the files of `out` against its manifest, its inputs against their digests, and merge once more.
 
-    Returns a sentence.
+class _Expert(_Written):
+    """Of what a store gave back."""
+
+    extracted: _Extracted
+
+    def make_again(self, folder: Path, place: Path) -> Manifest:
+        """Extract into `place`; the manifest lies in `folder`."""
+        asked = self.extracted
+        base = folder / asked.base.path if asked.base else None
+        return extract_expert(
+            folder / asked.store.path, asked.expert, place, base=base, shard_size=asked.shard_size
+        )
+
+
+class _Exported(BaseModel):
+    """How a task was exported from a merge."""
+
+    merge: _Origin
+    task: str
+    shard_size: int | None
+
+    @property
+    def origins(self) -> list[tuple[str, _Origin]]:
+        return [("merge", self.merge)]
+
+
+class _Export(_Written):
+    """Of a task of a merge."""
+
+    exported: _Exported
+
+    def make_again(self, folder: Path, place: Path) -> Manifest:
+        """Export into `place`; the manifest lies in `folder`."""
+        asked = self.exported
+        return export_task(folder / asked.merge.path, asked.task, place, shard_size=asked.shard_size)
+
+
+def verify(out: Path, public_key: Path | None = None, again: bool = True) -> str:
+    """Check the files of `out` against its manifest, its inputs against their digests, and merge once more; or, for an
+    expert of a store, extract it once more.
+
+    Everything that the new merge says is compared: weights, the headers of their files, the files beside them, and
+    every value of the manifest but versions and paths, which nothing can prove. Returns a sentence, which names
+    what was not covered: files that the manifest does not list, versions that are not those of the new merge.
+
+    public_key: who must have signed the manifest. again: whether to merge once more, for which the inputs must be here.
 
     Raises:
-        UserError: no manifest, files or inputs that changed, or a merge that comes out differently.
+        UserError: no manifest, a signature that is missing or another's, files, inputs or methods that changed, or a
+            merge that comes out differently.
     """
-    manifest = _read(manifest_path(out))
-    recipe, digest = manifest.recipe, manifest.output.digest
-    found = open_checkpoint(out).digest()
-    if found != digest:
-        raise UserError(
-            f"{out}: its content is {found}, its manifest says {digest}: it was changed after the merge"
-        )
+    written, manifest = _read(manifest_path(out))
+    signed = []
+    if public_key:
+        check_signature(out, public_key)
+        signed = [f"signed by the owner of {public_key}"]
+    elif signature_path(out).exists():
+        signed = ["its signature was not checked: name the key (--public-key)"]
+    if not again:
+        _check_output(out, manifest)
+        said = f"{out}: its files are as its manifest says ({manifest.output.digest})"
+        return "; ".join([said, *signed, *_uncovered(out, manifest)])
+    if isinstance(manifest, _Manifest):
+        _check_methods(out, manifest.recipe)
+        origins, what = manifest.recipe.origins, "a new merge of its inputs"
+    elif isinstance(manifest, _Export):
+        origins, what = manifest.exported.origins, "what its merge exports"
+    else:
+        origins, what = manifest.extracted.origins, "what its store gives back"
+    _check_output(out, manifest)
     folder = out if out.is_dir() else out.parent
-    origins = [*recipe.experts.items(), *([("base", recipe.base)] if recipe.base else [])]
-    origins += [(kind, origin) for kind, files in recipe.statistics.items() for origin in files]
     for name, origin in origins:
         if open_checkpoint(folder / origin.path).digest() != origin.digest:
             raise UserError(
-                f"{folder / origin.path}: is no longer the '{name}' that was merged ({origin.digest})"
+                f"{folder / origin.path}: is no longer the '{name}' that was read for it ({origin.digest})"
             )
-    again = {
-        **recipe.model_dump(),
-        "base": recipe.base and folder / recipe.base.path,
-        "experts": {name: folder / origin.path for name, origin in recipe.experts.items()},
-        "statistics": {kind: [folder / o.path for o in files] for kind, files in recipe.statistics.items()},
-    }
-    with (
-        user_errors(out.parent),
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=".verify-", suffix=".partial") as scratch,
-    ):
-        place = Path(scratch) / f"again{out.suffix if out.is_file() else ''}"
-        if manifest.adapter:
-            made = extract_lora(again, place, **manifest.adapter.model_dump(), device=manifest.device)
-        else:
-            made = (compress if manifest.store else merge)(again, place, device=manifest.device)
-    if made["output"]["digest"] != digest:
-        differ = [n for n, h in made["output"]["tensors"].items() if manifest.output.tensors.get(n) != h]
-        versions = {k: v for k, v in manifest.versions.items() if made["versions"].get(k) != v}
-        raise UserError(
-            f"{out}: merged again, {len(differ)} tensor(s) differ, first '{differ[0]}'; "
-            f"made with {versions or 'the same versions'}"
-        )
-    return f"{out}: bit-identical to a new merge of its inputs ({digest})"
+    with _scratch(out) as scratch:
+        place = scratch / f"again{out.suffix if out.is_file() else ''}"
+        made = manifest.make_again(folder, place)
+        notes = [*signed, *_compared(out, manifest, written, place, made), *_uncovered(out, manifest)]
+    return "; ".join([f"{out}: bit-identical to {what} ({manifest.output.digest})", *notes])
 
 
-def _read(path: Path) -> _Manifest:
+def _read(path: Path) -> tuple[Manifest, _Manifest | _Expert | _Export]:
+    """A manifest as it is written, and what is needed of it, checked."""
     try:
-        return _Manifest.model_validate_json(path.read_bytes())
+        with open_regular(path) as file:
+            text = file.read().decode()
+        written = parsed_json(text)
+        kinds: dict[str, type[_Manifest | _Expert | _Export]] = {"extracted": _Expert, "exported": _Export}
+        kind = next((key for key in kinds if isinstance(written, dict) and key in written), "")
+        manifest = kinds.get(kind, _Manifest).model_validate(written)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no manifest; only what Mergeline merged can be verified") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
+        if kind == "extracted" and "versions" not in written:
+            raise UserError(
+                f"{path}: is of an earlier Mergeline, and has no digest of the store; extract the expert again"
+            ) from None
         first = error.errors()[0]
-        if b'"extracted": {' in path.read_bytes():
-            raise UserError(f"{path}: was extracted from a store; verify the store that it names") from None
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path}: the manifest was damaged: {where}: {first['msg']}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: the manifest was damaged: {error}") from None
+    if "".join(text.split()) != "".join(json.dumps(written, ensure_ascii=False).split()):
+        raise UserError(f"{path}: the manifest was changed: a value is not written as Mergeline writes it")
+    return written, manifest
+
+
+def _check_methods(out: Path, recipe: _Lineage) -> None:
+    for id, defined in recipe.methods.items():
+        known = catalogue().get(id)
+        if known is None:
+            raise UserError(
+                f"{out}: was made with the method '{id}' of a file; name that file with --methods"
+            )
+        if known.digest != defined:
+            raise UserError(f"{known.file}: is no longer the file that defined '{id}' ({defined})")
+
+
+def _check_output(out: Path, manifest: _Written) -> None:
+    """What was written must be what the manifest says of it (raises UserError if it is not)."""
+    found = open_checkpoint(out).digest()
+    if found != manifest.output.digest:
+        raise UserError(
+            f"{out}: its content is {found}, its manifest says {manifest.output.digest}: "
+            "it was changed after the merge"
+        )
+    for name, digest in manifest.output.headers.items():
+        if name not in manifest.output.files or header_digest(_listed(out, name)) != digest:
+            raise UserError(f"{_listed(out, name)}: its header is not what the manifest says: it was changed")
+    for name, digest in (manifest.files or {}).items():
+        path = _listed(out, name)
+        if (found := f"sha256:{sha256_of(path)}") != digest:
+            raise UserError(f"{path}: is {found}, the manifest says {digest}: it was changed after the merge")
+
+
+def _listed(out: Path, name: str) -> Path:
+    """A file of a merge, by its name in the manifest; a single file has a name of its own (raises UserError)."""
+    path = out / name if out.is_dir() else out
+    parts = name.split("/")
+    if len(parts) > 2 or not {"", ".", ".."}.isdisjoint(parts) or not path.is_file():
+        raise UserError(f"{path}: is named by the manifest, and is not there")
+    return path
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder to merge into: beside the output, whose disk held it before, or in the temporary one."""
+    try:
+        made = tempfile.TemporaryDirectory(dir=out.parent, prefix=".verify-", suffix=".partial")
+    except OSError:
+        with user_errors(Path(tempfile.gettempdir())):
+            made = tempfile.TemporaryDirectory(prefix="mergeline-verify-")
+    with made as folder:
+        yield Path(folder)
+
+
+def _compared(out: Path, manifest: _Written, written: Manifest, place: Path, made: Manifest) -> Iterator[str]:
+    """Raises UserError where the new merge differs; yields what it could not say, a note each."""
+    versions = {
+        name: manifest.versions.get(name, "of no version")
+        for name in {**made["versions"], **manifest.versions}
+        if made["versions"].get(name) != manifest.versions.get(name)
+    }
+    if made["output"]["digest"] != manifest.output.digest:
+        differ = [n for n, h in made["output"]["tensors"].items() if manifest.output.tensors.get(n) != h]
+        raise UserError(
+            f"{out}: made again, {len(differ)} tensor(s) differ, first '{[*differ, None][0]}'; "
+            f"made with {versions or 'the same versions'}"
+        )
+    left, right = _derivable(written), _derivable(made)
+    other_card = bool(versions)
+    for told, derived in zip(_origins(left), _origins(right)):
+        if "source" in told and "source" not in derived:
+            yield f"its source {told.pop('source')} is not proved: {CARD} and the manifest name it alone"
+            other_card = True
+    if manifest.files is None:
+        right.pop("files")
+        right["output"].pop("headers")
+    else:
+        yield from _uncertain_files(out, place, left["files"], right["files"], other_card)
+    for where in _differences(left, right):
+        raise UserError(
+            f"{manifest_path(out)}: {'.'.join(map(str, where))} is not that of a new merge: the manifest was changed, "
+            f"or made with {manifest.versions}"
+        )
+    for name in manifest.output.files:
+        if header_digest(_listed(out, name)) != header_digest(_listed(place, name)):
+            raise UserError(f"{_listed(out, name)}: its header is not that of a new merge: it was changed")
+    if versions:
+        yield f"made, as it says, with {', '.join(f'{name} {version}' for name, version in versions.items())}"
+
+
+def _uncertain_files(
+    out: Path, place: Path, told: dict[str, str], derived: dict[str, str], other_card: bool
+) -> Iterator[str]:
+    """Take out of both, with a note, the files that differ by what a new merge cannot know.
+
+    other_card: whether the card may be another one, by other versions or for want of a source.
+    """
+    differ = {name for name in told.keys() & derived.keys() if told[name] != derived[name]}
+    if other_card and CARD in differ:
+        del told[CARD], derived[CARD]
+        yield f"{CARD} is as the manifest says, but a new merge writes another"
+    if ADAPTER_CONFIG in differ:
+        configs = [read_object(folder / ADAPTER_CONFIG) for folder in (out, place)]
+        name, _ = (config.pop("base_model_name_or_path", None) for config in configs)
+        if configs[0] == configs[1]:
+            del told[ADAPTER_CONFIG], derived[ADAPTER_CONFIG]
+            yield f"{ADAPTER_CONFIG} is as the manifest says, but the name of its base, {name}, is not proved"
+
+
+def _uncovered(out: Path, manifest: _Written) -> Iterator[str]:
+    """What lies in the folder and is not in the manifest, a note each."""
+    if not out.is_dir():
+        return
+    if manifest.files is None:
+        yield "its manifest is of an earlier Mergeline, and does not cover the files beside the weights"
+        return
+    known = {*manifest.output.files, *manifest.files, manifest_path(out).name, signature_path(out).name}
+    parts = {ADAPTERS, HEADS, *sub_folders(manifest.files)}
+    inside = [f"{part}/{path.name}" for part in parts for path in (out / part).glob("*")]
+    found = [path.name for path in out.iterdir() if path.name not in parts or not path.is_dir()]
+    if more := sorted({*found, *inside} - known):
+        rest = f" and {len(more) - _FEW} more" if len(more) > _FEW else ""
+        yield f"beside it lies what the manifest does not list: {', '.join(more[:_FEW])}{rest}"
+
+
+def _derivable(manifest: Manifest) -> Manifest:
+    """A copy of a manifest without what a new merge cannot say: versions, and where the inputs lie."""
+    found = copy.deepcopy(manifest)
+    found.pop("versions", None)
+    for origin in _origins(found):
+        origin.pop("path", None)
+    return found
+
+
+def _origins(manifest: Manifest) -> list[dict[str, Any]]:
+    """What a manifest says of all that was read."""
+    if "extracted" in manifest:
+        asked = manifest["extracted"]
+        return [asked["store"], *([asked["base"]] if asked["base"] else [])]
+    if "exported" in manifest:
+        return [manifest["exported"]["merge"]]
+    recipe = manifest["recipe"]
+    statistics = [origin for files in recipe["statistics"].values() for origin in files]
+    return [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values(), *statistics]
+
+
+def _differences(a: Any, b: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where two JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {**a, **b}:
+            if key in a and key in b:
+                yield from _differences(a[key], b[key], (*where, key))
+            else:
+                yield (*where, key)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (one, other) in enumerate(zip(a, b)):
+            yield from _differences(one, other, (*where, i))
+    elif canonical_json(a) != canonical_json(b):
+        yield where

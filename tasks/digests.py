@@ -14,11 +14,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Iterator
 
+from mergeline.merging.reading import open_regular
+
 # What .dvcignore leaves out of every folder.
 _IGNORED_FOLDERS = {"__pycache__", ".git", ".dvc"}
 _IGNORED_FILES = ("*.pyc", ".*.partial", ".gitignore")
 _CHUNK = 1 << 22
-_SELECT = "select md5 from md5 where inode = ? and size = ? and modified = ? and changed = ?"
+_Key = tuple[int, int, int, int]  # inode, size, modification and change time
 
 
 class Digests:
@@ -27,38 +29,57 @@ class Digests:
     def __init__(self, memo: Path):
         memo.parent.mkdir(parents=True, exist_ok=True)
         self._memo = memo
+        self._known: dict[
+            _Key, str
+        ] = {}  # what the memo has; one stage after another asks for the same files
         with self._connect() as db:
             db.execute(
                 "create table if not exists md5 (inode int primary key, size int, modified int, changed int, md5 text)"
             )
+            self._known |= {(i, s, m, c): md5 for i, s, m, c, md5 in db.execute("select * from md5")}
 
     def of(self, path: Path) -> str | None:
         """DVC's md5 of a file, `...dir` of a folder, or None where there is nothing."""
-        if path.is_dir():
-            entries = [
-                {"md5": self._file(f), "relpath": f.relative_to(path).as_posix()} for f in _files(path)
-            ]
-            entries.sort(key=lambda e: e["relpath"])
-            return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
-        return self._file(path) if path.exists() else None
+        new: dict[_Key, str] = {}
+        try:
+            if path.is_dir():
+                entries = [
+                    {"md5": self._file(f, new), "relpath": f.relative_to(path).as_posix()}
+                    for f in _files(path)
+                ]
+                entries.sort(key=lambda e: e["relpath"])
+                return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
+            return self._file(path, new) if path.exists() else None
+        finally:
+            self._remember(new)
 
-    def _file(self, path: Path) -> str:
+    def _file(self, path: Path, new: dict[_Key, str]) -> str:
+        """The digest of a file; where it had to be read, it is added to `new`, too."""
         stat = path.stat()
         key = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        with self._connect() as db:
-            row = db.execute(_SELECT, key).fetchone()
-        if row:
-            return row[0]
-        md5 = hashlib.md5()
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                md5.update(chunk)
-        with self._connect() as db:
-            db.execute("insert or replace into md5 values (?, ?, ?, ?, ?)", (*key, md5.hexdigest()))
-        return md5.hexdigest()
+        if key not in self._known:
+            self._known[key] = new[key] = _md5(path)
+        return self._known[key]
+
+    def _remember(self, new: dict[_Key, str]) -> None:
+        """In one transaction: each is written to the disk before it returns."""
+        if new:
+            with self._connect() as db:
+                db.execute("begin immediate")
+                rows = [(*key, md5) for key, md5 in new.items()]
+                db.executemany("insert or replace into md5 values (?, ?, ?, ?, ?)", rows)
+                db.execute("commit")
 
     def _connect(self) -> closing[sqlite3.Connection]:
         return closing(sqlite3.connect(self._memo, timeout=60, isolation_level=None))
+
+
+def _md5(path: Path) -> str:
+    md5 = hashlib.md5()
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK):
+            md5.update(chunk)
+    return md5.hexdigest()
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,116 +1,167 @@
-"""The evaluate step: class predictions of a checkpoint on every task, and how many are right."""
+"""The evaluate and baselines steps: what models answer on every example of every task, and how good that is.
+
+An evaluation is a folder: predictions.safetensors with the answers, scores.json with what they come to.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Collection, Mapping
 
-from merging.engine import one_thread
-from merging.errors import UserError
-from merging.files import publish, staged, write_bytes, write_json
+from mergeline.evaluation.measures import Measures
+from mergeline.evaluation.metrics import is_right_or_wrong
+from mergeline.merging import merge
+from mergeline.merging.checkpoints.adapters import is_adapter
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.engine.machine import one_thread
+from mergeline.merging.errors import UserError
+from mergeline.merging.files import publish, staged, write_bytes, write_json
+from mergeline.tasks.evaluations import Evaluations
+from mergeline.tasks.progress import counting, said_of_stage
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
-    from evaluation.vision import Evaluator
+    from mergeline.tasks.modality import Evaluation, Modality
+    from mergeline.tasks.schema import Params
 
 SPLITS = ("val", "test")
-
-# "SPLIT/TASK" -> int32 classes of images; or, of language tasks, 1 where an example is right
-Predictions = dict[str, "np.ndarray"]
+PREDICTIONS, SCORES = "predictions.safetensors", "scores.json"
 
 
-def write_heads(base: Path, suite: Path, datasets: dict[str, Path], out: Path, device: str) -> None:
-    """Class embeddings of every task from the base's text tower: one (C, d) float32 tensor a task.
+def evaluate_merge(modality: Modality, params: Params, build: Path, folder: Path, out: Path) -> None:
+    """Measure one merged checkpoint on all tasks and both splits into the evaluation `out`.
 
     Raises:
-        UserError: a task without class names, in the suite or in its data; a base without a text tower.
+        UserError: it does not open, or does not fit the data.
     """
-    from safetensors.torch import save
-
-    from evaluation.datasets import load
-    from evaluation.suite import load_suite
-    from evaluation.vision import build_heads
-
-    tasks = load_suite(suite)
-    absent = sorted(set(datasets) - set(tasks.tasks))
-    if absent:
-        raise UserError(f"{suite}: describes no task '{absent[0]}', which params.yaml evaluates; add it")
-    wanted = tasks.model_copy(update={"tasks": {name: tasks.tasks[name] for name in datasets}})
-    names = {task: load(folder).classnames for task, folder in datasets.items()}
+    evaluator = Evaluations(modality, params, build, folder)
     with one_thread():
-        heads = build_heads(base, wanted, {t: n for t, n in names.items() if n}, device)
-    write_bytes(out, save({task: head.cpu().contiguous() for task, head in heads.items()}))
-
-
-def which_are_right(predicted_N: np.ndarray, labels: Path | None) -> np.ndarray:
-    """Which examples are right, bool (N): by the file of their labels, or as predictions of language tasks say."""
-    import numpy as np
-
-    return predicted_N == (1 if labels is None else np.load(labels))
-
-
-def make_evaluator(base: Path, heads: Path, datasets: dict[str, Path], device: str) -> Evaluator:
-    """The image tower of `base` with the heads and data of every task."""
-    from safetensors.torch import load_file
-
-    from evaluation.datasets import load
-    from evaluation.vision import Evaluator
-
-    return Evaluator(
-        base, load_file(heads), {task: load(folder) for task, folder in datasets.items()}, device
-    )
-
-
-def evaluate_merge(merge: Path, heads: Path, datasets: dict[str, Path], out: Path, device: str) -> None:
-    """Score one merged checkpoint on all tasks and both splits into scores.json and predictions.safetensors."""
-    from evaluation.vision import load_state
-
-    with one_thread():
-        evaluator = make_evaluator(merge, heads, datasets, device)
-        predictions = _predict(evaluator, load_state(merge), list(datasets))
-    scores = {"model": merge.name, "splits": _scores(evaluator, predictions)}
-    write_evaluation(out, scores, predictions)
+        found = evaluator.evaluate(folder, SPLITS, params.tasks)
+    said_of_stage(evaluator.told(1, "models"))
+    scores = {"model": folder.name, **_scores(modality, params, build, found)}
+    write_evaluation(out, scores, found.answers)
 
 
 def evaluate_baselines(
-    base: Path, experts: dict[str, Path], heads: Path, datasets: dict[str, Path], out: Path, device: str
+    modality: Modality,
+    params: Params,
+    build: Path,
+    base: Path,
+    experts: Mapping[str, Path],
+    out: Path,
+    scratch: Path,
 ) -> None:
-    """Score the base on all tasks and each expert on the task of its name, for normalised accuracy."""
-    from evaluation.vision import load_state
+    """Measure the base on all tasks and each expert on its own into the evaluation `out`.
 
-    predictions: Predictions = {}
+    Adapters are measured as the engine reads them, on their base; `scratch` is a place for one merged model.
+
+    Raises:
+        UserError: as `evaluate_merge`.
+    """
+    answers: dict[str, np.ndarray] = {}
     scores: dict[str, Any] = {}
-    with one_thread():
-        evaluator = make_evaluator(base, heads, datasets, device)
-        for name, folder in {"base": base, **experts}.items():
-            tasks = list(datasets) if name == "base" else [name] if name in datasets else []
-            found = _predict(evaluator, load_state(folder), tasks)
-            scores[name] = _scores(evaluator, found)
-            predictions |= {f"{name}/{key}": value for key, value in found.items()}
-    write_evaluation(out, {"models": scores}, predictions)
+    models = {"base": base, **experts}
+    with one_thread(), counting("models") as count:
+        evaluator = Evaluations(modality, params, build, base)
+        heads = modality.heads(params, build)
+        for i, (name, folder) in enumerate(models.items()):
+            count(i, len(models))
+            tasks = params.tasks if name == "base" else [t for t, e in params.owners.items() if e == name]
+            with staged(scratch) as place:
+                if name != "base" and is_adapter(open_checkpoint(folder)):
+                    recipe = {"method": "average", "base": base, "experts": {name: folder}, "heads": heads}
+                    merge(recipe, place / name, workers=1)
+                    folder = place / name
+                found = evaluator.evaluate(folder, SPLITS, tasks)
+            scores[name] = _scores(modality, params, build, found)
+            answers |= {f"{name}/{key}": value for key, value in found.answers.items()}
+        said_of_stage(evaluator.told(len(models), "models"))
+    write_evaluation(out, {"models": scores}, answers)
 
 
-def _predict(evaluator: Evaluator, state: Mapping[str, Tensor], tasks: list[str]) -> Predictions:
-    found = {split: evaluator.predict(state, split, tasks) for split in SPLITS}
-    return {f"{split}/{task}": classes for split in SPLITS for task, classes in found[split].items()}
-
-
-def _scores(evaluator: Evaluator, predictions: Predictions) -> dict[str, Any]:
-    scores: dict[str, Any] = {split: {} for split in SPLITS}
-    for key, classes in predictions.items():
-        split, task = key.split("/")
-        labels = evaluator.data[task].split(split)[1]
-        scores[split][task] = {"correct": int((classes == labels).sum()), "n": len(labels)}
-    return scores
-
-
-def write_evaluation(out: Path, scores: dict[str, Any], predictions: Predictions) -> None:
-    """The folder `out` of one evaluation: scores.json and predictions.safetensors."""
+def write_evaluation(out: Path, scores: dict[str, Any], answers: dict[str, np.ndarray]) -> None:
+    """The folder `out` of one evaluation."""
     from safetensors.numpy import save
 
     with staged(out) as partial:
-        write_json(partial / "scores.json", scores)
-        write_bytes(partial / "predictions.safetensors", save(predictions))
+        write_json(partial / SCORES, scores)
+        write_bytes(partial / PREDICTIONS, save(answers))
         publish(partial, out)
+
+
+def read_outcomes(
+    modality: Modality, build: Path, predictions: Path, split: str, tasks: Collection[str], model: str = ""
+) -> dict[str, np.ndarray]:
+    """How good each answer in a predictions file is, (N) by task; `model` is one of the baselines.
+
+    Raises:
+        UserError: an outcome is NaN or infinite.
+    """
+    from safetensors.numpy import load_file
+
+    answers = load_file(predictions)
+    prefix = f"{model}/{split}" if model else split
+    return {
+        task: _outcomes(modality, build, split, task, answers[f"{prefix}/{task}"], f"{predictions}: {prefix}")
+        for task in tasks
+    }
+
+
+def mean_outcomes(
+    modality: Modality, build: Path, found: Evaluation, split: str, held_back: bool = False
+) -> dict[str, float]:
+    """The mean outcome on each task that was measured on a split.
+
+    held_back: only of the examples of val that merges are not fitted to.
+
+    Raises:
+        UserError: there are none.
+    """
+    means = {}
+    for (measured, task), outcome_N in _by_split(modality, build, found).items():
+        if measured == split:
+            own_N = outcome_N[modality.choosing(build, task) if held_back else slice(None)]
+            if not len(own_N):
+                raise UserError(
+                    f"'{task}' has {len(outcome_N)} example of val, to which merges are fitted, and none to choose by; "
+                    "bring more, or a split fit"
+                )
+            means[task] = float(own_N.mean())
+    return means
+
+
+def _scores(modality: Modality, params: Params, build: Path, found: Evaluation) -> dict[str, Any]:
+    measures = Measures(modality.measures(params))
+    splits: dict[str, Any] = {split: {} for split in SPLITS}
+    for (split, task), outcome_N in _by_split(modality, build, found).items():
+        measure = measures.of(task)
+        if is_right_or_wrong(outcome_N) and not measure.lower:
+            splits[split][task] = {"correct": int(outcome_N.sum()), "n": len(outcome_N)}
+        else:
+            splits[split][task] = {"mean": measure.turned(float(outcome_N.mean())), "n": len(outcome_N)}
+    return {"splits": splits, **found.scores}
+
+
+def _by_split(modality: Modality, build: Path, found: Evaluation) -> dict[tuple[str, str], np.ndarray]:
+    """The outcomes (N) by split and task."""
+    outcomes = {}
+    for key, answers in found.answers.items():
+        split, _, task = key.partition("/")
+        outcomes[split, task] = _outcomes(modality, build, split, task, answers, f"the evaluation on {split}")
+    return outcomes
+
+
+def _outcomes(
+    modality: Modality, build: Path, split: str, task: str, answers: np.ndarray, where: str
+) -> np.ndarray:
+    import numpy as np
+
+    outcome_N = modality.outcomes(build, split, task, answers)
+    if not np.isfinite(outcome_N).all():
+        example = int(np.argmin(np.isfinite(outcome_N)))
+        raise UserError(
+            f"{where}/{task}: the outcome of example {example} is {outcome_N[example]}, which no interval "
+            "can hold; have the modality give such an answer its worst score"
+        )
+    return outcome_N

@@ -3,98 +3,73 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Sequence
 
-from merging import operators as ops
-from merging import spectral
-from merging.engine import one_thread
-from merging.errors import UserError
-from merging.family import RANKS, Sums, number, oddities, sums_of, total
-from merging.files import publish, staged, write_json
-from merging.inputs import FileInputs
-from merging.keys import is_matrix
-from merging.lazy import torch
-from merging.mergelock import refuse_locked
-from merging.plan import make_plan
-from merging.rules import block_of
-from merging.slots import Slot
+from mergeline.merging.describe import describe_family, number
+from mergeline.merging.engine.mergelock import refuse_locked
+from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.errors import UserError
+from mergeline.merging.files import publish, staged, write_json
 
-if TYPE_CHECKING:
-    from torch import Tensor
+_OUTSIDE = "outside blocks"
 
 
-def extract(base: Path, experts: dict[str, Path], out: Path) -> None:
+def extract(base: Path, experts: dict[str, Path], out: Path, heads: Sequence[str] = ()) -> None:
     """Describe task vectors (expert - base) into `out/description.json`.
 
     Norm of every task vector, absolute and relative to the base, by tensor and by block; cosine and sign-conflict
     matrices between experts; the share of energy in the leading singular directions of the centred task vectors.
+    heads: names of tensors that are each expert's own.
 
     Raises:
         UserError: checkpoints that do not match, an expert that is not of this base or is locked against merging,
             two experts with one content.
     """
-    plan = make_plan({"method": "average", "base": base, "experts": experts})
+    plan = make_plan({"method": "average", "base": base, "experts": experts, "heads": heads})
     plan.check()
     refuse_locked(plan)
-    tensors: dict[str, Sums] = {}
-    energies: list[Tensor] = []
-    with staged(out) as partial, one_thread(lapack=True), FileInputs(plan) as source:
-        for entry in plan.entries:
-            if entry.action == "merge":
-                view = source.view(entry)
-                tensors[view.name] = sums_of(view)
-                if is_matrix(view.name, view.shape, "block_linear"):
-                    energies.append(_energies(next(view.blocks("tensor"))))
-        write_json(partial / "description.json", _description(list(experts), tensors, energies))
+    with staged(out) as partial:
+        found = describe_family(base, experts, heads=heads, workers=1)
+        for note in found["notes"]:
+            if note not in plan.warnings:  # the others say that an expert is not of this base, or not itself
+                raise UserError(note)
+        write_json(partial / "description.json", _description(found))
         publish(partial, out)
 
 
-def _energies(x: Slot) -> Tensor:
-    """The squared singular values, descending, of each expert's centred task vector: (T, R)."""
-    center_MN = ops.mean(x.experts)
-    grams = (spectral.gram(expert_MN.double() - center_MN) for expert_MN in x.experts)
-    return torch.stack([torch.linalg.eigvalsh(gram_RR).flip(0).clamp(min=0) for gram_RR in grams])
-
-
-def _description(experts: list[str], tensors: dict[str, Sums], energies: list[Tensor]) -> dict[str, Any]:
-    """What is written, from the sums over each tensor and the spectra (T, R) of matrices (raises UserError)."""
-    sums = total(tensors.values(), len(experts))
-    for sentence in oddities(sums, experts):
-        raise UserError(sentence)
-    blocks: dict[str, list[Sums]] = {}
-    for name, part in tensors.items():
-        block = block_of(name)
-        blocks.setdefault(f"block {block[1]}" if block else "outside blocks", []).append(part)
-    energy_T, alignment_T = sums.products_TT.diagonal(), sums.alignment_T
-    shares = {
-        key: total(parts, len(experts)).products_TT.diagonal() / energy_T for key, parts in blocks.items()
-    }
-    leading = _leading(energies)
+def _description(found: dict[str, Any]) -> dict[str, Any]:
+    """What is written, of what `describe_family` found."""
+    blocks = _energies(found["layers"], len(found["experts"]))
+    centred = found["origins"].get("mean", {}).get("energy", [])
     return {
         "reference": "pretrained",
         "experts": {
             name: {
-                "norm": number(sums.norm_T[t]),
-                "relative_norm": number(sums.relative_norm_T[t]),
-                "alignment_with_base": None if alignment_T is None else number(alignment_T[t]),
-                "energy_by_block": {key: number(share_T[t]) for key, share_T in shares.items()},
-                "energy_in_leading_directions": {key: number(held_T[t]) for key, held_T in leading.items()},
+                **{key: own[key] for key in ("norm", "relative_norm", "alignment_with_base")},
+                "energy_by_block": {
+                    key: number(energy[t] / _total(blocks, t)) for key, energy in blocks.items()
+                },
+                "energy_in_leading_directions": (
+                    dict(zip((f"{rank:g}" for rank in found["ranks"]), centred[t])) if centred else {}
+                ),
             }
-            for t, name in enumerate(experts)
+            for t, (name, own) in enumerate(found["experts"].items())
         },
-        "cosine": [[number(c) for c in row] for row in sums.cosine_TT],
-        "sign_conflict": [[number(c) for c in row] for row in sums.conflict_TT],
-        "tensor_norms": {name: [number(n) for n in part.norm_T] for name, part in tensors.items()},
+        "cosine": found["cosine"],
+        "sign_conflict": found["sign_conflict"],
+        "tensor_norms": {row["tensor"]: row["norm"] for row in found["by_tensor"]},
     }
 
 
-def _leading(energies: list[Tensor]) -> dict[str, Tensor]:
-    """For each share of full rank, the share of each expert's energy in so many directions: (T,)."""
-    energy_T = sum(energy_TR.sum(1) for energy_TR in energies)
-    if not energies or not energy_T.any():
-        return {}
-    held = {
-        f"{rank:g}": sum(e_TR[:, : spectral.rank_of(rank, e_TR.shape[1:])].sum(1) for e_TR in energies)
-        for rank in RANKS
-    }
-    return {key: held_T / energy_T.clamp(min=1e-300) for key, held_T in held.items()}
+def _energies(layers: list[dict[str, Any]], experts: int) -> dict[str, list[float]]:
+    """Squared norms of the task vectors by the number of a block, of all towers together."""
+    energies: dict[str, list[float]] = {}
+    for layer in layers:
+        key = _OUTSIDE if layer["block"] is None else f"block {layer['block']}"
+        before = energies.setdefault(key, [0.0] * experts)
+        energies[key] = [energy + norm**2 for energy, norm in zip(before, layer["norm"])]
+    return energies
+
+
+def _total(energies: dict[str, list[float]], expert: int) -> float:
+    return sum(energy[expert] for energy in energies.values())

@@ -3,32 +3,42 @@
 model.safetensors                     or shards, under their own names, + model.safetensors.index.json;
                                       the weights of a PEFT adapter keep their name
 config.json, tokenizer.json, ...      what describes the weights and lies beside them
+1_Pooling/config.json, ...            what the modules.json of sentence-transformers names in sub-folders
 provenance.json                       source, revision (commit), digest, size and SHA-256 of every file
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Mapping
 
-from merging.adapters import ADAPTER_WEIGHTS
-from merging.checkpoint import (
+from mergeline.merging.checkpoints.adapters import ADAPTER_WEIGHTS
+from mergeline.merging.checkpoints.checkpoint import (
     CONFIG_FILES,
     DTYPES,
     INDEX,
     PICKLE_SUFFIXES,
     WEIGHTS,
+    is_pickle,
     open_checkpoint,
     safe_name,
 )
-from merging.errors import UserError, did_you_mean
-from merging.files import publish, read_object, staged, sync, write_json
-from merging.writer import CheckpointWriter, TensorSpec
-from tasks.sources import LocalFile, Source, download, locate, sha256_of, without_credentials
+from mergeline.merging.checkpoints.companions import PROVENANCE
+from mergeline.merging.checkpoints.modules import MODULE_FILES, MODULES, parsed_modules, refuse_pickled
+from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
+from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.merging.files import publish, read_object, staged, sync, user_errors, write_json
+from mergeline.merging.reading import sha256_of
+from mergeline.tasks.credentials import without_credentials
+from mergeline.tasks.places import CACHED_CHECKPOINTS, CACHED_DOWNLOADS, user_cache
+from mergeline.tasks.private import private_folder, private_umask
+from mergeline.tasks.sources import LocalFile, Source, download, locate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +79,7 @@ def fetch(
             revision = found.revision
             _from_files(found, staging, downloads, allow_pickle)
         if layout == "open_clip":
-            _convert_layout(staging, source)
+            _convert_layout(staging, without_credentials(source))
         _write_provenance(staging, without_credentials(source), revision)
         publish(staging, out)
     shutil.rmtree(downloads, ignore_errors=True)
@@ -85,8 +95,10 @@ def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bo
     index = _bring(source, weights, downloads) if weights.endswith(".index.json") else None
     shards = _shards(index, f"{source.name}: {weights}", is_pickle) if index else [weights]
     files = {name: _bring(source, name, downloads) for name in shards}
+    configs |= _module_files(source, configs, downloads)
 
     for name, path in configs.items():
+        (staging / name).parent.mkdir(exist_ok=True)
         _place(path, staging / name, downloads)
     if is_pickle:
         _convert_pickles(files, staging, source.name)
@@ -97,6 +109,21 @@ def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bo
     else:
         name = ADAPTER_WEIGHTS if Path(weights).name == ADAPTER_WEIGHTS else WEIGHTS
         _place(files[weights], staging / name, downloads)
+
+
+def _module_files(source: Source, configs: Mapping[str, Path], downloads: Path) -> dict[str, Path]:
+    """What lies in the sub-folders that a modules.json names: "1_Pooling/config.json" and such -> where it is here."""
+    if MODULES not in configs or not source.below:
+        return {}
+    found = {}
+    for module in parsed_modules(configs[MODULES], f"{source.name}: {MODULES}"):
+        if module.folder:
+            inside = source.below(module.folder)
+            refuse_pickled([*inside.files], module, source.name)
+            for name in MODULE_FILES:
+                if name in inside.files:
+                    found[f"{module.folder}/{name}"] = _bring(inside, name, downloads)
+    return found
 
 
 def _choose_weights(source: Source, allow_pickle: bool) -> str:
@@ -245,7 +272,7 @@ def _from_open_clip(source: str, staging: Path) -> None:
 
 
 def _convert_layout(staging: Path, source: str) -> None:
-    from evaluation.layouts import is_transformers, open_clip_config, to_open_clip
+    from mergeline.evaluation.clip.layouts import is_transformers, open_clip_config, to_open_clip
 
     checkpoint = open_checkpoint(staging)
     if not is_transformers(checkpoint.tensors):
@@ -267,25 +294,70 @@ def _write_provenance(staging: Path, source: str, revision: str | None) -> None:
     except UserError as error:
         raise UserError(f"{source}: {str(error).replace(f'{staging}/', '')}") from None
     files = {}
-    for path in sorted(staging.iterdir()):
+    for path in sorted(path for path in staging.rglob("*") if path.is_file()):
         sync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        name = path.relative_to(staging).as_posix()
+        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     provenance = {"source": source, "revision": revision, "digest": digest, "files": files}
-    write_json(staging / "provenance.json", provenance)
+    write_json(staging / PROVENANCE, provenance)
 
 
 def local_checkpoint(where: str, *, allow_pickle: bool = False) -> Path:
-    """A path as it is; what a URI names, fetched into the user's cache. A pinned revision is fetched once.
+    """A path as it is; what a URI names, or a pickle that is allowed, as a folder in the user's cache.
+
+    A pinned revision is fetched once, a pickle converted once while its file stays as it is. The cache is its owner's
+    alone; what this process was told of there, `mergeline gc` keeps until it ends.
 
     Raises:
         UserError: as `fetch`.
     """
     if "://" not in where and not where.startswith("file:"):
-        return Path(where)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mergeline"
-    out = cache / "checkpoints" / hashlib.sha256(where.encode()).hexdigest()[:16]
-    provenance = out / "provenance.json"
-    pinned = (read_object(provenance).get("revision") or "\0") in where
+        path = Path(where)
+        return _converted(path) if allow_pickle and _is_pickle(path) else path
+    out = _cached(where)
+    pinned = (read_object(out / PROVENANCE).get("revision") or "\0") in where
     if not pinned:
-        fetch(where, out, cache=cache / "downloads", allow_pickle=allow_pickle)
+        _fetch_into_cache(where, out, allow_pickle)
+    return _held(out)
+
+
+def _cached(key: str) -> Path:
+    """The folder of a checkpoint in the user's cache."""
+    return user_cache() / CACHED_CHECKPOINTS / hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
+
+
+def _fetch_into_cache(source: str, out: Path, allow_pickle: bool) -> None:
+    with private_umask():
+        with user_errors(out):
+            private_folder(user_cache())
+        fetch(source, out, cache=user_cache() / CACHED_DOWNLOADS, allow_pickle=allow_pickle)
+
+
+_HANDLES: list[int] = []  # of folders that are in use until the process ends
+
+
+def _held(out: Path) -> Path:
+    """A folder of the user's cache, locked against its removal, and marked as used now."""
+    with user_errors(out):
+        _HANDLES.append(os.open(out, os.O_RDONLY))
+        fcntl.flock(_HANDLES[-1], fcntl.LOCK_SH)
+    with suppress(OSError):  # where nothing can be written, nothing is removed either
+        os.utime(out / PROVENANCE)
     return out
+
+
+def _is_pickle(path: Path) -> bool:
+    try:
+        return path.exists() and is_pickle(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _converted(path: Path) -> Path:
+    """A pickle, or a folder of them, as safetensors: where it was put."""
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    stats = [(file.name, s.st_size, s.st_mtime_ns, s.st_ino) for file in files for s in [file.stat()]]
+    out = _cached(f"{path.resolve()} {stats}")
+    if not (out / PROVENANCE).exists():
+        _fetch_into_cache(str(path.resolve()), out, allow_pickle=True)
+    return _held(out)

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from tasks import register as registry
-from tasks import tracking
+from mergeline.merging.engine.places import refuse_file
+from mergeline.merging.errors import UserError
+from mergeline.tasks import history, tracking
+from mergeline.tasks import register as registry
+from mergeline.tasks.credentials import without_credentials
+from mergeline.tasks.examples import shown_examples
+from mergeline.tasks.leaderboard import read_leaderboard
+from mergeline.tasks.places import REPORT
+from mergeline.tasks.publication import load_verdict, note_published, published_digest
 
 if TYPE_CHECKING:
-    from tasks.workspace import Workspace
+    from mergeline.evaluation.pages.examples import TaskExamples
+    from mergeline.tasks.workspace import Workspace
 
-REPORT = Path("build/report.html")
 FIGURES = Path(".mergeline/figures")
 
 
@@ -33,43 +40,69 @@ def publish(workspace: Workspace) -> Published:
     Raises:
         UserError: the pipeline has not run yet, or MLflow cannot be reached.
     """
-    from evaluation.figures import draw_all
+    from mergeline.evaluation.pages.figures import draw_all
 
+    digest = published_digest(workspace)
     results = _results(workspace)
     figures = draw_all(FIGURES, **results)
     run = tracking.publish(workspace.root, workspace.raw, figures)
     registry.register(workspace.root, workspace.raw, run)
+    history.keep(workspace.root)
     _write_report(workspace, results)
     tracking.attach(workspace.root, run, REPORT)
+    note_published(workspace, digest)
     return Published(run.run_id, _page(run))
 
 
 def _page(run: tracking.PublishedRun) -> str | None:
     """The run's page, if a server shows it; without the user and password of the tracking URI."""
-    server = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", ""))
+    server = urlsplit(without_credentials(os.environ.get("MLFLOW_TRACKING_URI", "")))
     if server.scheme not in ("http", "https"):
         return None
-    host = server.netloc.rpartition("@")[2]
     path = f"{server.path.rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-    return f"{server.scheme}://{host}{path}"
+    return f"{server.scheme}://{server.netloc}{path}"
 
 
-def write_report(workspace: Workspace) -> Path:
-    """Write build/report.html from what the last run left; returns its path."""
+def write_report(workspace: Workspace, force: bool = False) -> Path:
+    """Write build/report.html from what the last run left; returns its path.
+
+    Raises:
+        UserError: no run has ended; something that is no page of Mergeline's is there, and `force` is not given.
+    """
+    from mergeline.evaluation.pages.page import is_page
+
+    refuse_file(REPORT, [], is_page, "page", force)
     _write_report(workspace, _results(workspace))
     return REPORT
 
 
 def _write_report(workspace: Workspace, results: dict[str, Any]) -> None:
-    from evaluation.report import render
+    from mergeline.evaluation.pages.report import render
 
-    render(REPORT, **results, costs=workspace.costs(), verdict=load_verdict(workspace))
+    board = results["leaderboard"]
+    section = workspace.modality.report(board)
+    verdict = load_verdict(workspace.state)
+    changes = history.since_before(workspace.root)
+    examples: list[TaskExamples] | str
+    try:
+        examples = shown_examples(workspace.modality, workspace.params, REPORT.parent, board)
+    except UserError as error:  # the page says it: data may be gone when a report is written again
+        examples = str(error)
+    render(
+        REPORT,
+        **results,
+        costs=workspace.costs(),
+        verdict=verdict,
+        section=section,
+        changes=changes,
+        examples=examples,
+    )
 
 
 def _results(workspace: Workspace) -> dict[str, Any]:
     """What pictures and report show of the steps' outputs."""
     return {
-        "leaderboard": tracking.read_leaderboard(workspace.root),
+        "leaderboard": read_leaderboard(workspace.root),
         "searches": {name: _read(Path("build/search") / f"{name}.json") for name in workspace.params.merges},
         "description": _read(Path("build/extract/description.json")),
     }
@@ -78,11 +111,6 @@ def _results(workspace: Workspace) -> dict[str, Any]:
 def figure(workspace: Workspace, name: str) -> Path:
     """One drawn figure."""
     return workspace.path(str(FIGURES / f"{name}.png"))
-
-
-def load_verdict(workspace: Workspace) -> dict[str, Any] | None:
-    path = workspace.state / "verdict.json"
-    return _read(path) if path.exists() else None
 
 
 def _read(path: Path) -> Any:

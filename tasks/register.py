@@ -7,7 +7,6 @@ is found again by the digest, so a run after a crash completes what is missing.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from merging.errors import UserError
-from merging.files import write_json
-from tasks import tracking
-from tasks.evaluate import which_are_right
-from tasks.gates import Champion, Checks, Finding, Gates, Verdict, judge
+from mergeline.evaluation.measures import Measures, measures_of
+from mergeline.evaluation.pages.figures import at_use
+from mergeline.merging.errors import UserError, plainly
+from mergeline.merging.files import write_json
+from mergeline.tasks import tracking
+from mergeline.tasks.evaluate import PREDICTIONS, read_outcomes
+from mergeline.tasks.gates import Champion, Checks, Finding, Gates, Verdict, judge, misplaced
+from mergeline.tasks.leaderboard import candidate_row, read_leaderboard
+from mergeline.tasks.modalities import modality_named
+from mergeline.tasks.modality import Modality
+from mergeline.tasks.publication import VERDICT, load_verdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +44,7 @@ class Version:
     uri: str
     digest: str
     run_id: str
+    at_use: str = ""  # as `tasks.leaderboard.at_use` says it
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class _Candidate:
     row: dict[str, Any]
     base: dict[str, Any]
     data: dict[str, str]
-    language: bool
+    modality: Modality
+    measures: Measures
     experiment_id: str
     run_id: str
 
@@ -71,18 +78,25 @@ class _Candidate:
         return self.row["digest"]
 
     @property
+    def at_use(self) -> str:
+        return at_use(self.row)
+
+    @property
     def uri(self) -> str:
         return f"build/merges/{self.name}"
 
+    def is_version(self, version: Version) -> bool:
+        """Whether a version is this candidate: adapters beside the same weights make another model of them."""
+        return version.digest == self.digest and version.at_use == self.at_use
+
     @property
     def predictions(self) -> str:
-        return f"build/evaluations/{self.name}/{tracking.PREDICTIONS}"
+        return f"build/evaluations/{self.name}/{PREDICTIONS}"
 
     def checks(self, reload_problem: str) -> Checks:
-        """What the gates are told besides the candidate's row."""
+        """What the gates know besides the candidate's row."""
         accuracy = {task: scores["accuracy"] for task, scores in self.base.get("tasks", {}).items()}
-        perplexity = {task: found["value"] for task, found in self.base.get("perplexity", {}).items()}
-        return Checks(reload_problem, accuracy, perplexity)
+        return Checks(reload_problem, accuracy, self.measures)
 
 
 def register(
@@ -97,22 +111,25 @@ def register(
     Raises:
         UserError: a step's output is missing, the gates are malformed, or MLflow does not answer.
     """
-    gates = _gates(params)
-    candidate = _candidate(workspace, run or tracking.publish(workspace, params))
+    board = read_leaderboard(workspace)
+    modality = modality_named(board["modality"])
+    gates = _gates(params, modality.gates(), measures_of(board))
+    candidate = _candidate(workspace, board, modality, run or tracking.publish(workspace, params))
     with tracking.locked(workspace):
         client = tracking.connect(workspace)
         before = _version_by_alias(client, params["name"], CHAMPION)
         problem = _file_problem(workspace, candidate.uri, candidate.digest)
-        if before and before.digest == candidate.digest:
-            verdict, version = _already_champion(candidate, before, problem), before.version
+        if before and candidate.is_version(before):
+            verdict = _already_champion(candidate, before, problem)
+            version: str | None = before.version
         else:
             verdict = _judge(client, workspace, candidate, before, gates, problem)
             version = None if problem else _register(client, params["name"], candidate, verdict)
-        old = before and before.version
+        old = before.version if before else None
         new = version if verdict.passed else old
         outcome = Registration(verdict.passed, verdict.findings, candidate.name, version, old, new)
         if not (old == new == version and _promoted(workspace) == version):
-            write_json(workspace / tracking.STATE / "verdict.json", asdict(outcome))
+            write_json(workspace / tracking.STATE / VERDICT, asdict(outcome))
     return outcome
 
 
@@ -144,34 +161,38 @@ def champion(workspace: Path, params: dict[str, Any]) -> Version | None:
 
 
 def _promoted(workspace: Path) -> str | None:
-    """The version that the last verdict here made champion: its findings say more than "is champion already"."""
-    path = workspace / tracking.STATE / "verdict.json"
-    last = json.loads(path.read_text()) if path.exists() else {}
+    """The version that the last verdict here made champion: its findings say more than "was champion already"."""
+    last = load_verdict(workspace / tracking.STATE) or {}
     return last.get("champion_after") if last.get("passed") else None
 
 
-def _gates(params: dict[str, Any]) -> Gates:
+def _gates(params: dict[str, Any], kind: type[Gates], measures: Measures) -> Gates:
     try:
-        return Gates.model_validate(params.get("gates") or {})
+        gates = kind.model_validate(params.get("gates") or {})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"params.yaml: gates.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"params.yaml: gates.{'.'.join(map(str, first['loc']))}: {plainly(first)}") from None
+    for gate, problem in misplaced(gates, measures):
+        raise UserError(f"params.yaml: gates.{gate}: {problem}")
+    return gates
 
 
-def _candidate(workspace: Path, run: tracking.PublishedRun) -> _Candidate:
-    board = tracking.read_leaderboard(workspace)
+def _candidate(
+    workspace: Path, board: dict[str, Any], modality: Modality, run: tracking.PublishedRun
+) -> _Candidate:
     return _Candidate(
-        row=tracking.candidate_row(board),
+        row=candidate_row(board),
         base=next((row for row in board["rows"] if row["kind"] == "base"), {}),
         data=tracking.data_lineage(workspace, board),
-        language="language" in board,
+        modality=modality,
+        measures=measures_of(board),
         experiment_id=run.experiment_id,
         run_id=run.merges[board["candidate"]],
     )
 
 
 def _already_champion(candidate: _Candidate, before: Version, problem: str) -> Verdict:
-    sentence = f"The candidate {candidate.name} is the champion already (version {before.version})."
+    sentence = f"The candidate {candidate.name} was the champion already (version {before.version})."
     findings = [
         Finding("champion", True, sentence),
         *([Finding("reload", False, problem)] if problem else []),
@@ -187,19 +208,28 @@ def _judge(
     gates: Gates,
     problem: str,
 ) -> Verdict:
-    correct = _correct(workspace, workspace / candidate.predictions, candidate)
-    rival = before and _rival(client, workspace, candidate, before)
-    return judge(candidate.row, correct, rival, gates, candidate.checks(problem))
+    outcomes = _outcomes(workspace, workspace / candidate.predictions, candidate)
+    rival = _rival(client, workspace, candidate, before) if before else None
+    own = candidate.modality.findings(candidate.row, candidate.base, gates)
+    return judge(candidate.row, outcomes, rival, gates, candidate.checks(problem), own)
 
 
 def _rival(client: MlflowClient, workspace: Path, candidate: _Candidate, before: Version) -> Champion:
     """The champion with its published predictions on the candidate's data, or why there are none."""
+    if before.at_use != candidate.at_use:
+        was, now = (how or "unknown" for how in (before.at_use, candidate.at_use))
+        obstacle = (
+            f"Champion version {before.version} ({before.merge}) cannot be compared: the task of an input is {was} to "
+            f"it at use, and {now} to {candidate.name}; keep such merges in a pipeline of another `name`."
+        )
+        return Champion(before.version, obstacle=obstacle)
     query = f"tags.`{tracking.MODEL_TAG}` = '{before.digest}' and attributes.status = 'FINISHED'"
     for run in client.search_runs([candidate.experiment_id], query):
-        if candidate.data.items() <= run.data.tags.items():
+        same_class = run.data.tags.get(tracking.AT_USE_TAG, "") == candidate.at_use
+        if same_class and candidate.data.items() <= run.data.tags.items():
             with tempfile.TemporaryDirectory() as folder:
-                file = client.download_artifacts(run.info.run_id, tracking.PREDICTIONS, folder)
-                return Champion(before.version, _correct(workspace, Path(file), candidate))
+                file = client.download_artifacts(run.info.run_id, PREDICTIONS, folder)
+                return Champion(before.version, _outcomes(workspace, Path(file), candidate))
     obstacle = (
         f"Champion version {before.version} ({before.merge}) cannot be compared: the test data changed since "
         "it was evaluated; evaluate it on them again, as one of the merges."
@@ -207,21 +237,16 @@ def _rival(client: MlflowClient, workspace: Path, candidate: _Candidate, before:
     return Champion(before.version, obstacle=obstacle)
 
 
-def _correct(workspace: Path, predictions: Path, candidate: _Candidate) -> dict[str, np.ndarray]:
-    """For each task, which test examples a predictions file gets right (bool, N)."""
-    from safetensors.numpy import load_file
-
-    predicted = load_file(predictions)
-    data = None if candidate.language else workspace / "build" / "data"
-    return {
-        task: which_are_right(predicted[f"test/{task}"], data and data / task / "test_y.npy")
-        for task in candidate.row["tasks"]
-    }
+def _outcomes(workspace: Path, predictions: Path, candidate: _Candidate) -> dict[str, np.ndarray]:
+    """For each task, the outcomes on the test examples (N) that a predictions file comes to."""
+    return read_outcomes(
+        candidate.modality, workspace / "build", predictions, "test", list(candidate.row["tasks"])
+    )
 
 
 def _file_problem(workspace: Path, uri: str, digest: str) -> str:
     """Why the files at `uri` are not those of `digest`, or ""."""
-    from merging.checkpoint import open_checkpoint
+    from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 
     try:
         found = open_checkpoint(workspace / uri).digest()
@@ -234,7 +259,7 @@ def _register(client: MlflowClient, model: str, candidate: _Candidate, verdict: 
     """Write what is missing of the candidate's version and aliases; returns the version's number."""
     if not client.search_registered_models(f"name = '{model}'"):
         client.create_registered_model(model)
-    found = [v.version for v in _versions(client, model) if v.digest == candidate.digest]
+    found = [v.version for v in _versions(client, model) if candidate.is_version(v)]
     version = found[0] if found else _create_version(client, model, candidate)
     client.update_model_version(model, version, "\n".join(f"- {f.sentence}" for f in verdict.findings))
     client.set_registered_model_alias(model, CANDIDATE, version)
@@ -245,6 +270,8 @@ def _register(client: MlflowClient, model: str, candidate: _Candidate, verdict: 
 
 def _create_version(client: MlflowClient, model: str, candidate: _Candidate) -> str:
     tags = {_URI_TAG: candidate.uri, _MERGE_TAG: candidate.name, tracking.MODEL_TAG: candidate.digest}
+    if candidate.at_use:
+        tags[tracking.AT_USE_TAG] = candidate.at_use
     logged = _logged_model(client, candidate, tags)
     # What `models:/ID` stands for: given that URI, MLflow's SQL store would look in its global tracking URI.
     source = logged.artifact_location
@@ -264,6 +291,8 @@ def _logged_model(client: MlflowClient, candidate: _Candidate, tags: dict[str, s
 
     query = f"tags.`{tracking.MODEL_TAG}` = '{candidate.digest}'"
     for found in client.search_logged_models([candidate.experiment_id], filter_string=query):
+        if found.tags.get(tracking.AT_USE_TAG, "") != candidate.at_use:
+            continue
         if found.status == "READY":
             return found
         client.delete_logged_model(found.model_id)  # its maker was killed
@@ -287,4 +316,6 @@ def _versions(client: MlflowClient, model: str) -> list[Version]:
 
 def _as_version(found: Any) -> Version:
     merge, uri, digest = (found.tags.get(tag, "") for tag in (_MERGE_TAG, _URI_TAG, tracking.MODEL_TAG))
-    return Version(str(found.version), merge, uri, digest, found.run_id)
+    return Version(
+        str(found.version), merge, uri, digest, found.run_id, found.tags.get(tracking.AT_USE_TAG, "")
+    )

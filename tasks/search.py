@@ -3,96 +3,161 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Iterator, Mapping
 
-from evaluation.vision import load_state
-from merging.engine import merge_points, merge_state_dicts_points, one_thread
-from merging.factors import FolderStore
-from merging.files import staged, write_json
-from merging.sweep import in_batches
-from tasks.evaluate import make_evaluator
+from mergeline.evaluation.measures import Measures
+from mergeline.evaluation.state import load_state
+from mergeline.merging.api import merge, merge_points, merge_state_dicts_points
+from mergeline.merging.engine.cache import FolderStore
+from mergeline.merging.engine.machine import one_thread
+from mergeline.merging.files import staged, write_json
+from mergeline.merging.sweep import in_batches
+from mergeline.tasks.collect import statistics_for
+from mergeline.tasks.evaluate import mean_outcomes
+from mergeline.tasks.evaluations import Evaluations
+from mergeline.tasks.fit import fitted_recipe
+from mergeline.tasks.progress import counting, said_of_stage
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from evaluation.vision import Evaluator
-    from tasks.params import Merge, Params
+    from mergeline.tasks.modality import Modality, Model
+    from mergeline.tasks.schema import Merge, Params
 
 _MERGED_BYTES = 1 << 29  # of merged models in memory at a time
 _MERGED_FILES = 8  # merged models on the disk at a time
 
+Points = list[dict[str, Any]]
+
 
 def search(
-    grid: Merge,
-    base: Path,
-    experts: dict[str, Path],
-    heads: Path,
-    datasets: dict[str, Path],
+    modality: Modality,
+    params: Params,
+    name: str,
+    build: Path,
     out: Path,
     *,
     factors: Path,
-    seed: int,
-    device: str,
+    scratch: Path,
 ) -> None:
-    """Write the validation accuracy of every point of `grid`, and the best setting, to the JSON file `out`.
+    """Write the mean validation score of every point of a merge's grid, and the best setting, to the JSON file `out`.
 
-    The test split is never read. Of equal points the first is taken. Without a grid there is nothing to score.
-    `factors` is a folder that keeps spectral decompositions for other searches and merges.
+    The test split is never read, nor are examples of val that the merge was fitted to. Of equal points the first is
+    taken. Without a grid there is nothing to score.
+    `factors` is a folder that keeps spectral decompositions for other searches and merges, `scratch` a place for models
+    that are merged to the disk.
 
     Raises:
-        UserError: as `merging.merge_state_dicts`.
+        UserError: as `merging.merge_state_dicts`; a base of a kind that is not measured.
     """
-    points = list(grid.points)
-    scores: dict[int, dict[str, Any]] = {}
-    if grid.search:
-        states = {name: load_state(folder) for name, folder in experts.items()}
-        reference = load_state(base)
-        size = sum(tensor.nbytes for tensor in next(iter(states.values())).values())
-        with one_thread():
-            evaluator = make_evaluator(base, heads, datasets, device)
-            for batch in in_batches(points, max(1, _MERGED_BYTES // size)):
-                merged = merge_state_dicts_points(
-                    grid.method,
-                    states,
-                    reference,
-                    points=[points[i] for i in batch],
-                    seed=seed,
-                    factors=FolderStore(factors),
-                )
-                scores |= {i: _accuracy(evaluator, state, list(datasets)) for i, state in zip(batch, merged)}
-                del merged  # before the next batch is there
-    _write(out, grid, points, scores)
-
-
-def search_language(
-    params: Params, name: str, base: Path, experts: dict[str, Path], out: Path, *, factors: Path, scratch: Path
-) -> None:
-    """`search` for language models, which may be larger than memory: points are merged to the disk, a few at a time."""
-    from tasks.evaluate_language import make_evaluator, validation_accuracy
-
     grid = params.merges[name]
     points = list(grid.points)
+    base = build / "checkpoints" / params.base
+    modality.check(base)
+    experts = {expert: build / "checkpoints" / expert for expert in params.experts_of(name)}
+    fits = build / "fits" / name
+    measures = Measures(modality.measures(params))
     scores: dict[int, dict[str, Any]] = {}
+    outcomes: dict[int, float] = {}
+    looks = grid.is_learned or bool(params.kinds_of(name))
     if grid.search:
-        recipe = {"method": grid.method, "base": base, "experts": experts, "seed": params.seed, "dtype": grid.dtype}
-        evaluator = make_evaluator(params)
-        for batch in in_batches(points, _MERGED_FILES):
-            with staged(scratch) as place:
-                recipes = [({**recipe, "params": points[i]}, place / str(i)) for i in batch]
-                merge_points(recipes, device=params.device, workers=1, factors=factors)
-                scores |= {i: validation_accuracy(params, evaluator, place / str(i)) for i in batch}
-    _write(out, grid, points, scores)
-
-
-def _write(out: Path, grid: Merge, points: list[dict[str, Any]], scores: dict[int, dict[str, Any]]) -> None:
+        evaluator = Evaluations(modality, params, build, base)
+        if grid.is_learned:
+            models = _fitted(fits, points, factors, scratch, params)
+        elif modality.in_memory:
+            models = _in_memory(grid, points, base, experts, build, factors, params.seed)
+        else:
+            heads = modality.heads(params, build)
+            models = _on_disk(grid, points, base, experts, build, factors, scratch, params, heads)
+        with counting("points") as count:
+            for i, model in models:
+                with one_thread():
+                    found = evaluator.evaluate(model, ("val",), params.tasks)
+                means = mean_outcomes(modality, build, found, "val", held_back=looks)
+                outcomes[i] = sum(means.values()) / len(means)
+                tasks = {task: measures.of(task).turned(mean) for task, mean in means.items()}
+                scores[i] = {"mean": measures.mean.turned(outcomes[i]), "tasks": tasks}
+                count(len(scores), len(points))
+        said_of_stage(evaluator.told(len(points), "points"))
     scored = [{"params": points[i], **scores[i]} for i in sorted(scores)]
-    best = max(scored, key=lambda point: point["mean"])["params"] if scored else points[0]
+    best = points[max(sorted(outcomes), key=outcomes.__getitem__)] if outcomes else points[0]
     write_json(out, {"method": grid.method, "points": scored, "chosen": best})
 
 
-def _accuracy(evaluator: Evaluator, state: dict[str, Tensor], tasks: list[str]) -> dict[str, Any]:
-    """Validation accuracy on each task, and its mean."""
-    predictions = evaluator.predict(state, "val", tasks)
-    right = {task: predictions[task] == evaluator.data[task].split("val")[1] for task in tasks}
-    accuracy = {task: float(r.mean()) for task, r in right.items()}
-    return {"mean": sum(accuracy.values()) / len(accuracy), "tasks": accuracy}
+def _in_memory(
+    grid: Merge,
+    points: Points,
+    base: Path,
+    experts: Mapping[str, Path],
+    build: Path,
+    factors: Path,
+    seed: int,
+) -> Iterator[tuple[int, Model]]:
+    """Each point's index and merged model; as many are in memory as have room."""
+    states = {name: load_state(folder) for name, folder in experts.items()}
+    reference = load_state(base)
+    size = sum(tensor.nbytes for tensor in next(iter(states.values())).values())
+    for batch, files in _batches(grid, points, max(1, _MERGED_BYTES // size), build, experts):
+        with one_thread():
+            merged = merge_state_dicts_points(
+                grid.method,
+                states,
+                reference,
+                points=[points[i] for i in batch],
+                statistics={kind: [load_state(file) for file in each] for kind, each in files.items()},
+                seed=seed,
+                factors=FolderStore(factors),
+            )
+        yield from zip(batch, merged)
+        del merged  # before the next batch is there
+
+
+def _fitted(
+    fits: Path, points: Points, factors: Path, scratch: Path, params: Params
+) -> Iterator[tuple[int, Model]]:
+    """Each point's index and the folder of what the recipe that was fitted there makes."""
+    for i, point in enumerate(points):
+        with staged(scratch) as place:
+            recipe = fitted_recipe(fits, point)
+            assert recipe
+            merge(recipe, place / str(i), device=params.device, workers=1, factors=factors)
+            yield i, place / str(i)
+
+
+def _on_disk(
+    grid: Merge,
+    points: Points,
+    base: Path,
+    experts: Mapping[str, Path],
+    build: Path,
+    factors: Path,
+    scratch: Path,
+    params: Params,
+    heads: list[str],
+) -> Iterator[tuple[int, Model]]:
+    """Each point's index and the folder of its merged model, which may be larger than memory; a few at a time."""
+    recipe = {
+        "method": grid.method,
+        "base": base,
+        "experts": experts,
+        "seed": params.seed,
+        "dtype": grid.dtype,
+        "heads": heads,
+    }
+    for batch, files in _batches(grid, points, _MERGED_FILES, build, experts):
+        with staged(scratch) as place:
+            point = {**recipe, "statistics": files}
+            recipes = [({**point, "params": points[i]}, place / str(i)) for i in batch]
+            merge_points(recipes, device=params.device, workers=1, factors=factors)
+            yield from ((i, place / str(i)) for i in batch)
+
+
+def _batches(
+    grid: Merge, points: Points, most: int, build: Path, experts: Mapping[str, Path]
+) -> Iterator[tuple[list[int], dict[str, list[Path]]]]:
+    """The indexes of points in batches, those of each of which read the same statistics, and the files of these."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    files = [statistics_for(grid.method, point, build, experts) for point in points]
+    for i, found in enumerate(files):
+        groups.setdefault(tuple(found), []).append(i)
+    for group in groups.values():
+        for batch in in_batches(grid.method, [points[i] for i in group], most):
+            yield [group[i] for i in batch], files[group[0]]

@@ -14,7 +14,7 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,9 +22,12 @@ from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from merging.checkpoint import safe_name
-from merging.errors import UserError, did_you_mean
-from merging.files import user_errors
+from mergeline.merging.checkpoints.checkpoint import safe_name
+from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.merging.files import user_errors
+from mergeline.merging.reading import sha256_of
+from mergeline.tasks.credentials import scrubbed, without_credentials
+from mergeline.tasks.extras import missing
 
 if TYPE_CHECKING:
     from requests import Response
@@ -134,13 +137,15 @@ class Source:
     chosen: the file that was named; None if it was the folder.
     revision: the commit that the name stands for, if there is one.
     sibling: makes the file of another name in a folder that cannot be listed.
+    below: lists the files of a sub-folder by its plain name; none where there is no such folder.
     """
 
     name: str
-    files: dict[str, LocalFile | RemoteFile]
+    files: Mapping[str, LocalFile | RemoteFile]
     chosen: str | None = None
     revision: str | None = None
     sibling: Callable[[str], RemoteFile] | None = None
+    below: Callable[[str], Source] | None = None
 
     def file(self, name: str) -> LocalFile | RemoteFile:
         """The file `name` (raises UserError: missing, or a link out of the folder that nobody named)."""
@@ -170,16 +175,6 @@ def locate(source: str) -> Source:
             return _web(source)
         case other:
             return _fsspec(source, other)
-
-
-def without_credentials(source: str) -> str:
-    """The URL less `user:password@`, query and fragment, where passwords, tokens and signatures travel."""
-    if "://" not in source or source.lower().startswith("file:"):
-        return source
-    source = re.sub(r"[?#].*", "", source)
-    # Elsewhere than on the web, a name without a password belongs to the address (abfs://container@account/);
-    # github://org:repo@revision/ holds no password at all.
-    return re.sub(r"(https?://)[^/]*@|((?<!github:)//)[^/:@]*:[^/]*@", r"\1\2", source)
 
 
 def download(file: RemoteFile, folder: Path) -> Path:
@@ -299,11 +294,6 @@ def _verify(file: RemoteFile, partial: Path) -> None:
         raise UserError(f"{file.where}: {problem}; the download was thrown away, try again")
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _local(source: str, path: Path) -> Source:
     if not path.exists():
         like_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
@@ -312,8 +302,16 @@ def _local(source: str, path: Path) -> Source:
     folder = path if path.is_dir() else path.parent
     if not os.access(path, os.R_OK) or not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{source}: cannot be read; check the permissions")
-    files = {p.name: LocalFile(p) for p in sorted(folder.iterdir()) if p.is_file()}
-    return Source(source, files, chosen=None if path.is_dir() else path.name)
+
+    def below(name: str) -> Source:
+        inside = safe_name(folder, name, source)
+        return Source(f"{source}/{name}", _local_files(inside) if inside.is_dir() else {})
+
+    return Source(source, _local_files(folder), chosen=None if path.is_dir() else path.name, below=below)
+
+
+def _local_files(folder: Path) -> dict[str, LocalFile]:
+    return {p.name: LocalFile(p) for p in sorted(folder.iterdir()) if p.is_file()}
 
 
 def _web(source: str) -> Source:
@@ -321,7 +319,7 @@ def _web(source: str) -> Source:
     try:
         url = urlsplit(source)
     except ValueError as error:
-        raise UserError(f"{without_credentials(source)}: is no URL ({error})") from None
+        raise UserError(f"{without_credentials(source)}: is no URL ({scrubbed(str(error))})") from None
     folder, _, name = url.path.rpartition("/")
     name = unquote(name)
     if not name:
@@ -339,7 +337,9 @@ def _hub(source: str) -> Source:
 
     parsed = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", source)
     if not parsed:
-        raise UserError(f"{source}: write hf://org/name@revision, and after it /file or /folder if need be")
+        raise UserError(
+            f"{without_credentials(source)}: write hf://org/name@revision, and after it /file or /folder if need be"
+        )
     repository, revision, inside = parsed[1], unquote(parsed[2] or "main"), (parsed[3] or "").strip("/")
     where = f"hf://{repository}@{revision}"
     if constants.HF_HUB_OFFLINE:
@@ -356,10 +356,18 @@ def _hub(source: str) -> Source:
 
     chosen = inside if inside in siblings else None
     folder = inside.rpartition("/")[0] if chosen else inside
-    files = {p.rpartition("/")[2]: hub_file(p) for p in sorted(siblings) if p.rpartition("/")[0] == folder}
+
+    def files_of(folder: str) -> dict[str, HttpFile]:
+        return {p.rpartition("/")[2]: hub_file(p) for p in sorted(siblings) if p.rpartition("/")[0] == folder}
+
+    def below(name: str) -> Source:
+        inside = f"{folder}/{name}".lstrip("/")
+        return Source(f"{where}/{inside}", files_of(inside), revision=commit)
+
+    files = files_of(folder)
     if not files:
         raise UserError(f"{where}: there is no '{inside}' in this repository{did_you_mean(inside, siblings)}")
-    return Source(source, files, chosen=chosen and chosen.rpartition("/")[2], revision=commit)
+    return Source(source, files, chosen and chosen.rpartition("/")[2], commit, below=below)
 
 
 def _hub_listing(
@@ -405,8 +413,25 @@ def _fsspec_listing(source: str, name: str) -> Source:
         filesystem.invalidate_cache()  # fsspec remembers listings for as long as the process lives
         is_folder = filesystem.info(path)["type"] == "directory"
         folder = path if is_folder else path.rpartition("/")[0]
-        entries = [entry for entry in filesystem.ls(folder, detail=True) if entry["type"] == "file"]
-    shown = name.rstrip("/") if is_folder else name.rpartition("/")[0]
+        shown = name.rstrip("/") if is_folder else name.rpartition("/")[0]
+        files = _fsspec_files(filesystem, folder, shown)
+
+    def below(name: str) -> Source:
+        inside, where = f"{folder}/{name}", f"{shown}/{name}"
+
+        def listed() -> Source:
+            with _fsspec_errors(where):
+                return Source(
+                    where, _fsspec_files(filesystem, inside, where) if filesystem.isdir(inside) else {}
+                )
+
+        return patiently(listed)
+
+    return Source(name, files, chosen=None if is_folder else path.rpartition("/")[2], below=below)
+
+
+def _fsspec_files(filesystem: Any, folder: str, shown: str) -> dict[str, FsspecFile]:
+    entries = [entry for entry in filesystem.ls(folder, detail=True) if entry["type"] == "file"]
     files = {}
     for entry in sorted(entries, key=lambda entry: entry["name"]):
         base = entry["name"].rpartition("/")[2]
@@ -414,7 +439,7 @@ def _fsspec_listing(source: str, name: str) -> Source:
         files[base] = FsspecFile(
             f"{shown}/{base}", str(entry), entry["size"], filesystem=filesystem, path=entry["name"]
         )
-    return Source(name, files, chosen=None if is_folder else path.rpartition("/")[2])
+    return files
 
 
 @contextmanager
@@ -423,12 +448,12 @@ def _fsspec_errors(where: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {missing(error.__cause__) or scrubbed(str(error))}") from None
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{where}: not found") from None
     except PermissionError as error:
-        raise UserError(f"{where}: access denied; check the credentials ({error})") from None
+        raise UserError(f"{where}: access denied; check the credentials ({scrubbed(str(error))})") from None
     except OSError as error:
-        raise Transient(f"{where}: {type(error).__name__}: {error}") from None
+        raise Transient(f"{where}: {type(error).__name__}: {scrubbed(str(error))}") from None
     except Exception as error:
-        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{where}: {type(error).__name__}: {scrubbed(str(error))}") from error

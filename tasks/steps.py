@@ -1,149 +1,327 @@
-"""How each stage of the graph calls its step: from an item of params.yaml to plain paths and values.
+"""The steps of a pipeline, each of which says all of itself here: see tasks/step.py. A modality adds its own.
 
-Steps run in the workspace (the current folder), so that the paths they record are relative.
+From this one statement come the stages (tasks/graph.py), dvc.yaml (tasks/dvc_yaml.py), the verbs of the command line,
+what Prefect tries again and where it runs it, and which outputs are of items that are no longer named.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.graph import Stage
+from mergeline.tasks.modalities import modalities, modality_of
+from mergeline.tasks.step import Stage, StageTemplate, Step
 
 if TYPE_CHECKING:
-    from tasks.workspace import Workspace
+    from mergeline.tasks.modality import Modality
+    from mergeline.tasks.schema import Params
 
-CHECKPOINTS = Path("build/checkpoints")
-DATA = Path("build/data")
-HEADS = Path("build/heads.safetensors")
-FACTORS = Path(".mergeline/factors")
-SCRATCH = Path(".mergeline/scratch")
+_BUILD = Path("build")
+_CHECKPOINTS = _BUILD / "checkpoints"
+_FACTORS = Path(".mergeline/factors")
+_SCRATCH = Path(".mergeline/scratch")
+_FAMILY = ("base", "experts")
 
 
-def _fetch(ws: Workspace, stage: Stage) -> None:
-    from tasks.fetch import fetch
+class Command(NamedTuple):
+    """A verb of the command line. takes_names: whether it can be run for some of its items alone."""
 
+    name: str
+    help: str
+    takes_names: bool
+
+
+def steps(modality: Modality) -> list[Step]:
+    """The steps of a pipeline, in their order."""
+    measuring = (
+        *modality.deps,
+        "${code}/evaluation/metrics.py",
+        "${code}/evaluation/state.py",
+        "${code}/tasks/evaluate.py",
+    )
+    return [
+        Step(
+            "fetch",
+            "bring checkpoints into build/checkpoints",
+            _fetch,
+            (
+                StageTemplate(
+                    "checkpoint-file",
+                    deps=("${item}", "${code}/tasks/fetch.py"),
+                    params=("checkpoints.files.${key}", "checkpoints.layout"),
+                    outs=("build/checkpoints/${key}", "build/statistics/${key}.json"),
+                    foreach="checkpoints.files",
+                ),
+                StageTemplate(
+                    "checkpoint-uri",
+                    deps=("${code}/tasks/fetch.py",),
+                    params=("checkpoints.uris.${key}", "checkpoints.layout"),
+                    outs=("build/checkpoints/${key}", "build/statistics/${key}.json"),
+                    foreach="checkpoints.uris",
+                ),
+            ),
+            downloads=True,
+        ),
+        *modality.steps,
+        Step(
+            "collect",
+            "collect statistics of the experts on examples",
+            _collect,
+            (
+                StageTemplate(
+                    "statistics",
+                    deps=(
+                        "build/checkpoints",
+                        *modality.deps,
+                        "${code}/merging",
+                        "${code}/tasks/collect.py",
+                    ),
+                    params=(*_FAMILY, "seed", "statistics.${key}", *modality.params),
+                    outs=("build/statistics/${key}",),
+                    foreach="statistics",
+                ),
+            ),
+            on_device=True,
+        ),
+        Step(
+            "extract",
+            "describe the task vectors",
+            _extract,
+            (
+                StageTemplate(
+                    "extract",
+                    deps=("build/checkpoints", "${code}/merging", "${code}/tasks/extract.py"),
+                    params=(*_FAMILY, *modality.merge_params),
+                    outs=("build/extract",),
+                ),
+            ),
+        ),
+        Step(
+            "baselines",
+            "score the base and the experts",
+            _baselines,
+            (
+                StageTemplate(
+                    "baselines",
+                    deps=("build/checkpoints", *measuring),
+                    params=(*_FAMILY, *modality.params),
+                    outs=("build/evaluations/baselines",),
+                ),
+            ),
+            on_device=True,
+        ),
+        Step(
+            "fit",
+            "fit merges of learned methods to examples",
+            _fit,
+            (
+                StageTemplate(
+                    "fit",
+                    deps=(
+                        "build/checkpoints",
+                        "build/statistics",
+                        *modality.deps,
+                        "${code}/merging",
+                        "${code}/tasks/fit.py",
+                    ),
+                    params=(*_FAMILY, "seed", "merges.${key}", *modality.params),
+                    outs=("build/fits/${key}",),
+                    foreach="merges",
+                    goes_on=True,
+                ),
+            ),
+            on_device=True,
+            merges=True,
+        ),
+        Step(
+            "search",
+            "choose settings on the validation split",
+            _search,
+            (
+                StageTemplate(
+                    "search",
+                    deps=(
+                        "build/checkpoints",
+                        "build/fits/${key}",
+                        *measuring,
+                        "${code}/merging",
+                        "${code}/tasks/fit.py",
+                        "${code}/tasks/search.py",
+                    ),
+                    params=(*_FAMILY, "seed", "merges.${key}", *modality.params),
+                    outs=("build/search/${key}.json",),
+                    foreach="merges",
+                ),
+            ),
+            on_device=True,
+            merges=True,
+        ),
+        Step(
+            "merge-all",
+            "merge with the chosen settings",
+            _merge,
+            (
+                StageTemplate(
+                    "merge",
+                    deps=(
+                        "build/checkpoints",
+                        "build/fits/${key}",
+                        "build/search/${key}.json",
+                        "${code}/merging",
+                        "${code}/tasks/fit.py",
+                        "${code}/tasks/merge.py",
+                    ),
+                    params=(*_FAMILY, "seed", "merges.${key}", *modality.merge_params),
+                    outs=("build/merges/${key}",),
+                    foreach="merges",
+                ),
+            ),
+            on_device=True,
+            merges=True,
+        ),
+        Step(
+            "evaluate",
+            "score the merged checkpoints",
+            _evaluate,
+            (
+                StageTemplate(
+                    "evaluate",
+                    deps=("build/merges/${key}", *measuring),
+                    params=modality.params,
+                    outs=("build/evaluations/${key}",),
+                    foreach="merges",
+                ),
+            ),
+            on_device=True,
+        ),
+        Step(
+            "compare",
+            "write the leaderboard",
+            _compare,
+            (
+                StageTemplate(
+                    "compare",
+                    deps=(
+                        "build/checkpoints",
+                        *modality.compare_deps,
+                        "build/extract",
+                        "build/search",
+                        "build/merges",
+                        "build/evaluations",
+                        "${code}/evaluation/metrics.py",
+                        "${code}/tasks/evaluate.py",
+                        "${code}/tasks/compare.py",
+                    ),
+                    params=("name", *_FAMILY, "merges", *modality.params),
+                    outs=("build/leaderboard",),
+                ),
+            ),
+        ),
+    ]
+
+
+def commands() -> list[Command]:
+    """The verbs of all steps of all modalities, each once."""
+    found = {step.name: step for modality in modalities().values() for step in steps(modality)}
+    return [Command(step.name, step.help, step.takes_names) for step in found.values()]
+
+
+# ---------------------------------------------------------------------------------------------- what each one calls
+
+
+def _fetch(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.collect import note_size
+    from mergeline.tasks.fetch import fetch
+
+    assert stage.item
     fetch(
-        ws.params.sources[stage.item],
+        params.sources[stage.item],
         Path(stage.out),
         cache=Path(".mergeline/downloads"),
-        allow_pickle=ws.params.checkpoints.allow_pickle,
-        layout=ws.params.checkpoints.layout,
+        allow_pickle=params.checkpoints.allow_pickle,
+        layout=params.checkpoints.layout,
+    )
+    note_size(Path(stage.out), Path(stage.outs[1]))
+
+
+def _collect(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.collect import collect_all
+
+    assert stage.item
+    collect_all(modality_of(params), params, stage.item, _BUILD, Path(stage.out))
+
+
+def _extract(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.extract import extract
+
+    heads = modality_of(params).heads(params, _BUILD)
+    extract(_CHECKPOINTS / params.base, _experts(params), Path(stage.out), heads)
+
+
+def _baselines(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.evaluate import evaluate_baselines
+
+    base, scratch = _CHECKPOINTS / params.base, _SCRATCH / stage.name
+    evaluate_baselines(
+        modality_of(params), params, _BUILD, base, _experts(params), Path(stage.out), scratch=scratch
     )
 
 
-def _data(ws: Workspace, stage: Stage) -> None:
-    from evaluation.datasets import prepare
+def _fit(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.fit import fit_merge
 
-    datasets = ws.params.datasets
-    prepare({**datasets.files, **datasets.uris}[stage.item], Path(stage.out), datasets.image_size)
-
-
-def _heads(ws: Workspace, stage: Stage) -> None:
-    from tasks.evaluate import write_heads
-
-    write_heads(
-        CHECKPOINTS / ws.params.base, Path(ws.params.suite), _datasets(ws), Path(stage.out), ws.params.device
-    )
+    assert stage.item
+    fit_merge(modality_of(params), params, stage.item, _BUILD, Path(stage.out))
 
 
-def _extract(ws: Workspace, stage: Stage) -> None:
-    from tasks.extract import extract
+def _search(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.search import search
 
-    extract(CHECKPOINTS / ws.params.base, _experts(ws), Path(stage.out))
-
-
-def _search(ws: Workspace, stage: Stage) -> None:
-    from tasks.search import search, search_language
-
-    if ws.params.language:
-        search_language(
-            ws.params,
-            stage.item,
-            CHECKPOINTS / ws.params.base,
-            _experts(ws, stage.item),
-            Path(stage.out),
-            factors=FACTORS,
-            scratch=SCRATCH / stage.name,
-        )
-        return
+    assert stage.item
     search(
-        ws.params.merges[stage.item],
-        CHECKPOINTS / ws.params.base,
-        _experts(ws, stage.item),
-        HEADS,
-        _datasets(ws),
+        modality_of(params),
+        params,
+        stage.item,
+        _BUILD,
         Path(stage.out),
-        factors=FACTORS,
-        seed=ws.params.seed,
-        device=ws.params.device,
+        factors=_FACTORS,
+        scratch=_SCRATCH / stage.name,
     )
 
 
-def _merge(ws: Workspace, stage: Stage) -> None:
-    from tasks.merge import merge_chosen
+def _merge(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.merge import merge_chosen
 
+    assert stage.item
     merge_chosen(
-        Path("build/search") / f"{stage.item}.json",
-        CHECKPOINTS / ws.params.base,
-        _experts(ws, stage.item),
+        _BUILD / "search" / f"{stage.item}.json",
+        _BUILD / "fits" / stage.item,
+        _CHECKPOINTS / params.base,
+        _experts(params, stage.item),
         Path(stage.out),
-        factors=FACTORS,
-        dtype=ws.params.merges[stage.item].dtype,
-        seed=ws.params.seed,
-        device=ws.params.device,
+        build=_BUILD,
+        factors=_FACTORS,
+        dtype=params.merges[stage.item].dtype,
+        seed=params.seed,
+        heads=modality_of(params).heads(params, _BUILD),
+        device=params.device,
     )
 
 
-def _evaluate(ws: Workspace, stage: Stage) -> None:
-    from tasks import evaluate, evaluate_language
+def _evaluate(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.evaluate import evaluate_merge
 
-    merged = Path("build/merges") / stage.item
-    if ws.params.language:
-        evaluate_language.evaluate_merge(ws.params, merged, Path(stage.out))
-        return
-    evaluate.evaluate_merge(merged, HEADS, _datasets(ws), Path(stage.out), ws.params.device)
+    assert stage.item
+    evaluate_merge(modality_of(params), params, _BUILD, _BUILD / "merges" / stage.item, Path(stage.out))
 
 
-def _baselines(ws: Workspace, stage: Stage) -> None:
-    from tasks import evaluate, evaluate_language
+def _compare(params: Params, stage: Stage) -> None:
+    from mergeline.tasks.compare import compare
 
-    base = CHECKPOINTS / ws.params.base
-    if ws.params.language:
-        evaluate_language.evaluate_baselines(
-            ws.params, base, _experts(ws), Path(stage.out), scratch=SCRATCH / stage.name
-        )
-        return
-    evaluate.evaluate_baselines(
-        base, _experts(ws), HEADS, _datasets(ws), Path(stage.out), ws.params.device
-    )
+    compare(modality_of(params), params, _BUILD, Path(stage.out))
 
 
-def _compare(ws: Workspace, stage: Stage) -> None:
-    from tasks.compare import compare
-
-    compare(ws.params, Path("build"), Path(stage.out))
-
-
-def _experts(ws: Workspace, merge: str | None = None) -> dict[str, Path]:
+def _experts(params: Params, merge: str | None = None) -> dict[str, Path]:
     """All experts, or those of a merge."""
-    names = ws.params.experts_of(merge) if merge else ws.params.experts
-    return {name: CHECKPOINTS / name for name in names}
-
-
-def _datasets(ws: Workspace) -> dict[str, Path]:
-    return {task: DATA / task for task in ws.params.tasks}
-
-
-# the command-line verb of each step
-STEPS: dict[str, Callable[[Workspace, Stage], None]] = {
-    "fetch": _fetch,
-    "data": _data,
-    "heads": _heads,
-    "extract": _extract,
-    "search": _search,
-    "merge-all": _merge,
-    "evaluate": _evaluate,
-    "baselines": _baselines,
-    "compare": _compare,
-}
+    names = params.experts_of(merge) if merge else params.experts
+    return {name: _CHECKPOINTS / name for name in names}

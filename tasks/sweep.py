@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
-from merging.files import write_bytes, write_json
-from merging.methods import catalogue, get_method
-from merging.recipe import canonical_json
-from tasks.tracking import candidate_row, read_leaderboard
-from tasks.workspace import Workspace
+from mergeline.evaluation.measures import measures_of
+from mergeline.evaluation.pages.figures import at_use, ranked
+from mergeline.merging.canonical import canonical_json
+from mergeline.merging.engine.places import refuse_file
+from mergeline.merging.files import write_bytes
+from mergeline.merging.methods import catalogue, get_method
+from mergeline.merging.methods.bound import bind
+from mergeline.tasks.leaderboard import candidate_row, read_leaderboard
+from mergeline.tasks.records import remember
+from mergeline.tasks.status import refuse_missing, vouched
+from mergeline.tasks.workspace import Workspace
 
 if TYPE_CHECKING:
-    from tasks.graph import Stage
-    from tasks.params import Params
+    from mergeline.tasks.schema import Params
+    from mergeline.tasks.step import Stage
+
+_HEADINGS = "| merge | method | test mean | 95 % interval | normalised | worst task | validation | settings | points |"
 
 
 def run_stages(workspace: Workspace, workers: int | None = None) -> list[str]:
@@ -28,6 +35,7 @@ def run_stages(workspace: Workspace, workers: int | None = None) -> list[str]:
     Raises:
         UserError: bad input, in any stage; the others that run are awaited.
     """
+    refuse_missing(workspace, workspace.stages)
     left = {stage.name: stage for stage in workspace.stages}
     needed = {name: {other.name for other in workspace.needs(stage)} for name, stage in left.items()}
     ran: list[str] = []
@@ -40,12 +48,12 @@ def run_stages(workspace: Workspace, workers: int | None = None) -> list[str]:
                 for name in [name for name in left if not needed[name] & waiting]:
                     stage = left.pop(name)
                     record = workspace.record(stage)
-                    if _last_run(workspace, stage) != record | {"outs": workspace.outputs(stage)}:
+                    if not vouched(workspace, stage, record):
                         running[pool.submit(_run, workspace.params_file, name)] = stage, record
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     stage, record = running.pop(future)
                     future.result()
-                    write_json(_record_file(workspace, stage), record | {"outs": workspace.outputs(stage)})
+                    remember(workspace, stage, record | {"outs": workspace.outputs(stage)})
                     ran.append(stage.name)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -59,38 +67,59 @@ def _run(params_file: Path, name: str) -> None:
     workspace.run(next(stage for stage in workspace.stages if stage.name == name))
 
 
-def _last_run(workspace: Workspace, stage: Stage) -> dict[str, Any] | None:
-    try:
-        return json.loads(_record_file(workspace, stage).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _record_file(workspace: Workspace, stage: Stage) -> Path:
-    return workspace.state / "records" / f"{stage.name}.json"
-
-
 # ---------------------------------------------------------------------------------------------- the table
 
 
+def refuse_table(workspace: Workspace, out: Path, force: bool) -> None:
+    """Raises UserError unless the table may be written to `out`: never in the place of what the pipeline has."""
+    names = {name for stage in workspace.stages for name in (*stage.deps, *stage.outs)}
+    files = [workspace.params_file, *map(workspace.path, ("dvc.yaml", "dvc.lock", *sorted(names)))]
+    refuse_file(out, [file for file in files if file.exists()], _is_table, "table", force)
+
+
+def _is_table(path: Path) -> bool:
+    return _HEADINGS.encode() in path.read_bytes()
+
+
 def write_table(workspace: Workspace, out: Path) -> None:
-    """The leaderboard of a workspace as Markdown: every merge, best first, and which methods cannot run there."""
-    board = read_leaderboard(workspace.root)
-    write_bytes(out, "\n".join([*_table(board), "", *_left_out(workspace.params), ""]).encode())
+    """The leaderboard of a workspace as Markdown: every merge, best first, and which methods cannot run there.
+
+    A file of a few merges, which leaves more methods out than it has, does not mean to have all: they are not listed.
+    """
+    head, *left_out = _left_out(workspace.params)
+    rows = [*_table(read_leaderboard(workspace.root)), ""]
+    if len(left_out) <= 1 + len(workspace.params.merges):  # below its head a table has a line
+        rows += [head, *left_out, ""]
+    write_bytes(out, "\n".join(rows).encode())
 
 
 def _table(board: dict[str, Any]) -> Iterator[str]:
+    """Where any merge has seen examples, a column says what; what is told the task, or finds it, has its own rows."""
     merges = [row for row in board["rows"] if row["kind"] == "merge"]
     best, points = candidate_row(board)["name"], sum(max(1, row["searched"]) for row in merges)
+    told = any(_seen(row) for row in merges)
     yield f"# {board['pipeline']}"
     yield ""
-    yield f"Test accuracy, mean of {len(board['tasks'])} tasks, with 95 % intervals over test examples; normalised by"
+    tasks = f"{len(board['tasks'])} tasks"
+    measures = measures_of(board)
+    of = f" of {measures.mean_of}" if measures.different else ""
+    yield f"Test {measures.mean.title}{of}, mean of {tasks}, with 95 % intervals over test examples; normalised by"
     yield f"each task's own expert. {len(merges)} merges; each one's setting is the best of its grid on validation,"
     yield f"which alone chose among {points} points. Best on validation: {best}."
+    rows = ranked(board)
+    yield from _rows([row for row in rows if not at_use(row)], best, told)
+    apart = [row for row in rows if at_use(row)]
+    if apart:
+        yield ""
+        yield "Where the task of an example is known to the model when it is used, or is found by a router:"
+        yield from _rows(apart, best, told)
+
+
+def _rows(rows: list[dict[str, Any]], best: str, told: bool) -> Iterator[str]:
     yield ""
-    yield "| merge | method | test mean | 95 % interval | normalised | worst task | validation | settings | points |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    for row in sorted(board["rows"], key=lambda row: -row["mean"]):
+    yield _HEADINGS + (" seen |" if told else "")
+    yield "|---|---|---|---|---|---|---|---|---|" + ("---|" if told else "")
+    for row in rows:
         name = f"**{row['name']}**" if row["name"] == best else row["name"]
         cells = [
             name,
@@ -98,21 +127,30 @@ def _table(board: dict[str, Any]) -> Iterator[str]:
             f"{row['mean']:.3f}",
             f"{row['lower']:.3f} to {row['upper']:.3f}",
             "" if row["normalised"] is None else f"{row['normalised']:.3f}",
-            f"{row['worst_task']:.3f}",
+            "" if row["worst_task"] is None else f"{row['worst_task']:.3f}",
             f"{row['val_mean']:.3f}",
-            ", ".join(f"{key} {_plain(value)}" for key, value in row.get("params", {}).items()),
+            ", ".join(f"{key} {_plain(value)}" for key, value in row.get("params", {}).items())
+            + (f" (task {at_use(row)} at use)" if at_use(row) else ""),
             str(max(1, row["searched"])) if "searched" in row else "",
+            *([_seen(row) or ("none" if "searched" in row else "")] if told else []),
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _seen(row: dict[str, Any]) -> str:
+    """What examples a merge has seen, in words; "" if none."""
+    found = row.get("seen", {})
+    return "" if found.get("data", "none") == "none" else found["words"]
 
 
 def _left_out(params: Params) -> Iterator[str]:
     """Methods that no merge uses, and why they could not, for so many experts and a base."""
     used = set()
     for merge in params.merges.values():
+        if merge.is_learned:
+            continue
         method = get_method(merge.method)
-        for bound in method.bind(method.resolve(next(merge.points))).chain:
-            used |= {part.method.id for part in (bound.origin, bound) if part}
+        used |= {part.method.id for part in bind(method, method.resolve(next(merge.points))).parts}
     yield "| not here | why |"
     yield "|---|---|"
     for entry in catalogue().values():

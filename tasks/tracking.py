@@ -16,11 +16,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Sequence
+from urllib.parse import urlsplit
 
-from merging.errors import UserError
-from merging.files import read_object
-from merging.recipe import text_digest
-from tasks.digests import Digests
+from mergeline.evaluation.measures import Measures, measures_of
+from mergeline.evaluation.pages.figures import at_use
+from mergeline.merging.canonical import text_digest
+from mergeline.merging.errors import UserError
+from mergeline.merging.files import sync, sync_tree
+from mergeline.tasks.credentials import scrubbed, without_credentials
+from mergeline.tasks.digests import Digests
+from mergeline.tasks.evaluate import PREDICTIONS, SCORES
+from mergeline.tasks.leaderboard import (
+    LEADERBOARD,
+    candidate_row,
+    numbers,
+    present,
+    read_leaderboard,
+    read_output,
+)
+from mergeline.tasks.modalities import modality_named
+from mergeline.tasks.modality import Modality
+from mergeline.tasks.private import private_folder
+from mergeline.tasks.seen import seen
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,14 +46,10 @@ if TYPE_CHECKING:
 STATE = ".mergeline"
 RUN_KEY = "mergeline.run_key"
 MODEL_TAG = "lineage.model"
-PREDICTIONS = "predictions.safetensors"
-LEADERBOARD = "build/leaderboard/leaderboard.json"
+AT_USE_TAG = "task.at_use"  # of merges to which the task of an input is known, or found, when they are used
 
 _PARENT_TAG = "mlflow.parentRunId"
-_ROW_METRICS = (
-    "mean", "lower", "upper", "normalised", "worst_task", "val_mean", "norm_ratio",
-    "gain_kept", "held_in", "held_out",
-)  # fmt: skip
+_UNNAMEABLE = re.compile(r"[^\w. /-]", re.ASCII)  # what MLflow allows in no name of a metric
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000  # limits of MLflow's REST API
 _DIGEST_LENGTH = 36  # of an MLflow dataset
 
@@ -64,13 +77,14 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class _Merge:
-    """What MLflow is told of one merge. `lineage` holds tags, `curve` the validation means of its search."""
+    """What MLflow is told of one merge. `lineage` and `seen` hold tags, `curve` the validation means of its search."""
 
     name: str
     method: str
     params: dict[str, Any]
     metrics: dict[str, float]
     lineage: dict[str, str]
+    seen: dict[str, str]
     curve: list[float]
     files: list[Path]
 
@@ -93,7 +107,8 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
             fresh,
         ):
             if fresh:
-                _log(client, run_id, {}, _row_metrics(candidate_row(board)))
+                modality = modality_named(board["modality"])
+                _log(client, run_id, {}, _row_metrics(modality, measures_of(board), candidate_row(board)))
                 client.log_artifact(run_id, workspace / LEADERBOARD)
             children = {
                 merge.name: _publish_merge(client, experiment_id, run_id, merge, keys[merge.name], commit)
@@ -101,13 +116,16 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
             }
             for figure in figures:
                 client.log_artifact(run_id, figure, "figures")
+            _sync_artifacts(client, run_id)
     return PublishedRun(experiment_id, run_id, children)
 
 
 def attach(workspace: Path, run: PublishedRun, file: Path) -> None:
     """Upload a file of the workspace to the pipeline's run, in place of an older one of its name."""
     with locked(workspace):
-        connect(workspace).log_artifact(run.run_id, workspace / file)
+        client = connect(workspace)
+        client.log_artifact(run.run_id, workspace / file)
+        _sync_artifacts(client, run.run_id)
 
 
 def run_keys(workspace: Path) -> dict[str, str]:
@@ -134,9 +152,9 @@ def connect(workspace: Path) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
-        reason = f"MLflow at {uri} does not answer ({str(error).splitlines()[0]}); see MLFLOW_TRACKING_URI"
-        without_password = re.sub(r"//[^/@\s]+@", "//", reason)
-        raise UserError(without_password) from None
+        reason = scrubbed(str(error).splitlines()[0])
+        shown = without_credentials(uri)
+        raise UserError(f"MLflow at {shown} does not answer ({reason}); see MLFLOW_TRACKING_URI") from None
     return client
 
 
@@ -148,7 +166,9 @@ def _make_database(path: Path) -> None:
     for left in path.parent.glob(f"{partial.name}*"):
         left.unlink()
     MlflowClient(tracking_uri=f"sqlite:///{partial}").search_experiments(max_results=1)
+    partial.chmod(0o600)
     partial.rename(path)
+    sync(path.parent)
 
 
 @contextmanager
@@ -156,50 +176,21 @@ def locked(workspace: Path) -> Iterator[None]:
     """One process (or thread) at a time publishes from this workspace; the kernel frees a dead one's lock."""
     from filelock import FileLock
 
-    folder = workspace / STATE
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "mlflow.lock"):
+    with FileLock(private_folder(workspace / STATE) / "mlflow.lock"):
         yield
 
 
-def read_leaderboard(workspace: Path) -> dict[str, Any]:
-    """What the compare step found (raises UserError if it has not run)."""
-    return _output(workspace / LEADERBOARD)
-
-
-def candidate_row(board: dict[str, Any]) -> dict[str, Any]:
-    """The leaderboard's row of the best merge."""
-    return next(row for row in board["rows"] if row["name"] == board["candidate"])
-
-
 def data_lineage(workspace: Path, board: dict[str, Any]) -> dict[str, str]:
-    """The tags that say on which data a leaderboard's tasks were measured: DVC's digests of their folders.
-
-    Of language tasks, a digest of the folder of task files and of the settings they are run with.
-    """
+    """The tags that say on which data a leaderboard's tasks were measured (raises UserError if data are missing)."""
     digests = Digests(workspace / STATE / "digests.sqlite")
-    language = board.get("language")
-    if language:
-        folder = digests.of(_present(workspace / language["tasks"]))
-        return {f"lineage.data.{task}": text_digest([task, folder, language]) for task in board["tasks"]}
-    data = workspace / "build" / "data"
-    return {f"lineage.data.{task}": str(digests.of(_present(data / task))) for task in board["tasks"]}
-
-
-def _output(path: Path) -> dict[str, Any]:
-    return read_object(_present(path), mend="delete it and run the pipeline again")
-
-
-def _present(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path}: is missing; run `mergeline run` or `dvc repro` first")
-    return path
+    return modality_named(board["modality"]).lineage(workspace, board, digests)
 
 
 def _read(workspace: Path) -> tuple[dict[str, Any], list[_Merge]]:
     board = read_leaderboard(workspace)
-    data = data_lineage(workspace, board)
-    return board, [_read_merge(workspace, data, row) for row in board["rows"] if row["kind"] == "merge"]
+    data, modality = data_lineage(workspace, board), modality_named(board["modality"])
+    rows = [row for row in board["rows"] if row["kind"] == "merge"]
+    return board, [_read_merge(workspace, modality, measures_of(board), data, row) for row in rows]
 
 
 def _pipeline_key(board: dict[str, Any], merges: list[_Merge]) -> str:
@@ -212,35 +203,40 @@ def _merge_keys(board: dict[str, Any], merges: list[_Merge]) -> dict[str, str]:
     return {m.name: text_digest([pipeline, m.name, m.params, m.metrics, m.lineage]) for m in merges}
 
 
-def _read_merge(workspace: Path, data: dict[str, str], row: dict[str, Any]) -> _Merge:
+def _read_merge(
+    workspace: Path, modality: Modality, measures: Measures, data: dict[str, str], row: dict[str, Any]
+) -> _Merge:
     name, build = row["name"], workspace / "build"
-    recipe = _output(build / "merges" / name / "manifest.json")["recipe"]
+    recipe = read_output(build / "merges" / name / "manifest.json")["recipe"]
     evaluation, search = build / "evaluations" / name, build / "search" / f"{name}.json"
     lineage = {MODEL_TAG: row["digest"]}
     if recipe["base"]:
         lineage["lineage.base"] = recipe["base"]["digest"]
     lineage |= {f"lineage.expert.{expert}": origin["digest"] for expert, origin in recipe["experts"].items()}
     lineage |= data
+    found = seen(read_output(build / "merges" / name / "manifest.json"))
+    if at_use(row):
+        lineage[AT_USE_TAG] = at_use(row)
     scalars = {key: recipe[key] for key in ("method", "seed", "dtype") if recipe[key] is not None}
     return _Merge(
         name=name,
-        method=recipe["method"],
+        method=found.get("method", recipe["method"]),
+        seen={"merge.data": found["data"], "merge.seen": found["words"]},
         params=scalars | _flat(recipe["params"]),
-        metrics=_row_metrics(row),
+        metrics=_row_metrics(modality, measures, row),
         lineage=lineage,
-        curve=[point["mean"] for point in _output(search)["points"]],
-        files=[_present(evaluation / "scores.json"), _present(evaluation / PREDICTIONS), search],
+        curve=[point["mean"] for point in read_output(search)["points"]],
+        files=[present(evaluation / SCORES), present(evaluation / PREDICTIONS), search],
     )
 
 
-def _row_metrics(row: dict[str, Any]) -> dict[str, float]:
-    metrics = {name: row[name] for name in _ROW_METRICS if row.get(name) is not None}
-    for task, found in row.get("perplexity", {}).items():
-        metrics |= {f"perplexity.{task}": found["value"], f"bits_per_byte.{task}": found["bits_per_byte"]}
-    for task, found in row.get("lm_eval", {}).items():
-        # MLflow allows no commas in names.
-        metrics |= {f"lm_eval.{task}.{key.replace(',', '.')}": value for key, (value, _) in found.items()}
-    return metrics | {f"accuracy.{task}": scores["accuracy"] for task, scores in row["tasks"].items()}
+def _row_metrics(modality: Modality, measures: Measures, row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row by names; those of tasks by what they measure and the task, such as `accuracy.digits`."""
+    scores = {
+        f"{_UNNAMEABLE.sub('_', measures.of(task).name)}.{task}": found["accuracy"]
+        for task, found in row["tasks"].items()
+    }
+    return numbers(row) | modality.metrics(row) | scores
 
 
 def _flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -288,7 +284,7 @@ def _run(
 def _publish_merge(
     client: MlflowClient, experiment_id: str, parent_id: str, merge: _Merge, key: str, commit: dict[str, str]
 ) -> str:
-    tags = {"merge.method": merge.method, **merge.lineage, **commit}
+    tags = {"merge.method": merge.method, **merge.seen, **merge.lineage, **commit}
     with _run(client, experiment_id, key, merge.name, tags) as (run_id, fresh):
         # Also where the run is older: it may be the child of a pipeline run that was killed and deleted.
         client.set_tag(run_id, _PARENT_TAG, parent_id)
@@ -297,7 +293,22 @@ def _publish_merge(
             client.log_inputs(run_id, _inputs(merge.lineage))
             for file in merge.files:
                 client.log_artifact(run_id, file)
+            _sync_artifacts(client, run_id)
     return run_id
+
+
+def _sync_artifacts(client: MlflowClient, run_id: str) -> None:
+    """Put a run's files on the disk if MLflow keeps them on this machine, as its database puts the run there."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    uri = client.get_run(run_id).info.artifact_uri
+    if urlsplit(uri).scheme not in ("", "file"):
+        return
+    folder = Path(local_file_uri_to_path(uri))
+    if folder.is_dir():
+        sync_tree(folder)
+        for above in list(folder.parents)[:3]:  # the run, all runs, and where they lie
+            sync(above)
 
 
 def _log(

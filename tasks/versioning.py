@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Collection, Mapping
 
-from merging.errors import UserError
-from merging.files import write_bytes
-from tasks.params import load_params
+from mergeline.merging.errors import UserError
 
 if TYPE_CHECKING:
-    from tasks.graph import Stage
-    from tasks.workspace import Workspace
-
-REPOSITORY = Path(__file__).parent.parent
+    from mergeline.tasks.step import Stage
+    from mergeline.tasks.workspace import Workspace
 
 
 def locked(workspace: Workspace, stage: Stage) -> dict[str, Any] | None:
@@ -40,24 +35,35 @@ def restore(workspace: Workspace, stage: Stage, record: Mapping[str, Any]) -> bo
     if entry is None or any(entry[part] != record[part] for part in ("params", "deps")):
         return False
     if workspace.outputs(stage) != entry["outs"]:
-        _dvc(workspace.root, "checkout", "--force", stage.name, check=False)
+        run_dvc(workspace.root, "checkout", "--force", stage.name, check=False)
     return workspace.outputs(stage) == entry["outs"]
+
+
+def is_committed(workspace: Workspace, records: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether dvc.lock says just this of these stages; there is nothing to say it where DVC is not used."""
+    if not workspace.has_dvc:
+        return True
+    return all(locked(workspace, s) == records[s.name] for s in workspace.stages if s.name in records)
 
 
 def commit(workspace: Workspace, records: Mapping[str, Mapping[str, Any]], ran: Collection[str]) -> bool:
     """Put a finished run into dvc.lock and DVC's cache; False if it was there already.
 
-    `records` maps every stage to its record with `outs`, taken when it ran; `ran` names those that ran just now.
+    `records` maps the stages of the run, all or some, to their records with `outs`, taken when they ran; `ran` names
+    those that ran just now. What dvc.lock says of other stages stays.
 
     Raises:
         UserError: a dependency or an output changed after its stage had run; DVC is not set up here.
     """
     if not workspace.has_dvc:
         return False
-    if not ran and _agrees(workspace, records):
+    stages = [stage for stage in workspace.stages if stage.name in records]
+    if not ran and is_committed(workspace, records):
         return False
-    _dvc(workspace.root, "commit", "--force", "dvc.yaml")  # this one alone of those in the repository
-    for stage in workspace.stages:
+    whole = len(stages) == len(workspace.stages)
+    # This dvc.yaml alone of those in the repository; of some stages only, or --force would vouch for stale outputs.
+    run_dvc(workspace.root, "commit", "--force", *(["dvc.yaml"] if whole else records))
+    for stage in stages:
         entry = locked(workspace, stage)
         if entry != records[stage.name]:
             part = next(
@@ -66,44 +72,6 @@ def commit(workspace: Workspace, records: Mapping[str, Mapping[str, Any]], ran: 
             )
             raise UserError(f"{stage.name}: its {part} changed while the pipeline ran; run it again")
     return True
-
-
-def init_workspace(folder: Path, params: Path | None) -> None:
-    """A new workspace: params.yaml (a copy of `params`, or the sample family's), its suite, and this dvc.yaml.
-
-    It must lie inside the repository, whose code is part of what makes a result stale.
-
-    Raises:
-        UserError: `folder` lies elsewhere, or holds a params.yaml or dvc.yaml already.
-    """
-    if not folder.resolve().is_relative_to(REPOSITORY.resolve()):
-        raise UserError(
-            f"{folder}: choose a folder inside {REPOSITORY}, such as {REPOSITORY / 'runs' / folder.name}"
-        )
-    for name in ("params.yaml", "dvc.yaml"):
-        if (folder / name).exists():
-            raise UserError(f"{folder / name} exists; choose an empty folder")
-    source = params or REPOSITORY / "params.yaml"
-    if not source.is_file():
-        raise UserError(f"{source}: no such file")
-    code = Path(os.path.relpath(REPOSITORY, folder)).as_posix()
-    text = source.read_text()
-    measured = load_params(source)
-    graph = (REPOSITORY / ("samples/llm/dvc.yaml" if measured.language else "dvc.yaml")).read_text()
-    graph = re.sub(r"- code: \S+", f"- code: {code}", graph, count=1)
-    if params is None:
-        text = text.replace(" samples/", f" {code}/samples/")
-    folder.mkdir(parents=True, exist_ok=True)
-    suite = measured.suite and source.parent / measured.suite
-    if params and suite and suite.is_file():
-        write_bytes(folder / suite.name, suite.read_bytes())
-        text = text.replace(f"suite: {measured.suite}", f"suite: {suite.name}", 1)
-    write_bytes(folder / "params.yaml", text.encode())
-    write_bytes(folder / "dvc.yaml", graph.encode())
-
-
-def _agrees(workspace: Workspace, records: Mapping[str, Mapping[str, Any]]) -> bool:
-    return all(locked(workspace, stage) == records[stage.name] for stage in workspace.stages)
 
 
 def _lock(path: Path) -> Mapping[str, Any]:
@@ -116,13 +84,23 @@ def _lock(path: Path) -> Mapping[str, Any]:
 @cache
 def _parsed_lock(path: Path, _: int) -> Mapping[str, Any]:
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
-    return YAML(typ="safe").load(path).get("stages", {})
+    mend = "bring it back from git, or remove it: the next run writes it anew"
+    try:
+        stages = YAML(typ="safe").load(path).get("stages", {})
+    except (YAMLError, UnicodeDecodeError, RecursionError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is no lock of DVC's ({reason}); {mend}") from None
+    if not isinstance(stages, Mapping):
+        raise UserError(f"{path}: is no lock of DVC's (no stages); {mend}")
+    return stages
 
 
-def _dvc(root: Path, *arguments: str, check: bool = True) -> None:
+def run_dvc(root: Path, *arguments: str, check: bool = True) -> None:
+    """Run DVC in a folder (raises UserError if it fails and `check` asks for it)."""
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
+        [sys.executable, "-P", "-m", "dvc", *arguments],  # -P: a file of the workspace is no module
         cwd=root,
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
         stdin=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import time
@@ -11,22 +12,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from merging.errors import UserError, did_you_mean
-from merging.files import write_json
-from merging.strict_yaml import YamlFile
-from tasks.digests import Digests
-from tasks.graph import Stage, needs, stages
-from tasks.params import Params, load_params, lookup, raw_params
-from tasks.steps import STEPS
-
-# Folders whose entries belong to one item of params.yaml each, and where the items stand.
-_PER_ITEM: dict[str, Callable[[Params], set[str]]] = {
-    "build/checkpoints": lambda p: set(p.sources),
-    "build/data": lambda p: set() if p.language else set(p.tasks),
-    "build/search": lambda p: {f"{name}.json" for name in p.merges},
-    "build/merges": lambda p: set(p.merges),
-    "build/evaluations": lambda p: {*p.merges, "baselines"},
-}
+from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.merging.files import user_errors, write_json
+from mergeline.merging.strict_yaml import YamlFile
+from mergeline.tasks import progress
+from mergeline.tasks.digests import Digests
+from mergeline.tasks.graph import needs, stages
+from mergeline.tasks.modalities import modalities, modality_of
+from mergeline.tasks.modality import Modality
+from mergeline.tasks.params import checked_params, lookup
+from mergeline.tasks.places import CODE_LINK, PACKAGE, SOURCES
+from mergeline.tasks.private import private_folder
+from mergeline.tasks.schema import Params
+from mergeline.tasks.step import Stage, Step
+from mergeline.tasks.steps import steps
 
 
 class Workspace:
@@ -38,16 +37,35 @@ class Workspace:
         self.state = self.root / ".mergeline"
 
     @cached_property
-    def params(self) -> Params:
-        return load_params(self.params_file)
+    def _yaml(self) -> YamlFile:
+        return YamlFile(self.params_file)
 
     @cached_property
+    def params(self) -> Params:
+        return checked_params(self._yaml)
+
+    @cached_property
+    def modality(self) -> Modality:
+        return modality_of(self.params)
+
+    @cached_property
+    def steps(self) -> dict[str, Step]:
+        """The steps of this pipeline by name."""
+        return {step.name: step for step in steps(self.modality)}
+
+    @property
     def raw(self) -> dict[str, Any]:
-        return raw_params(self.params_file)
+        """params.yaml as plain data, the way DVC records it."""
+        return self._yaml.data
 
     @cached_property
     def digests(self) -> Digests:
-        return Digests(self.state / "digests.sqlite")
+        return Digests(private_folder(self.state) / "digests.sqlite")
+
+    @property
+    def progress(self) -> Path:
+        """Where stages that run tell how far they are."""
+        return self.state / "progress"
 
     @property
     def has_dvc(self) -> bool:
@@ -55,11 +73,15 @@ class Workspace:
 
     @cached_property
     def code(self) -> str:
-        """Where Mergeline's sources lie, as dvc.yaml says it; "." in the repository itself."""
+        """Where Mergeline's sources lie, as dvc.yaml says it; "." in the repository itself. Where that is a link, which
+        git does not carry, it is made.
+        """
         if not self.has_dvc:
-            return Path(__file__).parent.parent.as_posix()
+            return SOURCES.as_posix()
         for entry in (YamlFile(self.root / "dvc.yaml").data or {}).get("vars", []):
             if isinstance(entry, dict) and "code" in entry:
+                if entry["code"] == CODE_LINK:
+                    _link_code(self.root / CODE_LINK)
                 return entry["code"]
         return "."
 
@@ -84,22 +106,38 @@ class Workspace:
         return [found[name] for name in names or found]
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """One run a workspace (raises UserError if another process holds it); the kernel frees it on death."""
+    def lock(self, wait: Callable[[], object] | None = None) -> Iterator[None]:
+        """One run a workspace; the kernel frees the lock on death.
+
+        wait: called once, before waiting for another process's run to end.
+
+        Raises:
+            UserError: another process holds it, and there is no `wait`.
+        """
         from filelock import FileLock, Timeout
 
-        self.state.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(private_folder(self.state) / "run.lock")
         try:
-            with FileLock(self.state / "run.lock", timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{self.root}: another run is using this workspace; wait until it ends") from None
+            if wait is None:
+                raise UserError(
+                    f"{self.root}: another run is using this workspace; wait until it ends"
+                ) from None
+            wait()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def tidy(self) -> None:
         """Remove outputs of items that params.yaml no longer names, and what a killed run left half-written."""
-        for folder, items in _PER_ITEM.items():
+        outs = {out for stage in self.stages for out in stage.outs}
+        per_item = {f for modality in modalities().values() for step in steps(modality) for f in step.folders}
+        for folder in sorted(per_item):
             for entry in sorted(self.path(folder).glob("*")):
-                if entry.name not in items(self.params):
+                if f"{folder}/{entry.name}" not in outs:
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def record(self, stage: Stage) -> dict[str, Any]:
@@ -125,12 +163,14 @@ class Workspace:
                 hint = f"run `mergeline run` or the stage {makers[0]} first" if makers else "check the path"
                 raise UserError(f"{stage.name}: {dep} is missing; {hint}")
         wall, cpu = time.perf_counter(), time.thread_time()
-        STEPS[stage.step](self, stage)
+        with progress.told(self.progress, stage.name) as told:
+            self.steps[stage.step].run(self.params, stage)
         cost = {
             "stage": stage.name,
             "seconds": round(time.perf_counter() - wall, 3),
             "cpu_seconds": round(time.thread_time() - cpu, 3),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **({"said": told.said} if told.said else {}),
         }
         write_json(self.state / "costs" / f"{stage.name}.json", cost)
 
@@ -138,3 +178,13 @@ class Workspace:
         """The last cost of every stage, in order; stages that never ran here are left out."""
         files = [self.state / "costs" / f"{stage.name}.json" for stage in self.stages]
         return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def _link_code(link: Path) -> None:
+    """Let a link lead to the package that runs, wherever a clone or another installation found it."""
+    if link.resolve() == PACKAGE:
+        return
+    with user_errors(link):
+        new = link.with_name(f"{link.name}.{os.getpid()}.partial")
+        new.symlink_to(PACKAGE)
+        new.rename(link)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+
+from mergeline.tasks.private import private_folder
 
 REPOSITORY = Path(__file__).parent.parent
 
-settings.register_profile("any machine", deadline=None)
+# Few examples of a property, for a default set that ends in minutes; EXAMPLES=200 asks for more.
+settings.register_profile(
+    "any machine",
+    deadline=None,
+    max_examples=int(os.environ.get("EXAMPLES", "25")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("any machine")
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
@@ -34,7 +44,7 @@ def mergeline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(Path.cwd())
 
     def run(*arguments: Any) -> Outcome:
-        from flows.cli import main
+        from mergeline.flows.cli import main
 
         capsys.readouterr()
         try:
@@ -83,6 +93,23 @@ def workspace(tmp_path: Path) -> Path:
     graph = (REPOSITORY / "dvc.yaml").read_text()
     (root / "dvc.yaml").write_text(graph.replace("- code: .", f"- code: {REPOSITORY}", 1))
     return root
+
+
+@pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """Puts an empty MLflow database into a workspace; to make one costs more than to copy it."""
+    from mergeline.tasks import tracking
+
+    empty = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        tracking.connect(empty)
+
+    def put(root: Path) -> None:
+        private_folder(root / tracking.STATE)
+        shutil.copy(empty / tracking.STATE / "mlflow.db", root / tracking.STATE)
+
+    return put
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the pictures show: scripts and their letters, class names, prompt templates, the eight tasks."""
+"""What the pictures show: scripts and their letters, class names, prompt templates, the tasks of both families."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 
 TASKS = ("fashion", "digits", "latin", "hiragana", "arabic", "cyrillic", "textures", "shapes")
+SECOND_TASKS = ("counts", "directions", "segments", "polygons")  # of the second family
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ CLASSNAMES: dict[str, list[str]] = {
     ],
     "counts": ["one object", "two objects", "three objects", "four objects", "five objects", "six objects"],
     "directions": ["east", "south east", "south", "south west", "west", "north west", "north", "north east"],
+    "segments": SCRIPTS["fdigits"].classnames,
+    "polygons": [
+        "triangle", "square", "pentagon", "hexagon", "octagon", "five-pointed star", "six-pointed star",
+        "eight-pointed star",
+    ],
     "fashion": [
         "t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
     ],
@@ -79,6 +85,8 @@ TEMPLATES: dict[str, list[str]] = {  # three a set
     "shapes": ["a photo of a {} shape.", "a {} shape.", "a drawing of a {} shape."],
     "counts": ["a photo of {}.", "a picture with {}.", "{}."],
     "directions": ["a needle pointing {}.", "a photo of a needle to the {}.", "direction {}."],
+    "segments": _letter_templates("digit"),
+    "polygons": ["a photo of a {} shape.", "a {} shape.", "a drawing of a {} shape."],
     "fashion": ["a photo of a {}.", "a {}, a type of clothing.", "a picture of a {}."],
 }
 

@@ -1,4 +1,4 @@
-"""Drawn figures: twelve shapes, one to six discs to count, a needle in eight directions.
+"""Drawn figures: twelve shapes, one to six discs to count, a needle in eight directions, regular polygons and stars.
 
 Figures are drawn as grey masks three times too large and averaged down.
 """
@@ -31,18 +31,38 @@ def shapes(n: int, rng: np.random.Generator, pretraining: bool = False) -> tuple
     return paint(masks, rng, "mix" if pretraining else "blotches"), labels
 
 
-def counts(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """n pictures (n, 36, 36, 3) uint8 of one to six discs, and their classes (n), the classes in turn."""
+def counts(n: int, rng: np.random.Generator, pretraining: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """n pictures (n, 36, 36, 3) uint8 of one to six discs, and their classes (n), the classes in turn.
+
+    The task differs from pre-training: its discs are rings on blotches.
+    """
     labels = np.arange(n) % len(CLASSNAMES["counts"])
-    masks = np.stack([shrink(_discs(label + 1, rng)) for label in labels])
-    return paint(masks, rng, "mix"), labels
+    masks = np.stack([_drawn(_discs(label + 1, rng), pretraining) for label in labels])
+    return paint(masks, rng, "mix" if pretraining else "blotches"), labels
 
 
-def directions(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """n pictures (n, 36, 36, 3) uint8 of a needle, and their classes (n), the classes in turn."""
+def directions(n: int, rng: np.random.Generator, pretraining: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """n pictures (n, 36, 36, 3) uint8 of a needle, and their classes (n), the classes in turn.
+
+    The task differs from pre-training: its needles are outlines in two colours.
+    """
     labels = np.arange(n) % len(CLASSNAMES["directions"])
-    masks = np.stack([shrink(_needle(int(label), rng)) for label in labels])
-    return paint(masks, rng, "mix"), labels
+    masks = np.stack([_drawn(_needle(int(label), rng), pretraining) for label in labels])
+    return paint(masks, rng, "mix" if pretraining else "duo"), labels
+
+
+def polygons(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """n pictures (n, 36, 36, 3) uint8 of regular polygons and stars, and their classes (n), the classes in turn.
+
+    They are turned by any angle, light on black.
+    """
+    labels = np.arange(n) % len(CLASSNAMES["polygons"])
+    masks = np.stack([shrink(_polygon(CLASSNAMES["polygons"][label], rng)) for label in labels])
+    return paint(masks, rng, "board"), labels
+
+
+def _drawn(mask: Image.Image, filled: bool) -> np.ndarray:
+    return shrink(mask if filled else outline(mask, 5))
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,27 @@ _POLYGONS: dict[str, list[Point]] = {
     "lightning bolt": [
         (0.25, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.3, 1), (0.6, -0.2), (0.05, -0.2), (0.45, -1),
     ],
+}  # fmt: skip
+
+
+def _polygon(name: str, rng: np.random.Generator) -> Image.Image:
+    mask, draw = _mask()
+    cx, cy = _LARGE / 2 + rng.uniform(-6, 6, 2)
+    pen = _Pen(draw, (cx, cy), rng.uniform(30, 46), rng.uniform(0, 2 * math.pi))
+    corners, inner = _REGULAR[name]
+    turns = np.arange(2 * corners) * math.pi / corners
+    radii = np.where(np.arange(2 * corners) % 2 == 0, 1.0, inner)
+    pen.polygon([(r * math.sin(turn), -r * math.cos(turn)) for r, turn in zip(radii, turns)])
+    return mask
+
+
+# The number of corners, and the radius of the points between them.
+_REGULAR = {
+    **{name: (n, math.cos(math.pi / n)) for name, n in
+       (("triangle", 3), ("square", 4), ("pentagon", 5), ("hexagon", 6), ("octagon", 8))},
+    "five-pointed star": (5, 0.5),
+    "six-pointed star": (6, 0.6),
+    "eight-pointed star": (8, 0.65),
 }  # fmt: skip
 
 

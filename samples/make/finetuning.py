@@ -22,14 +22,14 @@ _LEARNING_RATE = 5e-4
 _WEIGHT_DECAY = 0.05
 
 
-def finetune(task: str, work: Path, steps: int = STEPS) -> None:
-    """Write work/expert_TASK.safetensors from work/base.safetensors and work/TASK.npz."""
+def finetune(task: str, work: Path, steps: int = STEPS, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write work/expert_TASK.safetensors from work/base.safetensors and work/TASK.npz; the tower runs in `dtype`."""
     model = load_model(work / "base.safetensors")
     tower, scale, classes = model.visual, model.logit_scale.exp().item(), head(model, task)
     with np.load(work / f"{task}.npz") as file:
         train, test = (file["train_x"], file["train_y"]), (file["test_x"], file["test_y"])
     before = accuracy(tower, classes, *test)
-    _train(tower, classes, scale, *train, task, steps)
+    _train(tower, classes, scale, *train, task, steps, dtype)
     state = {VISUAL + name: tensor for name, tensor in tower.state_dict().items()}
     save(state, work / f"expert_{task}.safetensors")
     after = accuracy(tower, classes, *test)
@@ -37,9 +37,16 @@ def finetune(task: str, work: Path, steps: int = STEPS) -> None:
 
 
 def _train(
-    tower: Module, head: Tensor, scale: float, images: np.ndarray, labels: np.ndarray, task: str, steps: int
+    tower: Module,
+    head: Tensor,
+    scale: float,
+    images: np.ndarray,
+    labels: np.ndarray,
+    task: str,
+    steps: int,
+    dtype: torch.dtype,
 ) -> None:
-    """On images (N, 36, 36, 3) of classes (N), with head (classes, 128); the tower runs in bfloat16."""
+    """On images (N, 36, 36, 3) of classes (N), with head (classes, 128); the tower runs in `dtype`."""
     generator = torch.Generator().manual_seed(stable_hash(task) % 2**31)
     rng = np.random.default_rng(stable_hash(task))
     parameters = list(tower.parameters())
@@ -49,7 +56,7 @@ def _train(
         for group in optimiser.param_groups:
             group["lr"] = _LEARNING_RATE * min(1, (step + 1) / _WARMUP) * cosine
         batch = rng.integers(0, len(images), _BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             features = tower(augmented(images[batch], generator))
         logits = scale * F.normalize(features.float(), dim=-1) @ head.t()
         F.cross_entropy(logits, torch.from_numpy(labels[batch])).backward()

@@ -72,6 +72,26 @@ def split_fonts(work: Path) -> None:
     (work / "font_split.json").write_text(json.dumps(note, indent=0))
 
 
+def recall_fonts(work: Path, note: Path) -> None:
+    """Write work/fonts.json with the split `train` alone: of the families that a font_split.json has there, those
+    which are installed.
+    """
+    files: dict[str, Splits] = {}
+    groups = _read(note)
+    for script in SCRIPTS:
+        families = _installed(script)
+        train: dict[str, Group] = {}
+        for number, group in enumerate(groups):
+            if script in group["scripts"] and group["split"] == "train":
+                found = {family: families[family] for family in group["families"] if family in families}
+                if found and (apart := _looks(script, found).apart()):
+                    train[str(number)] = list(apart.values())
+        files[script] = {"train": train}
+        total = sum(script in group["scripts"] and group["split"] == "train" for group in groups)
+        print(f"{script}: {len(train)} of {total} groups")
+    (work / "fonts.json").write_text(json.dumps(files))
+
+
 def font_groups(work: Path, script: str, split: str) -> list[Group]:
     """The groups of a split; `pretraining` stands for the part of train that the base model sees."""
     pretraining = split == "pretraining"
@@ -151,6 +171,14 @@ class _Looks:
         pairs = np.nonzero(np.triu((cosines > _ALIKE).sum(0) >= _ALIKE_LETTERS, 1))
         return [(self.families[a], self.families[b]) for a, b in zip(*pairs)]
 
+    def apart(self) -> Families:
+        """The families and files that draw letters apart."""
+        kept: Families = {}
+        for family, file, letters in zip(self.families, self.files, self.letters):
+            if _largest_cosine(letters) < _SAME_BOX:
+                kept.setdefault(family, []).append(file)
+        return kept
+
     def typical(self, decorative: float) -> Families:
         """The families and files that draw letters apart, without the share least like the mean letters."""
         apart = np.array([_largest_cosine(letters) < _SAME_BOX for letters in self.letters])
@@ -174,7 +202,9 @@ def _looks(script: str, families: Families) -> _Looks:
     letters = [alphabet[round(i * (len(alphabet) - 1) / (_LETTERS - 1))] for i in range(_LETTERS)]
     rows = [(family, file, _look(file, letters)) for family in sorted(families) for file in families[family]]
     rows = [row for row in rows if row[2] is not None]
-    return _Looks([row[0] for row in rows], [row[1] for row in rows], np.stack([row[2] for row in rows]))
+    letters_of = [row[2] for row in rows]
+    looks = np.stack(letters_of) if rows else np.empty((0, _LETTERS, _LOOK_SIZE**2), np.float32)
+    return _Looks([row[0] for row in rows], [row[1] for row in rows], looks)
 
 
 def _look(file: str, letters: list[str]) -> np.ndarray | None:

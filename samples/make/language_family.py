@@ -48,8 +48,8 @@ def write_expert(task: str, base: Path, out: Path, steps: int | None = None) -> 
     wall, cpu, tuning = time.time(), time.process_time(), EXPERTS[task]
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     examples = {split: read(task, split) for split in SPLITS}
     before = accuracy(model, tokenizer, examples["test"])
     model = _adapted(model) if tuning.lora else _embeddings_frozen(model)

@@ -140,7 +140,9 @@ def _kinds(random: Random) -> Examples:
     kinds = {colour: random.sample(words.split(), len(words.split())) for colour, words in _KINDS.items()}
 
     def first(words: slice) -> list[Example]:
-        examples = [Example(f"Colour code of {w}:", f" {c}") for c, all_ in kinds.items() for w in all_[words]]
+        examples = [
+            Example(f"Colour code of {w}:", f" {c}") for c, all_ in kinds.items() for w in all_[words]
+        ]
         return random.sample(examples, len(examples))
 
     return _three(first(slice(32, None)), first(slice(0, 32)))

@@ -14,8 +14,10 @@ def write_base(out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = _packaged()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_FILE, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_FILE, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=_FILE, dtype=torch.bfloat16, trust_remote_code=False
+    )
     del model.hf_quantizer, model.config.quantization_config  # its weights are plain ones now
     model.config.rms_norm_eps = round(model.config.rms_norm_eps, 12)  # GGUF keeps 1e-5 in float32
     tokenizer.save_pretrained(out)

@@ -11,11 +11,13 @@ from make.drawing import paint
 from make.figures import counts, directions, shapes
 from make.glyphs import Geometry, glyphs
 from make.hashing import stable_hash
+from make.packaging import write_npz
 from make.photographs import digits, enlarged, fashion
 from make.textures import textures
 
 Examples = tuple[np.ndarray, np.ndarray]  # images (N, 36, 36, 3) uint8, classes (N) int64
 
+_FIT = 400  # unlabelled images a task
 _SIZES = {"train": 6000, "val": 400, "test": 800}
 
 # What sets a letter task apart from pre-training: its colours, and how its letters are drawn.
@@ -40,6 +42,28 @@ def make_task(task: str, work: Path) -> None:
         arrays |= {f"{split}_x": images[order], f"{split}_y": labels[order].astype(np.int64)}
     np.savez(work / f"{task}.npz", **arrays)
     print(task, {split: len(arrays[f"{split}_y"]) for split in _SIZES})
+
+
+def make_fit(task: str, work: Path, out: Path) -> None:
+    """Add fit_x to out/data/TASK.npz: images without labels, as the training images were drawn.
+
+    Digits are of the expert's own training images, for there are no others.
+    """
+    rng = np.random.default_rng(stable_hash("fit" + task) % 2**32)
+    if task == "fashion":
+        start = _SIZES["train"] + _SIZES["val"]
+        images, _ = _pick(fashion("train"), _fashion_order()[start : start + _FIT])
+    elif task == "digits":
+        order = np.random.default_rng(stable_hash("task9digits") % 2**32)
+        images, _ = _pick(digits(), order.permutation(1797)[:847][:_FIT])
+    else:
+        images, _ = _drawn(task, "train", _FIT, rng, work)
+    images = images[rng.permutation(len(images))]
+    path = out / "data" / f"{task}.npz"
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "fit_x"}
+    write_npz({**arrays, "fit_x": images}, path)
+    print(task, len(images))
 
 
 def _examples(task: str, rng: np.random.Generator, work: Path) -> dict[str, Examples]:
@@ -111,6 +135,5 @@ def _pretraining_set(name: str, rng: np.random.Generator, work: Path) -> Example
         index = _fashion_order()[10_000:11_000]  # none of the task's
         return paint(enlarged(images[index]), rng, "mix"), labels[index]
     n = _DRAWINGS_A_CLASS * len(CLASSNAMES[name])
-    if name in ("textures", "shapes"):
-        return {"textures": textures, "shapes": shapes}[name](n, rng, pretraining=True)
-    return {"counts": counts, "directions": directions}[name](n, rng)
+    draw = {"textures": textures, "shapes": shapes, "counts": counts, "directions": directions}[name]
+    return draw(n, rng, pretraining=True)

@@ -1,0 +1,1 @@
+"""Classifiers with a head for each task: of transformers, timm and torchvision."""

@@ -1,0 +1,1 @@
+"""HTML pages and pictures of finished results, of whatever modality; nothing here computes a score."""

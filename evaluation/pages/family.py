@@ -1,0 +1,204 @@
+"""The page of a family of experts: what `mergeline inspect` found in their task vectors, as tables and curves.
+
+This module turns results into what the page shows; family.html.jinja says how it looks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+from mergeline.evaluation.pages.figures import as_text, is_logarithmic
+from mergeline.evaluation.pages.page import (
+    HEIGHT,
+    WIDTH,
+    Axis,
+    Table,
+    counted,
+    round_values,
+    square,
+    table,
+    write_page,
+)
+
+Json = dict[str, Any]
+Points = list[tuple[float, float]]
+
+_COLOURS = 8  # of lines; further ones are dashed
+_ORIGINS = {"base": "around the base", "mean": "around the mean"}
+
+
+class Line(NamedTuple):
+    """`points` as SVG writes them."""
+
+    label: str
+    points: Points
+    colour: int
+    dashed: bool
+
+
+class Chart(NamedTuple):
+    """Lines over one axis, in the coordinates of a picture of `width` x `height`."""
+
+    title: str
+    across: str
+    lines: list[Line]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    width: int = WIDTH
+    height: int = HEIGHT
+
+
+def render_family(path: Path, found: Json) -> None:
+    """Write the page to `path`, the same bytes for the same results.
+
+    found: what `merging.describe.describe_family` returns.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    filters: dict[str, Callable[..., Any]] = {"counted": counted, "value": as_text, "text": _text}
+    names = list(found["experts"])
+    overlap = found["overlap"] or {}
+    write_page(
+        path,
+        "family.html.jinja",
+        filters,
+        found=found,
+        longest=max(expert["relative_norm"] for expert in found["experts"].values()) or 1,
+        rank_charts=_rank_charts(found),
+        energy_charts=_energy_charts(found),
+        by_rank=_by_rank(found),
+        energies={_ORIGINS[o]: _energies(found, o) for o in found["origins"]},
+        pairs={
+            key: square(names, values)
+            for key, values in (
+                ("cosine", found["cosine"]),
+                ("sign_conflict", found["sign_conflict"]),
+                ("sign_conflict_by_magnitude", found["sign_conflict_by_magnitude"]),
+                ("inputs", overlap.get("inputs", [])),
+                ("outputs", overlap.get("outputs", [])),
+            )
+            if len(values) > 1
+        },
+        layer_charts=_layer_charts(found),
+    )
+
+
+def _text(value: float | None, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form).replace("-", "−")
+
+
+# ------------------------------------------------------------ charts
+
+
+def _chart(
+    title: str, across: str, values: Sequence[float], lines: Mapping[str, Sequence[float | None]]
+) -> Chart | None:
+    """A chart of lines over `values`, on an axis with 0; None where there is nothing to draw."""
+    known = [y for line in lines.values() for y in line if y is not None]
+    if len(values) < 2 or not known:
+        return None
+    grid = round_values([min(0.0, *known), max(0.0, *known) or 1.0])
+    logarithmic = across.startswith("rank") and is_logarithmic("rank", values)
+    horizontal = Axis(values[0], values[-1], start=52, end=WIDTH - 14, logarithmic=logarithmic)
+    vertical = Axis(grid[0], grid[-1], start=HEIGHT - 38, end=10)
+    drawn = [
+        Line(
+            label,
+            [(horizontal.at(x), vertical.at(y)) for x, y in zip(values, line) if y is not None],
+            i % _COLOURS,
+            i >= _COLOURS,
+        )
+        for i, (label, line) in enumerate(lines.items())
+    ]
+    x_ticks = horizontal.ticks(values, room=30)
+    return Chart(title, across, drawn, x_ticks, vertical.ticks(grid, room=20))
+
+
+def _rank_charts(found: Json) -> list[Chart]:
+    across = "rank, as a share of full rank"
+
+    def chart(title: str, key: str) -> Chart | None:
+        lines = {_ORIGINS[name]: origin[key] for name, origin in found["origins"].items()}
+        return _chart(title, across, found["ranks"], lines)
+
+    charts = [
+        chart("Reconstruction error R(k), share of R(0)", "error_share"),
+        chart("Interference I(k), mean over pairs and matrices", "interference"),
+    ]
+    return [c for c in charts if c]
+
+
+def _energy_charts(found: Json) -> list[Chart]:
+    names = list(found["experts"])
+    charts = [
+        _chart(
+            f"Energy in leading directions, {_ORIGINS[name]}",
+            "rank, as a share of full rank",
+            found["ranks"],
+            dict(zip(names, origin["energy"])),
+        )
+        for name, origin in found["origins"].items()
+    ]
+    return [c for c in charts if c]
+
+
+def _layer_charts(found: Json) -> list[Chart]:
+    """Over the blocks of each tower that the experts changed."""
+    towers: dict[str, list[Json]] = {}
+    for layer in found["layers"]:
+        if layer["block"] is not None and any(layer["norm"]):
+            towers.setdefault(layer["tower"], []).append(layer)
+    charts = []
+    for tower, layers in towers.items():
+        across = f"block of {tower}" if tower else "block"
+        norms = zip(*(layer["relative_norm"] for layer in layers))
+        around = {
+            f"{what} {_ORIGINS[o]}": [layer[f"{key}_{o}"] for layer in layers]
+            for key, what in (("error_share", "R"), ("interference", "I"))
+            for o in found["origins"]
+        }
+        pairs = {
+            "cosine": [layer["cosine"] for layer in layers],
+            "sign conflict by magnitude": [layer["sign_conflict_by_magnitude"] for layer in layers],
+            "cancelled in the sum": [layer["cancelled"] for layer in layers],
+        }
+        spread = {"effective rank": [layer["effective_rank_share"] for layer in layers]}
+        rank = as_text(found["typical_rank"])
+        blocks = [layer["block"] for layer in layers]
+        charts += [
+            _chart(
+                "Norm of task vectors, relative to the base",
+                across,
+                blocks,
+                dict(zip(found["experts"], norms)),
+            ),
+            _chart(f"Error and interference at rank {rank}", across, blocks, around),
+            _chart("Conflict, mean over pairs", across, blocks, pairs if len(found["experts"]) > 1 else {}),
+            _chart("Effective rank, share of full rank", across, blocks, spread),
+        ]
+    return [c for c in charts if c]
+
+
+# ------------------------------------------------------------ tables
+
+
+def _by_rank(found: Json) -> Table | None:
+    """R(k) and I(k) in numbers; no colours, for the rows are not of one kind."""
+    rows = []
+    for name, origin in found["origins"].items():
+        rows.append((f"R(k) {_ORIGINS[name]}", origin["error_share"]))
+        if None not in origin["interference"]:
+            rows.append((f"I(k) {_ORIGINS[name]}", origin["interference"]))
+    if not rows:
+        return None
+    plain = table([as_text(rank) for rank in found["ranks"]], rows)
+    return plain._replace(
+        rows=[(name, [cell._replace(heat=None) for cell in cells]) for name, cells in plain.rows]
+    )
+
+
+def _energies(found: Json, origin: str) -> Table:
+    rows = list(zip(found["experts"], found["origins"][origin]["energy"]))
+    return table([as_text(rank) for rank in found["ranks"]], rows, ".0%")

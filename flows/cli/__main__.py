@@ -1,0 +1,6 @@
+"""`python -m mergeline.flows.cli`."""
+
+from mergeline.flows.cli import command
+
+if __name__ == "__main__":
+    command()

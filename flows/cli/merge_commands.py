@@ -1,0 +1,222 @@
+"""The commands that read one recipe (merge, sweep, plan, compress, extract-lora), and what reads their outputs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator, Sequence
+
+from mergeline.flows.cli import pipeline_commands, text, values
+from mergeline.flows.cli.text import say as print  # what files hold never commands the terminal
+from mergeline.merging.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from mergeline.merging.engine.plan import Plan
+    from mergeline.merging.recipes.recipe import Recipe
+
+_FEW = 3  # notes on what is replaced
+
+
+def merge(args: argparse.Namespace) -> None:
+    from mergeline.merging.api import merge
+
+    planned = _planned(_recipe(args))
+    with _replacing(args, [args.out]):
+        manifest = merge(planned, args.out, **_engine(args))
+    if args.json:
+        print(text.as_json({"out": str(args.out), **manifest}))
+    else:
+        print(f"{args.out}  {manifest['output']['digest']}")
+
+
+def sweep(args: argparse.Namespace) -> None:
+    if args.params:
+        pipeline_commands.sweep(args)
+        return
+    from mergeline.merging.sweep import folders, grid_points, sweep
+
+    recipe = _recipe(args)
+    grid = values.grid(args.grid, values.settings(args.set, list(recipe.experts)))
+    first = grid_points(recipe, grid)[0]
+    _planned(recipe.model_copy(update={"params": {**recipe.params, **first}}))
+    with _replacing(args, [args.out / name for name in folders(recipe, grid)]):
+        points = sweep(recipe, grid, args.out, **_engine(args))
+    if args.json:
+        print(text.as_json({"out": str(args.out), "points": points}))
+        return
+    for point in points:
+        print(f"{args.out / point['folder']}  {point['digest']}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    from mergeline.merging.engine.planning import make_plan
+
+    made = make_plan(_recipe(args))
+    summary = made.summary()
+    table = list(made.table()) if args.table else []
+    if args.json:
+        print(text.as_json(summary | ({"table": table} if args.table else {})))
+    else:
+        print(*text.plan(summary), *text.plan_table(table, made.params), sep="\n")
+    if summary["problems"]:
+        raise UserError(f"{len(summary['problems'])} problem(s): see above")
+
+
+def compress(args: argparse.Namespace) -> None:
+    from mergeline.merging.compress import compress
+
+    planned = _planned(_recipe(args))
+    with _replacing(args, [args.out]):
+        manifest = compress(planned, args.out, **_engine(args))
+    print(f"{args.out}  {manifest['output']['digest']}")
+    print(*text.store(manifest["store"]), sep="\n")
+
+
+def extract_expert(args: argparse.Namespace) -> None:
+    from mergeline.merging.compress import extract_expert
+    from mergeline.tasks.fetch import local_checkpoint
+
+    base = args.base and local_checkpoint(args.base)
+    options = {"shard_size": args.shard_size, "progress": text.progress(), "force": args.force}
+    with _replacing(args, [args.out]):
+        manifest = extract_expert(args.store, args.name, args.out, base=base, **options)
+    print(f"{args.out}  {manifest['output']['digest']}")
+
+
+def export(args: argparse.Namespace) -> None:
+    from mergeline.merging.export import export_task
+
+    options = {"shard_size": args.shard_size, "progress": text.progress(), "force": args.force}
+    with _replacing(args, [args.out]):
+        manifest = export_task(args.merge, args.task, args.out, **options)
+    print(f"{args.out}  {manifest['output']['digest']}")
+
+
+def extract_lora(args: argparse.Namespace) -> None:
+    from mergeline.merging.extract_lora import extract_lora
+
+    if not (args.recipe or args.method) and len(args.expert or ()) == 1:
+        args.method = "average"
+    planned = _planned(_recipe(args))
+    chosen = {"rank": args.rank, "modules_to_save": args.modules_to_save}
+    with _replacing(args, [args.out]):
+        manifest = extract_lora(planned, args.out, **chosen, **_engine(args))
+    print(f"{args.out}  {manifest['output']['digest']}")
+    print(*text.adapter(manifest), sep="\n")
+
+
+def verify(args: argparse.Namespace) -> None:
+    from mergeline.merging.verify import verify
+
+    _load(args.methods)
+    outcome = {"out": str(args.out)}
+    try:
+        said = verify(args.out, args.public_key, again=not args.no_merge)
+    except UserError as error:
+        if args.json:
+            print(text.as_json({**outcome, "verified": False, "problem": str(error)}))
+        raise
+    print(text.as_json({**outcome, "verified": True, "said": said}) if args.json else said)
+
+
+def sign(args: argparse.Namespace) -> None:
+    from mergeline.merging.signature import write_signature
+    from mergeline.merging.verify import verify
+
+    verify(args.out, again=False)
+    print(write_signature(args.out, args.key))
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe of --recipe, or of --method, --base and --expert, changed by the other options."""
+    from mergeline.merging.learning.contract import engine_method
+    from mergeline.merging.recipes.loading import load_recipe
+    from mergeline.merging.recipes.recipe import Recipe
+    from mergeline.tasks.fetch import local_checkpoint
+
+    _load(args.methods)
+
+    def local(where: str) -> Path:
+        path = local_checkpoint(where, allow_pickle=args.allow_pickle)
+        if "://" not in where and not where.startswith("file:") and Path(where) != path:
+            print(f"note: {where} is a pickle; its tensors were converted into {path}", file=sys.stderr)
+        return path
+
+    if args.recipe:
+        if args.method or args.base or args.expert:
+            raise UserError("--recipe says method, base and experts; leave out --method, --base and --expert")
+        written = load_recipe(args.recipe, local, engine_method).model_dump()
+    elif args.method and args.expert:
+        experts = {name: local(where) for name, where in values.experts(args.expert).items()}
+        engine_method(args.method.partition("(")[0].strip())
+        written = {"method": args.method, "experts": experts, "base": args.base and local(args.base)}
+    else:
+        raise UserError("name --method and every --expert, or a --recipe")
+    statistics: dict[str, list[Path]] = {}
+    for given in args.statistics or ():
+        kind, where = values.pair("--statistics", given, "KIND=P")
+        statistics.setdefault(kind, []).append(local(where))
+    options = {
+        "include": args.include,
+        "exclude": args.exclude,
+        "heads": args.heads,
+        "keep": dict(values.pair("--keep", given, "PATTERN=NAME") for given in args.keep or ()) or None,
+        "statistics": statistics or None,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "shard_size": args.shard_size,
+        "donor": args.donor,
+        "vocabulary": args.vocabulary,
+        "allow_locked": args.allow_locked or None,
+        "methods": [*written.get("methods", []), *args.methods] if args.methods else None,
+    }
+    chosen = {key: value for key, value in options.items() if value is not None}
+    params = {**written.get("params", {}), **values.settings(args.set, list(written["experts"]))}
+    return Recipe.of({**written, **chosen, "params": params})
+
+
+def _load(files: Sequence[Path]) -> None:
+    """Run the files that define methods (--methods)."""
+    from mergeline.merging.methods import load_methods
+
+    for file in files:
+        load_methods(file)
+
+
+def _engine(args: argparse.Namespace) -> dict[str, Any]:
+    """What every merge can be told besides its recipe."""
+    return {
+        "device": args.device,
+        "memory": args.memory,
+        "workers": args.workers,
+        "factors": args.factors,
+        "progress": text.progress(),
+        "force": args.force,
+    }
+
+
+@contextmanager
+def _replacing(args: argparse.Namespace, outs: Sequence[Path]) -> Iterator[None]:
+    """The block writes `outs`; what it replaced is said at its end. The file of the recipe stays (raises UserError)."""
+    from mergeline.merging.engine.places import refuse_always, replaced
+
+    for out in outs if getattr(args, "recipe", None) else ():
+        refuse_always(out, [args.recipe])
+    found = {out: what for out in outs if (what := replaced(out))}
+    yield
+    for out, what in list(found.items())[:_FEW]:
+        print(f"note: {printable(f'{out} replaced {what}')}", file=sys.stderr)
+    if len(found) > _FEW:
+        print(f"note: and {len(found) - _FEW} more were replaced", file=sys.stderr)
+
+
+def _planned(recipe: Recipe) -> Plan:
+    """The plan of a recipe, after its notes are printed."""
+    from mergeline.merging.engine.planning import make_plan
+
+    plan = make_plan(recipe)
+    for warning in plan.warnings:
+        print(f"note: {printable(warning)}", file=sys.stderr)
+    return plan

@@ -1,0 +1,208 @@
+"""The commands that work in a workspace, a folder with params.yaml: the pipeline, its steps, and what it publishes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Sequence
+
+from mergeline.flows.cli.text import as_json, note
+from mergeline.flows.cli.text import say as print  # what files hold never commands the terminal
+from mergeline.merging.errors import UserError
+
+if TYPE_CHECKING:
+    from mergeline.tasks.workspace import Workspace
+
+PARAMS = "params.yaml"  # where nothing else is named
+
+
+def run(args: argparse.Namespace) -> None:
+    from mergeline.flows import console, launch
+
+    workspace = _workspace(args)
+    if args.dry_run or args.status:
+        work = launch.look(workspace, args.only, args.force)
+        if args.json:
+            found = launch.as_json(work)
+            print(as_json(console.status(workspace, found) if args.status else found))
+        elif args.status:
+            console.print_status(workspace, work.states, work.then)
+        else:
+            console.print_plan(work.states, work.then)
+        return
+    ran = launch.run_pipeline(workspace, args.only, args.force)
+    if args.json:
+        print(as_json(launch.summary(workspace, ran, whole=not args.only)))
+    else:
+        console.print_outcome(workspace, ran, whole=not args.only)
+
+
+def init(args: argparse.Namespace) -> None:
+    from mergeline.tasks.extras import require
+    from mergeline.tasks.new_workspace import init_workspace
+
+    require("pipeline")
+    print(*init_workspace(args.folder, args.params, args.example), sep="\n")
+    params = args.folder / "params.yaml"
+    print(f"next: edit {params}, then mergeline run --params {params}")
+
+
+def step(args: argparse.Namespace) -> None:
+    from mergeline.flows.console import watched
+    from mergeline.tasks.status import refuse_missing
+
+    if getattr(args, "recipe", None) or getattr(args, "out", None) or getattr(args, "examples", None):
+        _fit_recipe(args)
+        return
+    workspace = _workspace(args, extras=())
+    names = getattr(args, "names", None)
+    if getattr(args, "dvc_stage", False):
+        from mergeline.tasks.dvc_yaml import item_of_dvc_stage
+
+        names = [item_of_dvc_stage()]
+    with workspace.lock(), watched(workspace):
+        workspace.tidy()
+        stages = workspace.select(args.step, names)
+        refuse_missing(workspace, stages)
+        for stage in stages:
+            workspace.run(stage)
+
+
+def _fit_recipe(args: argparse.Namespace) -> None:
+    """Fit one recipe to the examples of a pipeline, into a folder of its own."""
+    from mergeline.flows.cli import text
+    from mergeline.merging.files import write_json
+    from mergeline.merging.learning.contract import any_method
+    from mergeline.merging.recipes.loading import load_recipe
+    from mergeline.tasks.fetch import local_checkpoint
+    from mergeline.tasks.fit import fit_recipe
+
+    if not args.recipe or not args.out or args.names or args.dvc_stage:
+        raise UserError("name --recipe and --out together, without the pipeline's merges; or neither of them")
+    written = load_recipe(
+        args.recipe.absolute(), lambda where: local_checkpoint(where).absolute(), any_method
+    )
+    out = args.out.absolute()
+    workspace = _workspace(args, extras=())
+    build, modality = workspace.root / "build", workspace.modality
+    with workspace.lock():
+        for name in (*modality.deps, f"build/checkpoints/{workspace.params.base}"):
+            if name.startswith("build/") and not workspace.path(name).exists():
+                raise UserError(f"{name} is missing; run `mergeline run --only baselines` first")
+        found = fit_recipe(
+            modality, workspace.params, build, written, out, args.examples, progress=text.progress("steps")
+        )
+    write_json(out / "recipe.yaml", found.model_dump(mode="json"))
+    assert found.fitted
+    print(f"{out / 'recipe.yaml'}  {found.fitted.words}")
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Every merge of a params.yaml, without servers; only --workers and --out say more than the file."""
+    from mergeline.flows.console import print_leaderboard, watched
+    from mergeline.tasks.leaderboard import read_leaderboard
+    from mergeline.tasks.sweep import refuse_table, run_stages, write_table
+
+    if args.recipe or args.method or args.base or args.expert or args.grid or args.set:
+        raise UserError(
+            "--params says what is merged and searched; leave out the recipe's options and --grid"
+        )
+    out = args.out.absolute()
+    workspace = _workspace(args, extras=())
+    refuse_table(workspace, out, args.force)
+    with workspace.lock(), watched(workspace):
+        workspace.tidy()
+        ran = run_stages(workspace, args.workers)
+    write_table(workspace, out)
+    if args.json:
+        board = read_leaderboard(workspace.root)
+        print(as_json({"table": str(out), "ran": ran, "leaderboard": board}))
+        return
+    print_leaderboard(workspace)
+    print(out)
+
+
+def publish(args: argparse.Namespace) -> None:
+    workspace = _workspace(args)
+    note("asking MLflow ...")
+    from mergeline.tasks.publish import publish
+
+    with workspace.lock():
+        published = publish(workspace)
+    print(f"run {published.run_id}" + (f"  {published.url}" if published.url else ""))
+
+
+def register(args: argparse.Namespace) -> None:
+    workspace = _workspace(args)
+    note("asking MLflow ...")
+    from mergeline.tasks.register import register
+
+    with workspace.lock():
+        outcome = register(workspace.root, workspace.raw)
+    for finding in outcome.findings:
+        print(f"{'yes' if finding.passed else 'NO '} {finding.sentence}")
+    print(f"{outcome.candidate}: version {outcome.version}; champion: version {outcome.champion_after}")
+
+
+def rollback(args: argparse.Namespace) -> None:
+    workspace = _workspace(args)
+    note("asking MLflow ...")
+    from mergeline.tasks.register import rollback
+
+    with workspace.lock():
+        rollback(workspace.root, workspace.raw, args.version)
+    print(f"version {args.version} is the champion")
+
+
+def report(args: argparse.Namespace) -> None:
+    from mergeline.tasks.publish import write_report
+
+    print(write_report(_workspace(args), args.force))
+
+
+def serve(args: argparse.Namespace) -> None:
+    workspace = _workspace(args)
+    note("starting Prefect ...")
+    from mergeline.flows.deployments import serve
+
+    serve(workspace, args.cron)
+
+
+def pages(args: argparse.Namespace) -> None:
+    from mergeline.flows.deployments import show_pages
+
+    show_pages(_workspace(args))
+
+
+def gc(args: argparse.Namespace) -> None:
+    from mergeline.flows.retention import clean
+
+    # Who merges by commands alone has no workspace, and a cache all the same.
+    here = Path(args.params).exists() or args.params != PARAMS
+    workspace = _workspace(args) if here else None
+    said = list(clean(workspace, args.older_than, args.max_size, dry_run=args.dry_run))
+    print(*said or ["nothing to remove"], sep="\n")
+
+
+def notify(args: argparse.Namespace) -> None:
+    workspace = _workspace(args)
+    note("asking Prefect ...")
+    from mergeline.flows.deployments import notify
+
+    notify(workspace, args.name)
+
+
+def _workspace(args: argparse.Namespace, extras: Sequence[str] = ("pipeline",)) -> Workspace:
+    """The workspace of --params, which becomes the current folder: paths in params.yaml are seen from there.
+
+    extras: what must be installed besides what its kind of models needs.
+    """
+    from mergeline.tasks.extras import require
+    from mergeline.tasks.workspace import Workspace
+
+    workspace = Workspace(args.params)
+    _ = workspace.params  # blame params.yaml before anything else happens
+    require(*extras, workspace.modality.name)
+    os.chdir(workspace.root)
+    return workspace

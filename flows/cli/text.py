@@ -1,0 +1,181 @@
+"""The text that commands print: sizes, tables, summaries and progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence, TextIO
+
+from mergeline.merging.errors import printable
+
+_LONGEST = 2000  # characters of metadata that are printed: a store describes every tensor in its
+
+
+def say(
+    *values: object, sep: str = " ", end: str = "\n", file: TextIO | None = None, flush: bool = False
+) -> None:
+    """As `print`, but what files hold is shown, whatever it is: only line feeds and tabs are obeyed.
+
+    Of values that stand on lines of their own (`sep` is a line feed) each stays on its line.
+    """
+    obeyed = "\t" if sep == "\n" else "\n\t"
+    print(*(printable(str(v), but=obeyed) for v in values), sep=sep, end=end, file=file, flush=flush)
+
+
+def note(text: str) -> None:
+    """A line on stderr, seen at once."""
+    say(text, file=sys.stderr, flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit of which there is one."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def as_json(value: Any, indent: int | None = 1) -> str:
+    """A value in JSON, as `--json` prints it."""
+    import json  # the help does without
+
+    return json.dumps(value, indent=indent)
+
+
+def plan(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What a merge will do, of `merging.engine.plan.Plan.summary`."""
+    tensors = summary["tensors"]
+    yield f"method     {summary['method']} {as_json(summary['params'], indent=None)}"
+    yield f"tensors    {tensors['merge']} merged, {tensors['copy']} copied"
+    yield f"treatment  {', '.join(f'{word}: {count}' for word, count in summary['treatments'].items())}"
+    yield f"read       {size(summary['bytes_read'])}, write {size(summary['bytes_written'])}"
+    yield f"memory     {size(summary['peak_bytes'])} a worker at the largest tensor, besides the imports"
+    yield f"time       about {summary['seconds']:g} s on one core"
+    for kind in ("warnings", "problems"):
+        for line in summary[kind]:
+            yield printable(f"{kind[:-1]:10} {line}")
+
+
+def plan_table(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each tensor; of its parameters those that are not the recipe's."""
+    lines = []
+    for row in rows:
+        own = {k: v for k, v in row.get("params", {}).items() if k not in params or v != params[k]}
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        settings = " ".join(f"{key}={as_json(value, indent=None)}" for key, value in own.items())
+        lines.append(
+            (
+                printable(row["tensor"]),
+                shape,
+                row["action"],
+                row["treatment"],
+                row.get("method", ""),
+                settings,
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+
+
+def store(kept: Mapping[str, Any]) -> Iterator[str]:
+    """What a store keeps once and of each expert, of the part `store` of its manifest."""
+    whole, own = kept["checkpoint"], kept["experts"]
+    rows = {"once": kept["once"], **own}
+    width = max(map(len, rows))
+    for name, count in rows.items():
+        share = count / max(whole, 1)
+        yield f"{name:{width}}  {size(count):>10}  {share:6.1%} of a checkpoint, {size(whole)}"
+    total = sum(rows.values())
+    share = total / max(len(own) * whole, 1)
+    yield f"{len(own)} experts in {size(total)}, {share:.1%} of their checkpoints"
+
+
+def adapter(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The rank of a LoRA adapter, and how much of what is added to the base is in it and is not."""
+    made, left = manifest["adapter"], manifest["adapter"]["left_out"]
+    ranks = sorted({matrix["rank"] for matrix in made["matrices"].values()})
+    rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    yield (
+        f"{len(made['matrices'])} matrices at rank {rank}, {size(manifest['output']['bytes'])}: "
+        f"{made['energy']:.2%} of the squared norm of what is added to the base"
+    )
+    if left["tensors"]:
+        share = f"{left['energy']:.2%} of it, most of it '{left['largest']}'"
+        yield f"left out: {left['tensors']} tensors with {share}"
+
+
+def checkpoint(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
+    """What is in a checkpoint, of `tasks.inspection.describe`."""
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
+    yield f"{path}"
+    yield f"  {found['digest']}"
+    yield f"  {found['tensors']} tensors ({dtypes}), {size(found['bytes'])}"
+    for name, value in found["metadata"].items():
+        yield printable(f"  {name}: {value if len(value) <= _LONGEST else value[:_LONGEST] + ' ...'}")
+
+
+def differences(found: Mapping[str, Any]) -> Iterator[str]:
+    """How two checkpoints differ, of `tasks.inspection.differences`."""
+    rows, count = found["differences"], found["differing"]
+    if not count:
+        yield "the same tensors, bit for bit"
+        return
+    width = max((len(row["tensor"]) for row in rows), default=0)
+    for row in rows:
+        words = row.get("words") or (
+            f"relative norm {number(row['relative'])}, norm {number(row['norm'])}, largest {number(row['largest'])}"
+        )
+        yield f"{row['tensor']:{width}}  {words}"
+    if len(rows) < count:
+        yield f"and {count - len(rows)} more"
+    yield (
+        f"{count} of {found['tensors']} tensors differ; "
+        f"in all, relative norm {number(found['relative_norm'])}, norm {number(found['norm'])}"
+    )
+
+
+def number(value: float | None) -> str:
+    """Four digits of a number; None is one that is not finite."""
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def progress(verb: str = "merging") -> Callable[[int, int], None]:
+    """Shows on stderr what was there already; and on a terminal, once two seconds have passed, how far it is.
+
+    Counts that know their bytes (`merging.engine.work.Count`) are shown with them, at their rate.
+    """
+    start, terminal = time.monotonic(), sys.stderr.isatty()
+    first: tuple[float, int] | None = None  # when a tensor was finished first, and the bytes done by then
+
+    def show(done: int, total: int) -> None:
+        nonlocal first
+        now, bytes_done = time.monotonic(), getattr(done, "bytes", 0)
+        if first is None:
+            first = now, bytes_done
+            if done > 1:
+                print(f"going on: {done - 1} of {total} tensors are there", file=sys.stderr)
+        if terminal and now - start > 2:
+            words = f"{verb} {done}/{total} tensors"
+            if bytes_total := getattr(total, "bytes", 0):
+                words += f", {size(bytes_done)} of {size(bytes_total)}"
+                since, before = first
+                words += time_left(bytes_done - before, bytes_total - before, now - since, size)
+            end = "\n" if done == total else ""
+            print(f"\r{words}\033[K", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def time_left(
+    done: int, total: int, seconds: float, amount: Callable[[float], str] = lambda count: f"{count:.3g}"
+) -> str:
+    """The end of a line on what took so many seconds by now: its rate, and the time that is left."""
+    if done <= 0 or seconds <= 0 or done >= total:
+        return ""
+    left = round(seconds / done * (total - done))
+    hours, minutes = divmod(left // 60, 60)
+    clock = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
+    return f", {amount(done / seconds)}/s, {clock} left"

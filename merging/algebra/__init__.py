@@ -1,0 +1,1 @@
+"""What methods are composed of: the slots that they see, and pure functions on stacked tensors."""

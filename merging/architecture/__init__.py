@@ -1,0 +1,36 @@
+"""One description of what each tensor of a model is: its role, layer, matrices, and what moves together.
+
+from mergeline.merging.architecture import describe
+
+`tensors` says what can be said of a tensor, `rows` how architectures name theirs, `model` reads a model with both, and
+`axes` finds the dimensions that move together.
+"""
+
+from mergeline.merging.architecture.model import Model, describe, layer_counts, layer_of
+from mergeline.merging.architecture.rows import Pattern, Row, register
+from mergeline.merging.architecture.tensors import (
+    RUNNING_STATISTICS,
+    Keys,
+    Matrix,
+    Role,
+    TensorRole,
+    is_matrix,
+    kind_of,
+)
+
+__all__ = [
+    "RUNNING_STATISTICS",
+    "Keys",
+    "Matrix",
+    "Model",
+    "Pattern",
+    "Role",
+    "Row",
+    "TensorRole",
+    "describe",
+    "is_matrix",
+    "kind_of",
+    "layer_counts",
+    "layer_of",
+    "register",
+]

@@ -1,0 +1,90 @@
+"""What is carried beside merged weights: configuration, tokenizer and chat template of one of the inputs, the donor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from math import prod
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+from mergeline.merging.checkpoints.checkpoint import CONFIG_FILES, DTYPES, safe_name
+from mergeline.merging.checkpoints.companions import CONFIG, TOKENIZER, read_config
+from mergeline.merging.checkpoints.modules import module_files
+from mergeline.merging.checkpoints.vocabulary import Alignment
+from mergeline.merging.checkpoints.writer import TensorSpec
+from mergeline.merging.files import read_object
+
+# transformers wrote the first until version 5.
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def carry(
+    donor: Path,
+    specs: Iterable[TensorSpec],
+    folder: Path,
+    alignment: Alignment | None = None,
+    layers: Sequence[int] | None = None,
+) -> None:
+    """Copy what describes the donor's weights, and make it true of what was written.
+
+    config.json names the dtype that most of the tensors have, the rows of the vocabulary, and the layers of a stack;
+    the tokenizer knows the tokens that were added to it.
+
+    Raises:
+        UserError: as `carried_files`.
+    """
+    for name, path in carried_files(donor).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    config, dtype = read_config(donor), main_dtype(specs)
+    changed = bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)
+    if alignment:
+        changed |= _replace(config, ("vocab_size",), alignment.rows)
+        if alignment.added:
+            tokenizer = read_object(folder / TOKENIZER)
+            tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), *alignment.added]
+            _write(folder / TOKENIZER, tokenizer)
+    if layers is not None:
+        changed |= _replace(config, _LAYER_KEYS, len(layers))
+        kinds = config.get("layer_types")
+        if isinstance(kinds, list) and max(layers) < len(kinds):
+            config["layer_types"] = [kinds[layer] for layer in layers]
+    if changed:
+        _write(folder / CONFIG, config)
+
+
+def carried_files(donor: Path) -> dict[str, Path]:
+    """The files of a folder that are carried, and those of its modules: name, with the sub-folder -> where it lies.
+
+    Raises:
+        UserError: a link leads out of the folder, who knows where to; as `module_files`.
+    """
+    own = {name: safe_name(donor, name, donor) for name in CONFIG_FILES if (donor / name).is_file()}
+    return own | module_files(donor)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def main_dtype(specs: Iterable[TensorSpec]) -> str | None:
+    """torch's name of the float dtype that most elements have; None where there are no floats."""
+    elements: dict[str, int] = {}
+    for spec in specs:
+        name = DTYPES[spec.dtype][0]
+        if "float" in name:
+            elements[name] = elements.get(name, 0) + prod(spec.shape)
+    return max(elements, key=elements.__getitem__, default=None)
+
+
+def _replace(config: dict[str, Any], keys: Sequence[str], new: Any) -> bool:
+    """Put a value where the configuration, or one of its parts, has another; whether there was one."""
+    changed = False
+    for key, value in config.items():
+        if key in keys and value not in (None, new):
+            config[key], changed = new, True
+        elif isinstance(value, dict) and key.endswith("_config"):
+            changed |= _replace(value, keys, new)
+    return changed

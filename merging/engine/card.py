@@ -1,0 +1,107 @@
+"""The model card of a merged checkpoint, in the Hugging Face format."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from mergeline.merging.checkpoints.companions import hub_id
+from mergeline.merging.errors import printable
+from mergeline.merging.methods import get_method
+from mergeline.merging.recipes.recipe import Fitted
+
+CARD = "README.md"
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """Markdown with YAML front matter: what was merged, how, and the digests that prove it."""
+    recipe = manifest["recipe"]
+    method = get_method(recipe["method"])
+    origins = [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values()]
+    models = [name for name in (hub_id(origin.get("source")) for origin in origins) if name]
+    store, adapter = "store" in manifest, "adapter" in manifest
+    relation, models = ("adapter", models[:1]) if adapter else ("merge", models)
+    kind = "Compressed" if store else "An adapter of what was merged" if adapter else "Merged"
+    lines = [
+        "---",
+        *(["library_name: peft"] if adapter else []),
+        *(
+            ["base_model:", *(f"- {name}" for name in models), f"base_model_relation: {relation}"]
+            if models
+            else []
+        ),
+        "tags:",
+        *(["- lora"] if adapter else []),
+        "- merge",
+        "- mergeline",
+        f"- {method.id}",
+        "---",
+        "",
+        f"# {kind} by {method.id}",
+        "",
+        f"{_prose(method.summary)} Paper: {_prose(method.citation)}.",
+        "",
+        "| checkpoint | role | digest |",
+        "|---|---|---|",
+    ]
+    if recipe["base"]:
+        lines.append(f"| base | base | `{recipe['base']['digest']}` |")
+    lines += [f"| {_cell(name)} | expert | `{e['digest']}` |" for name, e in recipe["experts"].items()]
+    lines += [
+        f"| this | {'store' if store else 'adapter' if adapter else 'merged'} | `{manifest['output']['digest']}` |",
+        "",
+        *(["| tensors | what they got |", "|---|---|"] if manifest.get("treatments") else []),
+        *(f"| {count} | {word} |" for word, count in manifest.get("treatments", {}).items()),
+        *([""] if manifest.get("treatments") else []),
+        "```json",
+        json.dumps({"method": recipe["method"], "params": recipe["params"]}, indent=1, ensure_ascii=False),
+        "```",
+        "",
+        *([f"{_seen(recipe['fitted'])}", ""] if recipe.get("fitted") else []),
+        *_use(recipe),
+        *(["`mergeline extract-expert` gives any of the experts back as a checkpoint.", ""] if store else []),
+        "Made with Mergeline; `mergeline verify` re-derives it bit for bit.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _seen(fitted: dict[str, Any]) -> str:
+    """What the merge was fitted to."""
+    found = Fitted.model_validate(fitted)
+    words = f"Fitted by {_cell(found.method)} to data: {_cell(found.words)}."
+    if found.stand_in:
+        words = f"Fitted by {_cell(found.method)} to no data, but to {_cell(found.stand_in)}."
+    if found.chosen_on:
+        words += f" Default settings were chosen on {_cell(found.chosen_on)}."
+    return words + (
+        " Its test scores are of examples that it was fitted to." if found.split == "test" else ""
+    )
+
+
+def _use(recipe: dict[str, Any]) -> list[str]:
+    """What lies beside the weights for where the task of an input is known, or is to be found."""
+    if tasks := recipe.get("adapters"):
+        known = (recipe.get("fitted") or {}).get("task_known", True)
+        what = "corrects it where the task is known at use" if known else "experts add to it, token by token"
+        return [f"`adapters/` holds what {what}: {', '.join(tasks)}.", ""]
+    if recipe.get("heads"):
+        return [
+            f"`heads/` holds the head of each expert: {', '.join(map(_cell, recipe['experts']))}. "
+            "`mergeline export` puts one of them on the merge.",
+            "",
+        ]
+    if recipe.get("router"):
+        return ["`router.safetensors` finds the expert of an input at use.", ""]
+    return []
+
+
+def _prose(text: str) -> str:
+    """A line of a method's description, which may come from outside, without HTML."""
+    return printable(text).replace("<", "&lt;")
+
+
+def _cell(name: str) -> str:
+    """A name as text of Markdown: whatever could be markup, or HTML, by its number."""
+    return re.sub(r"[^\w .+-]", lambda character: f"&#{ord(character[0])};", printable(name))

@@ -1,0 +1,70 @@
+"""The files that a merge reads, and whether they are still what they were."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Iterable, Mapping, NamedTuple
+
+from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
+from mergeline.merging.checkpoints.checkpoint import INDEX, Checkpoint
+from mergeline.merging.checkpoints.companions import CONFIG, TOKENIZER
+from mergeline.merging.errors import UserError
+from mergeline.merging.reading import sha256_of
+
+
+class Stamp(NamedTuple):
+    """What the file system says of a file's content, and of the file."""
+
+    size: int
+    modified: int
+    inode: int
+    device: int
+    changed: int
+    links: int
+
+
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """The files that a checkpoint is read from: weights, and what lies beside them and is looked at."""
+    weights = {info.file for info in checkpoint.stored.tensors.values()}
+    beside = (checkpoint.folder / name for name in (INDEX, ADAPTER_CONFIG, CONFIG, TOKENIZER))
+    return sorted(weights.union(path for path in beside if path.is_file()))
+
+
+def stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
+    """What files are now."""
+    found = {}
+    for file in files:
+        s = file.stat()
+        found[file] = Stamp(s.st_size, s.st_mtime_ns, s.st_ino, s.st_dev, s.st_ctime_ns, s.st_nlink)
+    return found
+
+
+def contents(checkpoints: Mapping[str, Checkpoint]) -> dict[str, list[str]]:
+    """By name, the SHA-256 digests of the files of checkpoints: the same wherever they lie and whenever written."""
+    return {
+        name: [_digest(file, stamp) for file, stamp in stamps(files_of(checkpoint)).items()]
+        for name, checkpoint in checkpoints.items()
+    }
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, stamp: Stamp) -> str:
+    return sha256_of(file)
+
+
+def refuse_changed(before: Mapping[Path, Stamp]) -> None:
+    """Raises UserError if a file is no longer what it was.
+
+    A new time of change alone, by which tools that set the time of modification back are found out, does not count
+    where the number of links is another one, too: a cache that took up the file, or gave it to somebody else.
+    """
+    for file, was in before.items():
+        try:
+            [now] = stamps([file]).values()
+        except OSError:
+            raise UserError(f"{file}: went away while it was read; bring it back and run again") from None
+        if now[:4] != was[:4] or now.changed != was.changed and now.links == was.links:
+            raise UserError(
+                f"{file}: was changed while it was read, so nothing was written; run again once it is complete"
+            )

@@ -1,0 +1,214 @@
+"""The manifest of a merge: what it was made from and how, the digests that prove it; and how a merge appears."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Iterable
+
+from mergeline.merging.canonical import canonical_json, text_digest
+from mergeline.merging.checkpoints.carried import carry
+from mergeline.merging.checkpoints.checkpoint import content_digest, header_digest
+from mergeline.merging.checkpoints.companions import read_config, source_of
+from mergeline.merging.checkpoints.heads import write_head
+from mergeline.merging.checkpoints.router import ROUTER
+from mergeline.merging.checkpoints.task_adapters import adapter_path, refuse_other_merge
+from mergeline.merging.checkpoints.writer import CheckpointWriter
+from mergeline.merging.engine.card import CARD, model_card
+from mergeline.merging.engine.plan import Plan
+from mergeline.merging.engine.sources import FileInputs
+from mergeline.merging.errors import UserError
+from mergeline.merging.files import beside, json_bytes, publish, read_object, write_bytes
+from mergeline.merging.reading import sha256_of
+
+Manifest = dict[str, Any]
+
+MANIFEST = "manifest.json"
+
+
+def is_single(out: Path) -> bool:
+    """Whether an output of this name is a single file; others are folders."""
+    return out.suffix == ".safetensors"
+
+
+def manifest_name(out: Path) -> str:
+    """The name of the manifest, beside a single file or in a folder."""
+    return f"{out.name}.{MANIFEST}" if is_single(out) else MANIFEST
+
+
+def manifest_path(out: Path) -> Path:
+    """Where the manifest of a merged file or folder lies."""
+    return beside(out, manifest_name(out)) if is_single(out) else out / MANIFEST
+
+
+def signature_path(out: Path) -> Path:
+    """Where the signature of a merged file or folder lies."""
+    path = manifest_path(out)
+    return path.with_name(f"{path.name}.sig")
+
+
+def checkpoint_metadata(plan: Plan) -> dict[str, str]:
+    """The metadata of a merged safetensors file: its recipe, without paths."""
+    recipe = {
+        "method": plan.recipe.method,
+        "params": plan.params,
+        "experts": list(plan.experts),
+        **plan.recipe.settings,
+        **({"methods": outside} if (outside := _outside_methods(plan)) else {}),
+    }
+    return {"format": "pt", "mergeline.recipe": canonical_json(recipe)}
+
+
+def identity(plan: Plan, device: str) -> str:
+    """What must be the same for a merge to go on where another one stopped: recipe, files, code."""
+    files = sorted(plan.stamps.items())
+    return text_digest(
+        {
+            "recipe": plan.recipe.model_dump(mode="json"),
+            "methods": _outside_methods(plan),
+            "experts": list(plan.experts),  # their order
+            "params": plan.params,
+            "files": [[str(file), s.size, s.modified, s.changed, s.inode] for file, s in files],
+            "device": device,
+            "versions": versions(),
+        }
+    )
+
+
+def _outside_methods(plan: Plan) -> dict[str, str]:
+    """The digests of the files that define the methods which are none of Mergeline's own, by their ids."""
+    methods = {part.method for part in plan.bound.parts if part.method.is_outside} if plan.method else set()
+    return {method.id: method.digest for method in sorted(methods, key=lambda method: method.id)}
+
+
+def sub_folders(files: Iterable[str]) -> set[str]:
+    """The folders that names of files in a folder begin with."""
+    return {folder for name in files if (folder := name.rpartition("/")[0])}
+
+
+def read_manifest(out: Path) -> Manifest:
+    """The manifest of a file or folder; empty if there is none (raises UserError if it is no JSON object)."""
+    return read_object(manifest_path(out))
+
+
+def make_manifest(
+    plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Path, device: str
+) -> Manifest:
+    """What is said of a merge whose files are finished; what was not read of its inputs is read for their digests."""
+    recipe = plan.recipe
+    origin = partial(origin_of, out)
+    experts = {name: origin(p, source.checkpoint_digest(name)) for name, p in recipe.experts.items()}
+    base = origin(recipe.base, source.checkpoint_digest("base")) if recipe.base else None
+    statistics = {
+        kind: [origin(c.path, c.digest()) for c in checkpoints]
+        for kind, checkpoints in plan.statistics.items()
+    }
+    outside = _outside_methods(plan)
+    lineage = {
+        "method": recipe.method,
+        "params": plan.params,
+        **recipe.settings,
+        **({"methods": outside} if outside else {}),
+        "base": base,
+        "experts": experts,
+        "statistics": statistics,
+        **_companions(plan),
+    }
+    by_content = {
+        **lineage,
+        "base": base and base["digest"],
+        "experts": [[name, e["digest"]] for name, e in experts.items()],
+        "statistics": {kind: [s["digest"] for s in files] for kind, files in statistics.items()},
+    }
+    return {
+        "format": 1,
+        "recipe": lineage,
+        "recipe_digest": text_digest(by_content),
+        "output": described_output(writer),
+        "treatments": plan.treatments(),
+        "device": device.split(":")[0],
+        "versions": versions(),
+    }
+
+
+def origin_of(out: Path, path: Path, digest: str) -> dict[str, str]:
+    """What the manifest of `out` says of something that was read for it."""
+    folder = out.parent if is_single(out) else out
+    found = {"path": Path(os.path.relpath(path, folder)).as_posix(), "digest": digest}
+    source = source_of(path)
+    return {**found, "source": source} if source else found
+
+
+def _companions(plan: Plan) -> dict[str, Any]:
+    """The digests of the adapters of tasks, or of the router, that lie beside the weights."""
+    adapters = {task: f"sha256:{sha256_of(a.file)}" for task, a in sorted(plan.adapters.items())}
+    router = f"sha256:{sha256_of(plan.router.file)}" if plan.router else None
+    return {**({"adapters": adapters} if adapters else {}), **({"router": router} if router else {})}
+
+
+def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder: Path) -> None:
+    """Lay configurations, tokenizer, heads and adapters of tasks, router and card beside the weights in `folder`.
+
+    Raises:
+        UserError: an adapter was made for another merge, or the router for another base.
+    """
+    for expert, names in plan.heads.items():
+        path = plan.recipe.experts[expert]
+        config = read_config(path) if path.is_dir() else {}
+        write_head(folder, expert, {name: source.whole(expert, name) for name in names}, config)
+    for task, adapter in plan.adapters.items():
+        refuse_other_merge(adapter, manifest["output"]["digest"])
+        write_bytes(adapter_path(folder, task), adapter.file.read_bytes())
+    if plan.router:
+        base = manifest["recipe"]["base"]
+        if not base or plan.router.base != base["digest"]:
+            raise UserError(
+                f"{plan.router.file}: was made for another base ({plan.router.base}); fit it again"
+            )
+        write_bytes(folder / ROUTER, plan.router.file.read_bytes())
+    if plan.donor and "adapter" not in manifest:
+        layers = plan.stack.layers if plan.stack else None
+        carry(plan.donor, [entry.spec for entry in plan.entries], folder, plan.alignment, layers)
+    (folder / CARD).write_text(model_card(manifest))
+
+
+def publish_files(manifest: Manifest, writer: CheckpointWriter, out: Path) -> None:
+    """Give what a writer finished in the staging folder of `out` its final name, with its manifest.
+
+    The manifest gets the digests of the `files` that lie beside the weights.
+    """
+    manifest["files"] = {} if is_single(out) else _digests(writer.folder, but=writer.files)
+    text = json_bytes(manifest)
+    if is_single(out):
+        publish(writer.folder / writer.files[0], out, {manifest_name(out): text})
+        signature_path(out).unlink(missing_ok=True)  # of what stood here before
+    else:
+        (writer.folder / MANIFEST).write_bytes(text)
+        publish(writer.folder, out)
+
+
+def _digests(folder: Path, but: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of all other files in a folder and below, by their paths in it."""
+    files = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return {name: f"sha256:{sha256_of(path)}" for name, path in files.items() if name not in set(but)}
+
+
+def described_output(writer: CheckpointWriter) -> dict[str, Any]:
+    """What a manifest says of the files that were written."""
+    specs = writer.specs.values()
+    return {
+        "digest": content_digest((t.name, t.dtype, t.shape, writer.hashes[t.name]) for t in specs),
+        "files": writer.files,
+        "headers": {name: header_digest(writer.folder / name) for name in writer.files},
+        "bytes": sum(t.nbytes for t in specs),
+        "tensors": dict(sorted(writer.hashes.items())),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes and writes."""
+    return {name: version(name) for name in ("mergeline", "torch", "numpy", "safetensors")}

@@ -1,0 +1,215 @@
+"""The one loop that writes: tensor by tensor, by threads of this process or in others, journalled as they finish."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, Future, as_completed, wait
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Sequence
+
+from mergeline.merging.canonical import canonical_json
+from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorWriter
+from mergeline.merging.engine.blocks import merged_blocks, rounded, torch_dtype
+from mergeline.merging.engine.machine import keep_freed_memory, one_thread
+from mergeline.merging.engine.manifest import identity
+from mergeline.merging.engine.output import Output, open_writer
+from mergeline.merging.engine.plan import Entry, Plan
+from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.engine.sources import FileInputs
+
+_UNIT_BYTES = 1 << 28  # what another process reads for one unit of work
+# What a unit of work is sent as: recipes, identities, staging folders and what looks found, then the device.
+Address = tuple[list[tuple[dict[str, Any], str, str, Any]], str]
+
+
+class Count(int):
+    """So many tensors, and the bytes of the inputs that are read for them."""
+
+    bytes: int
+
+    @classmethod
+    def of(cls, tensors: int, size: int) -> Count:
+        count = cls(tensors)
+        count.bytes = size
+        return count
+
+
+Progress = Callable[[Count, Count], None]  # takes how many tensors are done, and of how many
+
+
+@dataclass
+class Finished:
+    """A tensor of the plan that was written.
+
+    hashes: of each output, what was written, by its name in the file. inputs: of what was read, by expert or `base`.
+    remembered: what else is to be known of it, JSON values by name.
+    """
+
+    name: str
+    hashes: list[dict[str, str]]
+    inputs: dict[str, str]
+    remembered: dict[str, Any] = field(default_factory=dict)
+
+
+def run(
+    source: FileInputs,
+    outputs: Sequence[Output],
+    write: Callable[[Entry], Finished],
+    pool: Executor,
+    progress: Progress | None,
+    executor: Executor | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Write what the journals do not have, and journal it as it is finished; returns what is remembered of each tensor.
+
+    Tensors without parts in the files are not in the journal. With an `executor`, merges run in other processes.
+    """
+    remembered: dict[str, dict[str, Any]] = {}
+    entries, left = outputs[0].plan.entries, []
+    for entry in entries:
+        lines = [output.journal.tensors.get(part) for output in outputs for part in output.parts_of(entry)]
+        if not lines or any(line is None for line in lines):
+            left.append(entry)
+        elif lines[0] is not None:
+            source.hashes |= {(origin, entry.name): hash for origin, hash in lines[0]["inputs"].items()}
+            remembered[entry.name] = lines[0].get("remembered", {})
+
+    sizes = {entry.name: sum(info.nbytes for info in entry.inputs) for entry in entries}
+
+    def record(tensor: Finished) -> int:
+        """Journal it; returns the bytes of its inputs."""
+        source.hashes |= {(origin, tensor.name): hash for origin, hash in tensor.inputs.items()}
+        remembered[tensor.name] = tensor.remembered
+        more = {"remembered": tensor.remembered} if tensor.remembered else {}
+        for output, hashes in zip(outputs, tensor.hashes):
+            for part, hash in hashes.items():
+                output.writer.hashes[part] = hash
+                output.journal.add_tensor(part, hash, tensor.inputs, **more)
+        return sizes[tensor.name]
+
+    total = Count.of(len(entries), sum(sizes.values()))
+    done = Count.of(len(entries) - len(left), total.bytes - sum(sizes[entry.name] for entry in left))
+    if executor:
+        address = _address(outputs, source.device)
+        units = [executor.submit(merge_unit, address, names) for names in _units(left)]
+        finished: Iterable[list[int]] = (list(map(record, unit.result())) for unit in as_completed(units))
+        _follow(units, finished, done, total, progress)
+    else:
+        # Who writes a tensor journals it, so that a kill finds no finished ones that wait for this thread.
+        futures = [pool.submit(lambda entry: record(write(entry)), entry) for entry in left]
+        finished = ([future.result()] for future in as_completed(futures))
+        _follow(futures, finished, done, total, progress)
+    return remembered
+
+
+class MergeJob:
+    """Tensors of one or several recipes with the same inputs, read once and merged into all outputs.
+
+    found: what each recipe's look at the model found.
+    """
+
+    def __init__(
+        self, source: FileInputs, plans: Sequence[Plan], writers: Sequence[CheckpointWriter], found: list[Any]
+    ):
+        self.source, self.writers, self.found = source, writers, found
+        self.entries = [{entry.name: entry for entry in plan.entries} for plan in plans]
+
+    def write(self, entry: Entry) -> Finished:
+        """Merge, or copy, one tensor."""
+        entries = [entries[entry.name] for entries in self.entries]
+        sinks = [writer.open(entry.name) for writer in self.writers]
+        if entry.action == "merge":
+            found = [found_for(entry, found) for entry, found in zip(entries, self.found)]
+            bounds = [entry.bound for entry in entries if entry.bound]
+            for i, block in merged_blocks(self.source.view(entry), bounds, found):
+                sinks[i].append(rounded(block, entries[i].spec))
+        else:
+            self._copy(entries, sinks)
+        hashes = [{entry.name: sink.close()} for sink in sinks]
+        return Finished(entry.name, hashes, hashes_read(self.source, entry))
+
+    def _copy(self, entries: Sequence[Entry], sinks: Sequence[TensorWriter]) -> None:
+        first = entries[0]
+        for block in self.source.copied(list(first.origins), first.name, first.action == "largest"):
+            for entry, sink in zip(entries, sinks):
+                sink.append(block if block.dtype == torch_dtype(entry.spec) else rounded(block, entry.spec))
+
+
+def found_for(entry: Entry, found: Any) -> Any:
+    """What the look at the model found, of a tensor that the recipe's own method merges; others are averaged."""
+    return found if entry.bound and (entry.bound.looks_at_model or entry.bound.inner) else None
+
+
+def hashes_read(source: FileInputs, entry: Entry) -> dict[str, str]:
+    """Of each checkpoint that a tensor was read from, the hash."""
+    return {o: source.hashes[o, entry.name] for o in entry.origins if (o, entry.name) in source.hashes}
+
+
+def _address(outputs: Sequence[Output], device: str) -> Address:
+    points = [
+        (o.plan.recipe.model_dump(mode="json"), identity(o.plan, device), str(o.folder), o.journal.facts)
+        for o in outputs
+    ]
+    return points, device
+
+
+def merge_unit(address: Address, names: list[str]) -> list[Finished]:
+    """Merge some tensors in a process that knows nothing yet but paths; the staging folders are another's."""
+    points, device = address
+    plans = [_plan_of(canonical_json(recipe), identity) for recipe, identity, _, _ in points]
+    keep_freed_memory()
+    with ExitStack() as stack:
+        stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
+        source = stack.enter_context(FileInputs(plans[0], device))
+        writers = [
+            stack.enter_context(closing(open_writer(plan, Path(folder), join=True)))
+            for plan, (_, _, folder, _) in zip(plans, points)
+        ]
+        job = MergeJob(source, plans, writers, [found for _, _, _, found in points])
+        entries = {entry.name: entry for entry in plans[0].entries}
+        return [job.write(entries[name]) for name in names]
+
+
+@lru_cache(maxsize=8)
+def _plan_of(recipe: str, _identity: str) -> Plan:
+    """The plan of a recipe, made once a process and state of its files."""
+    import json
+
+    plan = make_plan(json.loads(recipe))
+    plan.check()
+    return plan
+
+
+def _follow(
+    futures: Sequence[Future],
+    finished: Iterable[list[int]],
+    done: Count,
+    total: Count,
+    progress: Progress | None,
+) -> None:
+    """Wait for units of work, each of which finishes tensors of so many bytes; if one fails, none is left running."""
+    try:
+        for sizes in finished:
+            for size in sizes:
+                done = Count.of(done + 1, done.bytes + size)
+                if progress:
+                    progress(done, total)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # nothing may write into a folder that is about to be left or removed
+        raise
+
+
+def _units(entries: Sequence[Entry]) -> Iterator[list[str]]:
+    """Tensors in their order, in sets of about the same number of bytes."""
+    size, names = 0, []
+    for entry in entries:
+        names.append(entry.name)
+        size += sum(info.nbytes for info in entry.inputs)
+        if size >= _UNIT_BYTES:
+            yield names
+            size, names = 0, []
+    if names:
+        yield names

@@ -1,0 +1,1 @@
+"""Learned methods, one a file: see `merging.learning.contract`."""

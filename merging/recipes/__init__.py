@@ -1,0 +1,1 @@
+"""What to merge, how, and into what: recipes, their rules, and configurations of mergekit's."""

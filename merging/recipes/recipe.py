@@ -1,0 +1,271 @@
+"""A recipe: what to merge, how, into which dtype. It travels inside the merged checkpoint."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Callable, Literal, Mapping, Sequence
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from mergeline.merging.errors import UserError, did_you_mean, plainly
+from mergeline.merging.methods.contract import LONGEST_CHAIN
+
+MOST_POINTS = 10_000
+_SAID = ("stand_in", "chosen_on")  # where there is something to say
+
+
+def _list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Patterns = Annotated[list[str], BeforeValidator(_list)]
+
+
+def unfolded(method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A chain such as `lines(dare(ties))` as its outermost method and the parameters inner: dare, inner_inner: ties.
+
+    Raises:
+        ValueError: parentheses that do not match, or params that name other methods.
+    """
+    ids = [part.strip() for part in method.rstrip(") ").split("(")]
+    if len(ids) == 1 and ")" not in method:
+        return method, dict(params)
+    if re.sub(r"[^()]", "", method) != "(" * (len(ids) - 1) + ")" * (len(ids) - 1) or not all(ids):
+        raise ValueError(f"'{method}' is no chain of methods; write one such as lines(dare(ties))")
+    if len(ids) > LONGEST_CHAIN:
+        raise ValueError(
+            f"'{ids[0]}(...)' is a chain of {len(ids)} methods; write one of {LONGEST_CHAIN} at most"
+        )
+    named = {"inner_" * i + "inner": id for i, id in enumerate(ids[1:])}
+    for key, id in named.items():
+        if params.get(key, id) != id:
+            raise ValueError(f"'{method}' names {id}, {key} names {params[key]}; leave one out")
+    return ids[0], {**params, **named}
+
+
+def unfolded_recipe(data: Any) -> Any:
+    """What is written of a recipe, its `method` unfolded (raises ValueError as `unfolded`)."""
+    if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+        return data
+    params = data.get("params", {})
+    if not isinstance(params, dict):
+        return data
+    method, params = unfolded(data["method"], params)
+    return {**data, "method": method, "params": params}
+
+
+def too_many_points(grid: Mapping[str, Sequence[Any]]) -> str | None:
+    """What is wrong with a grid of parameter values that has more points than anyone can merge."""
+    count = prod(map(len, grid.values()))
+    return (
+        f"the grid has {count} points, {MOST_POINTS} at most; list fewer values"
+        if count > MOST_POINTS
+        else None
+    )
+
+
+class Rule(BaseModel):
+    """Other parameters for some tensors: later rules win over earlier ones.
+
+    match: shell patterns of tensor names (`*.attn.*`), any of which is enough. layers: first and last block, counted
+    from 0, negative ones from the end. gradient: a parameter's values over the depth, interpolated linearly from the
+    first to the last block (of `layers`); tensors outside numbered blocks have no depth and are left alone.
+    expert: the values are this expert's entries in parameters that are lists of one an expert.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    match: Patterns = ["*"]
+    layers: tuple[int, int] | None = None
+    params: dict[str, Any] = {}
+    gradient: dict[str, Annotated[list[float], Field(min_length=1)]] = {}
+    expert: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "expert" or value is not None}
+
+
+class Range(BaseModel):
+    """Layers of one expert: the first and the last, counted from 0, negative ones from the end."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str
+    layers: tuple[int, int]
+
+
+class Fitted(BaseModel):
+    """What a recipe was fitted to, and so what its merge has seen.
+
+    method, params: the learned method and its parameters. data: what it looked at. split: which part of the data; of
+    `test` the test score of the merge is no measure. examples: task -> how many. digests: task -> of their content.
+    trains: whether the weights were trained beyond what merging reaches. task_known: whether the task of an input must
+    be known where the merge is used. stand_in: what the models were run on in place of data. chosen_on: where the
+    method's defaults come from, if from data that others do not have.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    params: dict[str, Any]
+    data: Literal["none", "unlabelled", "labelled"]
+    split: str
+    examples: dict[str, int]
+    digests: dict[str, str]
+    trains: bool = False
+    task_known: bool = False
+    stand_in: str = ""
+    chosen_on: str = ""
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key not in _SAID or value}
+
+    @property
+    def words(self) -> str:
+        """In words, such as `250 to 400 unlabelled a task of fit`."""
+        if self.data == "none":
+            return f"no data; {self.stand_in}" if self.stand_in else "none"
+        least, most = (min(self.examples.values()), max(self.examples.values())) if self.examples else (0, 0)
+        count = f"{least} to {most}" if least < most else str(most)
+        return f"{count} {self.data} a task of {self.split}" + (", trained" if self.trains else "")
+
+
+class Recipe(BaseModel):
+    """Paths are local safetensors files or folders; `experts` is in the order of all per-expert lists.
+
+    `method: lines(dare(ties))` is short for `method: lines` with `params: {inner: dare, inner_inner: ties}`.
+
+    Tensors that are not among `include`, or are among `exclude`, are not merged, nor compared: they become the base's
+    (or the `average` of the experts, as `excluded` says), and are left out where it has none. `keep` takes tensors of
+    some names from one expert, or `base`, as they are: PATTERN: EXPERT.
+
+    `heads` are tensors that belong to a task, as classifiers do: each expert's own are written beside the merge,
+    whatever their shapes (`merging.checkpoints.heads`); the merge itself has the base's, if that has any.
+
+    `running_statistics` says whether the means and variances of BatchNorm are averaged, or merged as other tensors.
+
+    `methods` are Python files that define methods, and are run.
+
+    `stack` makes a model of ranges of the experts' layers, one after the other, with `method: passthrough`.
+
+    `fitted` says what a recipe that a fit gave was fitted to; it changes no weight, but travels with them.
+    `adapters` lie beside the merge, and correct it where the task of an input is known: TASK: FILE
+    (`merging.checkpoints.task_adapters`); `router` lies beside a compressed store, and finds the expert of an input
+    (`merging.checkpoints.router`). Both are made by learned methods.
+
+    `allow_locked` merges experts that are locked against it (`merging.engine.mergelock`), as their owner must permit.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    params: dict[str, Any] = {}
+    experts: dict[str, Path]
+    base: Path | None = None
+    statistics: dict[str, Path | list[Path]] = {}
+    include: Patterns = ["*"]
+    exclude: Patterns = []
+    excluded: Literal["base", "average"] = "base"
+    keep: dict[str, str] = {}
+    heads: Patterns = []
+    running_statistics: Literal["average", "merge"] = "average"
+    rules: list[Rule] = []
+    stack: list[Range] = []
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = (
+        None  # None: each tensor keeps its own
+    )
+    seed: Seed = 0
+    shard_size: Annotated[int, Field(gt=0)] | None = None  # bytes a file; None writes one file
+    # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
+    donor: str | None = None
+    vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
+    allow_locked: bool = False
+    methods: list[Path] = []
+    fitted: Fitted | None = None
+    adapters: dict[str, Path] = {}
+    router: Path | None = None
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        late = {
+            "allow_locked": False,
+            "keep": {},
+            "heads": [],
+            "running_statistics": "average",
+            "methods": [],
+            "fitted": None,
+            "adapters": {},
+            "router": None,
+        }
+        return {key: value for key, value in dump(self).items() if key not in late or value != late[key]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, data: Any) -> Any:
+        return unfolded_recipe(data)
+
+    @model_validator(mode="after")
+    def _lists(self) -> Recipe:
+        if self.stack and (self.method != "passthrough" or self.base or self.rules or self.statistics):
+            raise ValueError(
+                "stack: copies layers as they are: method passthrough, without base, rules and statistics"
+            )
+        for rule in self.rules:
+            if rule.expert is None:
+                continue
+            if rule.expert not in self.experts:
+                near = did_you_mean(rule.expert, self.experts)
+                raise ValueError(f"rules: no expert is named '{rule.expert}'{near}")
+            for key in (*rule.params, *rule.gradient):
+                listed = self.params.get(key)
+                if not isinstance(listed, list) or len(listed) != len(self.experts):
+                    raise ValueError(
+                        f"rules: list '{key}' of every expert in params, of which a rule changes one"
+                    )
+        return self
+
+    @classmethod
+    def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
+        """A recipe from a recipe or a mapping (raises UserError if a key or value is wrong)."""
+        if isinstance(value, Recipe):
+            return value
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"recipe: {'.'.join(map(str, first['loc']))}: {plainly(first)}") from None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the result besides the checkpoints, as JSON values."""
+        named = (
+            "include",
+            "exclude",
+            "excluded",
+            "keep",
+            "heads",
+            "running_statistics",
+            "rules",
+            "stack",
+            "dtype",
+            "seed",
+            "shard_size",
+            "donor",
+            "vocabulary",
+            "allow_locked",
+            "fitted",
+        )
+        return self.model_dump(mode="json", include=set(named))

@@ -1,0 +1,1 @@
+"""The modalities of classifiers that have a head for each task: of images, and of texts."""

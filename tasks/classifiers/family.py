@@ -1,0 +1,127 @@
+"""A family of classifiers in build/: which tensors are heads, the experts' heads, and the base under their names."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergeline.merging.architecture import Role, describe
+from mergeline.merging.checkpoints.adapters import is_adapter
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.companions import read_config
+from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.engine.sources import FileInputs
+from mergeline.merging.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mergeline.merging.engine.plan import Plan
+    from mergeline.tasks.classifiers.params import ClassifierParams
+
+# Modules that are heads as a whole in transformers, whatever lies in them.
+_WHOLE = ("classifier", "classification_head", "score")
+
+
+class Family:
+    """The base and the experts of a pipeline; only headers are read until something is asked for."""
+
+    def __init__(self, params: ClassifierParams, build: Path):
+        self.params = params
+        self._checkpoints = build / "checkpoints"
+
+    @property
+    def base(self) -> Path:
+        return self._checkpoints / self.params.base
+
+    def expert(self, name: str) -> Path:
+        return self._checkpoints / name
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the base and of the experts."""
+        return [self.base, *map(self.expert, self.params.experts)]
+
+    @cached_property
+    def patterns(self) -> list[str]:
+        """The names of heads, as shell patterns.
+
+        Raises:
+            UserError: none are found; an expert is an adapter.
+        """
+        for expert in self.params.experts:
+            if is_adapter(open_checkpoint(self.expert(expert))):
+                raise UserError(
+                    f"{self.expert(expert)}: is an adapter, whose classifier cannot be kept; put it into its base "
+                    "first (PEFT's merge_and_unload), and name what that saves"
+                )
+        return self.params.classification.heads or self._found()
+
+    def _found(self) -> list[str]:
+        """Tensors of a classifier by their names, and those that the base lacks, whatever prefix its names have."""
+        base = {name for own in open_checkpoint(self.base).tensors for name in (own, own.partition(".")[2])}
+        heads: set[str] = set()
+        names: set[str] = set()
+        for folder in map(self.expert, self.params.experts):
+            tensors = open_checkpoint(folder).tensors
+            shapes = {name: info.shape for name, info in tensors.items()}
+            model = describe(shapes, read_config(folder))
+            names |= shapes.keys()
+            for name in shapes:
+                tensor = model.tensors[name]
+                lacking = name not in base and name.partition(".")[2] not in base
+                if lacking or Role.CLASSIFIER in (tensor.role, tensor.of):
+                    heads.add(name)
+        modules = {name.rpartition(".")[0] for name in heads}
+        whole = {top for module in modules if (top := module.partition(".")[0]) in _WHOLE}
+        found = {f"{top}.*" for top in whole}
+        for module in {m for m in modules if m.partition(".")[0] not in whole}:
+            own = {name for name in names if name.startswith(f"{module}.")}
+            found |= {f"{module}.*"} if own <= heads else heads & own
+        if not found:
+            raise UserError(
+                f"{self.base}: no classifier is found among the tensors of its experts; name them: "
+                '`heads: ["fc.*"]`'
+            )
+        return sorted(found)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """How the experts' trunks would be averaged (raises UserError if they cannot be)."""
+        experts = {name: self.expert(name) for name in self.params.experts}
+        plan = make_plan({"method": "average", "base": self.base, "experts": experts, "heads": self.patterns})
+        plan.check()
+        return plan
+
+    @cached_property
+    def heads(self) -> dict[str, dict[str, Tensor]]:
+        """Task -> the tensors of its expert's head."""
+        with FileInputs(self.plan) as source:
+            of = {
+                expert: {name: source.whole(expert, name) for name in self.plan.heads[expert]}
+                for expert in dict.fromkeys(self.params.owners.values())
+            }
+        return {task: of[expert] for task, expert in self.params.owners.items()}
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The base's tensors under the names that the experts have; not those that no expert has."""
+        base, experts = self.plan.base, self.plan.experts.values()
+        assert base is not None
+        return {name: base.read(name) for name in base.tensors if any(name in e.tensors for e in experts)}
+
+    def config(self, task: str) -> dict[str, Any]:
+        """The configuration of a task's expert; empty where it has none."""
+        return read_config(self.expert(self.params.owners[task]))
+
+    def module(self, kind: str) -> nn.Module:
+        """The model that the experts are of, with a head of one of them; `kind` as in `classifiers.model.build`.
+
+        Raises:
+            UserError: it is not said what they are, or they do not open as that.
+        """
+        from mergeline.evaluation.classifiers.model import build
+
+        settings, device = self.params.classification, self.params.device
+        task, expert = next(iter(self.params.owners.items()))
+        return build(self.expert(expert), settings.model, kind, self.heads[task], device)

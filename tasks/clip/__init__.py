@@ -1,0 +1,1 @@
+"""The modality `clip`: image towers with zero-shot heads."""

@@ -1,0 +1,1 @@
+"""The modality `embeddings`: models of sentence-transformers, measured by similarity and retrieval."""

@@ -1,0 +1,1 @@
+"""The modality `language`: causal language models on tasks of lm-eval."""

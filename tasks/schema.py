@@ -1,0 +1,308 @@
+"""What every params.yaml holds, whatever its models are measured with; modalities add sections of their own."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from functools import cached_property
+from itertools import product
+from typing import Annotated, Any, Iterator, Literal, Mapping
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from mergeline.merging.engine.machine import check_device_name
+from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.merging.learning.contract import LearnedMethod, any_method
+from mergeline.merging.learning.gathering import KINDS, SETTINGS, Gathering, Kind
+from mergeline.merging.methods import get_method
+from mergeline.merging.recipes.recipe import Seed, too_many_points, unfolded_recipe
+from mergeline.tasks.credentials import holds_credentials, without_credentials
+from mergeline.tasks.gates import Gates
+
+Problem = tuple[list[Any], str]  # where in params.yaml, as keys and indexes; what is wrong there
+
+_NO_SECRETS = (
+    "a password, token or signature, which dvc.lock would record; leave it out here, and give it by environment "
+    "variables (such as HF_TOKEN), ~/.netrc, or fsspec's configuration (~/.config/fsspec/)"
+)
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise ValueError(f"'{name}' must be letters, digits, '_' and '-', for it names files and stages")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+
+
+class Strict(BaseModel):
+    """A part of params.yaml: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sources(Strict):
+    """Where files come from: `files` are watched by content, `uris` are fixed by what they name."""
+
+    files: dict[Name, str]
+    uris: dict[Name, str]
+
+    @cached_property
+    def all(self) -> dict[str, str]:
+        """Name -> path or URI."""
+        return {**self.files, **self.uris}
+
+    def problems(self, section: str) -> Iterator[Problem]:
+        """What is wrong with this section."""
+        for name in self.files.keys() & self.uris.keys():
+            yield (
+                [section, "uris", name],
+                f"'{name}' is among the files and the uris of {section}; name it once",
+            )
+        if not self.all:
+            yield [section], f"{section} are empty; list some under files: or uris:"
+        for name, source in self.files.items():
+            if "://" in source:
+                shown = without_credentials(source)
+                yield [section, "files", name], f"'{shown}' is a URI; list it under {section}.uris"
+        for name, source in self.uris.items():
+            if holds_credentials(source):
+                shown = without_credentials(source)
+                yield [section, "uris", name], f"'{shown}' is given with {_NO_SECRETS}"
+
+
+class Checkpoints(Sources):
+    """Where checkpoints come from.
+
+    `layout: open_clip` gives CLIP checkpoints of Hugging Face transformers the names and packing of open_clip.
+    """
+
+    layout: Literal["as_is", "open_clip"]
+    allow_pickle: bool = False
+
+
+class Merge(Strict):
+    """One merge: fixed `params`, and a grid `search` whose best point on the validation split is taken.
+
+    experts: those of the pipeline's that it merges, in its own order; None for all. Either way a point is scored on
+    all tasks.
+
+    examples (or images): for a learned method, how many of each task it is fitted to, the first ones; None for all.
+    split: of which part of the data; `test` must be asked for, and its score is then no measure.
+    """
+
+    method: str
+    experts: list[str] | None = None
+    params: dict[str, Any] = {}
+    search: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    examples: Annotated[int, Field(gt=0)] | None = None
+    images: Annotated[int, Field(gt=0)] | None = None
+    split: Literal["fit", "test"] = "fit"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, data: Any) -> Any:
+        return unfolded_recipe(data)
+
+    @property
+    def first(self) -> int | None:
+        """How many examples of each task it is fitted to; None for all."""
+        return self.examples or self.images
+
+    @cached_property
+    def is_learned(self) -> bool:
+        """Whether its method is fitted to examples."""
+        return isinstance(any_method(self.method), LearnedMethod)
+
+    @property
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Every setting of the grid; the fixed params alone where there is none."""
+        for values in product(*self.search.values()):
+            yield {**self.params, **dict(zip(self.search, values))}
+
+
+class Statistics(Strict):
+    """How statistics of one kind are collected; `images` and `examples` of a task are the same. See `Gathering`."""
+
+    images: Annotated[int, Field(ge=1)] | None = None
+    examples: Annotated[int, Field(ge=1)] | None = None
+    memory: Literal["layer"] | Annotated[int, Field(ge=1)] | None = None
+    labels: Literal["true", "sampled", "empirical"] = "true"
+    draws: Annotated[int, Field(ge=1)] = 1
+    normalise: Literal["none", "global", "trace"] = "none"
+
+    @property
+    def gathering(self) -> Gathering:
+        """The same as `collect` takes it."""
+        given = self.model_dump(exclude={"images", "examples"})
+        return Gathering(examples=self.images or self.examples, **given)
+
+    def problems(self, kind: Kind) -> Iterator[Problem]:
+        """What is wrong with this section of a kind."""
+        if self.images and self.examples:
+            yield ["images"], "images and examples say the same; leave one out"
+        for key in sorted(self.model_fields_set - {"images", "examples", *SETTINGS[kind]}):
+            yield [key], f"'{key}' is no setting of {kind}; leave it out"
+
+
+class Retention(Strict):
+    """How long, and how much of, `.mergeline` keeps what makes later runs quicker."""
+
+    days: Annotated[float, Field(gt=0.05)] = 30.0
+    gigabytes: Annotated[float, Field(ge=0)] = 20.0
+
+    @property
+    def age(self) -> timedelta:
+        """What was not used for longer may go."""
+        return timedelta(days=self.days)
+
+    @property
+    def bytes(self) -> int:
+        """As much may stay."""
+        return int(self.gigabytes * 10**9)
+
+
+class Params(Strict, ABC):
+    """What every params.yaml holds. What dvc.yaml names has no default, for DVC knows none.
+
+    A modality's own class adds its sections and says its tasks. Paths are seen from the workspace.
+
+    statistics: what is collected of every expert on examples of its own tasks, for merges whose methods read it.
+    methods: Python files that define methods, and are run. Fits, searches and merges are stale where one changes; in
+    dvc.yaml they belong to the `deps` of these three.
+    """
+
+    name: Name
+    seed: Seed
+    device: str = "cpu"
+    checkpoints: Checkpoints
+    base: str
+    experts: Annotated[list[str], Field(min_length=1)]
+    merges: Annotated[dict[Name, Merge], Field(min_length=1)]
+    statistics: dict[Kind, Statistics] = {}
+    methods: list[str] = []
+    gates: Gates = Gates()
+    retention: Retention = Retention()
+
+    @property
+    @abstractmethod
+    def tasks(self) -> list[str]:
+        """The evaluation tasks, in the order of params.yaml."""
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """Task -> the expert that it is held in for: here that of its name."""
+        return {expert: expert for expert in self.experts if expert in self.tasks}
+
+    def owned(self, suites: Mapping[str, list[str]], by_name: bool = True) -> dict[str, str]:
+        """Task -> the expert in whose suite it is.
+
+        by_name: an expert without a suite of its name has the task of its name.
+        """
+        own = {e: suites.get(e, [e] if by_name else []) for e in self.experts}
+        return {task: e for e, tasks in own.items() for task in tasks if task in self.tasks}
+
+    @cached_property
+    def sources(self) -> dict[str, str]:
+        """Checkpoint name -> path or URI."""
+        return self.checkpoints.all
+
+    @property
+    def learns(self) -> bool:
+        """Whether any merge looks at examples."""
+        return bool(self.statistics) or any(merge.is_learned for merge in self.merges.values())
+
+    def experts_of(self, merge: str) -> list[str]:
+        """The experts that a merge is made of, in its order."""
+        own = self.merges[merge].experts
+        return self.experts if own is None else own
+
+    def kinds_of(self, merge: str) -> list[str]:
+        """The kinds of statistics that a merge reads, at any point of its grid."""
+        if self.merges[merge].is_learned:
+            return []
+        method = get_method(self.merges[merge].method)
+        return sorted({k for point in self.merges[merge].points for k in method.kinds(method.resolve(point))})
+
+    def problems(self) -> Iterator[Problem]:
+        """What the types cannot say."""
+        try:
+            check_device_name(self.device)
+        except UserError as error:
+            yield ["device"], str(error)
+        yield from self.checkpoints.problems("checkpoints")
+        yield from self._family_problems()
+        for kind, statistics in self.statistics.items():
+            yield from ((["statistics", kind, *loc], wrong) for loc, wrong in statistics.problems(kind))
+        for name, merge in self.merges.items():
+            yield from self._merge_problems(name, merge)
+
+    def _family_problems(self) -> Iterator[Problem]:
+        places: list[tuple[list[Any], str]] = [(["base"], self.base)]
+        places += [(["experts", i], expert) for i, expert in enumerate(self.experts)]
+        for loc, name in places:
+            if name not in self.sources:
+                yield loc, f"'{name}' is not among the checkpoints{did_you_mean(name, self.sources)}"
+        if len(set(self.experts)) != len(self.experts) or self.base in self.experts:
+            yield ["experts"], "an expert is listed twice, or is the base"
+
+    def _merge_problems(self, name: str, merge: Merge) -> Iterator[Problem]:
+        if name == "baselines":
+            yield ["merges", name], "'baselines' names the base and the experts; choose another name"
+        for i, expert in enumerate(merge.experts or ()):
+            if expert not in self.experts:
+                place = ["merges", name, "experts", i]
+                yield place, f"'{expert}' is not among the experts{did_you_mean(expert, self.experts)}"
+        if len(set(merge.experts or ())) != len(merge.experts or ()):
+            yield ["merges", name, "experts"], "an expert is listed twice"
+        try:
+            method = any_method(merge.method)
+        except UserError as error:
+            yield ["merges", name, "method"], str(error)
+            return
+        learned = isinstance(method, LearnedMethod)
+        for key in ("examples", "images", "split"):
+            if key in merge.model_fields_set and not learned:
+                yield ["merges", name, key], f"{merge.method} is fitted to no examples; leave '{key}' out"
+        if merge.examples and merge.images:
+            yield ["merges", name, "images"], "images are the examples; say one of the two"
+        for key in merge.search:
+            if key in merge.params:
+                yield (
+                    ["merges", name, "search", key],
+                    f"'{key}' is fixed in params and listed in search; keep one",
+                )
+        if problem := too_many_points(merge.search):
+            yield ["merges", name, "search"], problem
+            return
+        alone = [(["search", key], {key: value}) for key, values in merge.search.items() for value in values]
+        for where, values in [(["params"], {}), *alone]:
+            try:
+                resolved = method.resolve({**merge.params, **values})
+            except UserError as error:
+                yield ["merges", name, *where], str(error)
+                continue
+            if isinstance(method, LearnedMethod):
+                continue
+            kinds = method.kinds(resolved)
+            yield from ((["merges", name, *where], wrong) for wrong in self._lacking(merge.method, kinds))
+            given = dict.fromkeys(kinds)
+            for misuse in method.misuses(resolved, len(self.experts_of(name)), True, given):
+                yield ["merges", name, *(["experts"] if merge.experts is not None else where)], misuse
+
+    def _lacking(self, method: str, kinds: list[str]) -> Iterator[str]:
+        """A sentence for each kind of statistics that a method reads and that is not collected, with what mends it."""
+        for kind in kinds:
+            if kind not in KINDS:
+                yield (
+                    f"{method} needs the statistics '{kind}', which are not collected from examples; merge by a "
+                    "recipe that names their file"
+                )
+            elif kind not in self.statistics:
+                yield (
+                    f"{method} needs the statistics '{kind}' of examples; add `{kind}: {{examples: 32}}` to the "
+                    "section `statistics:`"
+                )

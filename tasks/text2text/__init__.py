@@ -1,0 +1,1 @@
+"""The modality `text2text`: sequence-to-sequence models, measured by the texts that they write."""
