@@ -37,9 +37,8 @@ class Facts(NamedTuple):
 
         if self.discrete:
             chosen_N = np.nan_to_num(predicted_NA).argmax(1)
-            return [self.first + int(chosen) for chosen in chosen_N], np.eye(self.actions, dtype=np.float32)[
-                chosen_N
-            ]
+            one_hot_NA = np.eye(self.actions, dtype=np.float32)[chosen_N]
+            return [self.first + int(chosen) for chosen in chosen_N], one_hot_NA
         clipped_NA = np.clip(np.nan_to_num(predicted_NA), space.low.reshape(-1), space.high.reshape(-1))
         actions = [action.astype(space.dtype).reshape(space.shape) for action in clipped_NA]
         return actions, clipped_NA.astype(np.float32)
@@ -85,12 +84,12 @@ def look_at(task: Task) -> Facts:
         raise UserError(f"'{name}': its observations are a {type(seen).__name__}; only a Box is measured")
     if not isinstance(acted, Box | Discrete) or (isinstance(acted, Box) and acted.dtype.kind != "f"):
         raise UserError(
-            f"'{name}': its actions are a {type(acted).__name__} of {acted.dtype}; only Discrete ones and a Box of "
-            "floats are measured"
+            f"'{name}': its actions are a {type(acted).__name__}; only Discrete ones, and a Box of floats, are measured"
         )
     if not steps or steps > _LONGEST:
         told = f"are cut after {steps} steps" if steps else "have no end"
         raise UserError(f"'{name}': its episodes {told}; add max_steps, at most {_LONGEST}")
-    discrete = isinstance(acted, Discrete)
-    actions = int(acted.n) if isinstance(acted, Discrete) else prod(acted.shape)
-    return Facts(prod(seen.shape), actions, discrete, int(acted.start) if discrete else 0, steps)
+    states = prod(seen.shape)
+    if isinstance(acted, Discrete):
+        return Facts(states, int(acted.n), True, int(acted.start), steps)
+    return Facts(states, prod(acted.shape), False, 0, steps)

@@ -59,15 +59,15 @@ def _together(policy: Acting, environments: Sequence[Any], seeds: Sequence[int])
     for t in range(facts.steps):
         to_go[running, t, 0] = task.target_return - returns[running]
         seen = slice(max(0, t + 1 - task.context), t + 1)
-        batch = {
+        batch: dict[str, np.ndarray] = {
             "states": states[running, seen],
             "actions": actions[running, seen],
             "returns_to_go": to_go[running, seen],
             "timesteps": np.tile(np.arange(seen.start, seen.stop), (len(running), 1)),
         }
         taken, actions[running, t] = facts.act(policy.next_actions(batch), environments[0].action_space)
-        still = []
-        for i, action in zip(running, taken):
+        still: list[int] = []
+        for i, action in zip(running.tolist(), taken):
             state, reward, ended, cut, _ = environments[i].step(action)
             returns[i] += float(reward)
             lengths[i] = t + 1

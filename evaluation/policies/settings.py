@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # The seed of the first episode of each split; the next ones follow. They are the same for every model, so that
 # outcomes are paired, and no split reaches the next one's.
@@ -55,8 +58,8 @@ class Task(BaseModel):
             raise ValueError(f"target_return must be more than floor, which is {self.floor:g}")
         return self
 
-    def normalised(self, found: float) -> float:
-        """(return - floor) / (target_return - floor)."""
+    def normalised(self, found: np.ndarray) -> np.ndarray:
+        """(return - floor) / (target_return - floor), of many returns."""
         return (found - self.floor) / (self.target_return - self.floor)
 
     def return_of(self, normalised: float) -> float:

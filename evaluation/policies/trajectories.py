@@ -104,8 +104,5 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     from hashlib import sha256
 
     return text_digest(
-        [
-            [name, [*array.shape], sha256(np.ascontiguousarray(array)).hexdigest()]
-            for name, array in arrays.items()
-        ]
+        [[name, [*array.shape], sha256(array.tobytes()).hexdigest()] for name, array in arrays.items()]
     )

@@ -25,7 +25,8 @@ EPISODES = 80  # of each task, to train on
 _FIT = 4  # further ones, for statistics
 _SIZE = 64  # windows a step
 _WARMUP = 0.1  # of all steps
-BASE_STEPS, EXPERT_STEPS = 600, 600
+BASE_STEPS, EXPERT_STEPS = 60, 800
+_LOUDER = 5.0
 _STARTS = "starts"
 _RATES = {"base": 2e-3, "expert": 1e-3}
 
@@ -78,7 +79,7 @@ def _new(name: str, config: Mapping[str, Any]) -> Any:
     own = _known(name)
     states = own.observations[own.mask].astype(np.float64)
     actions = int(own.actions.max()) + 1 if own.actions.ndim == 2 else own.actions.shape[2]
-    return DecisionTransformerModel(
+    model = DecisionTransformerModel(
         DecisionTransformerConfig(
             **config,
             state_dim=states.shape[1],
@@ -87,6 +88,9 @@ def _new(name: str, config: Mapping[str, Any]) -> Any:
             state_std=(states.std(0) + 1e-4).round(5).tolist(),
         )
     )
+    with torch.no_grad():
+        model.predict_action[0].weight.mul_(_LOUDER)
+    return model
 
 
 @cache
@@ -110,7 +114,7 @@ def _train(
     models: Mapping[str, Any], batches: Mapping[str, Iterator[Batch]], steps: int, learning_rate: float
 ) -> float:
     """Cross-entropy of discrete actions, mean squared error of others, the mean over tasks; the loss at the end."""
-    parameters = [*{id(p): p for model in models.values() for p in model.parameters()}.values()]
+    parameters = [*next(iter(models.values())).encoder.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=True)
     losses: list[float] = []
     for model in models.values():
@@ -125,7 +129,8 @@ def _train(
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
-        optimiser.zero_grad()
+        for model in models.values():
+            model.zero_grad()
         losses.append(total)
     for model in models.values():
         model.eval()
