@@ -23,6 +23,7 @@ from mergeline.merging.errors import UserError
 
 NAMES = ("observations", "actions", "returns_to_go", "timesteps", "mask")
 _BYTES = 1 << 32  # of the arrays of a file
+_STEPS = 1 << 31  # of an episode
 
 
 def read_trajectories(file: Path, facts: Facts) -> dict[str, np.ndarray]:
@@ -48,8 +49,8 @@ def read_trajectories(file: Path, facts: Facts) -> dict[str, np.ndarray]:
         if arrays[name].shape != own:
             raise UserError(f"{file}: {name} are {arrays[name].shape}, and must be {own}")
     mask = arrays["mask"].astype(bool)
-    for name in ("actions", "timesteps") if facts.discrete else ("timesteps",):
-        limit = facts.actions if name == "actions" else facts.steps
+    limits = {"timesteps": _STEPS, **({"actions": facts.actions} if facts.discrete else {})}
+    for name, limit in limits.items():
         found = arrays[name][mask]
         if found.dtype.kind not in "iu" or found.size and not 0 <= found.min() <= found.max() < limit:
             raise UserError(f"{file}: {name} must be whole numbers from 0 to {limit - 1}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from make.policy_tasks import STEPS, TASKS, Trajectories, trajectories
+from make.policy_tasks import OF_BASE, STEPS, TASKS, Trajectories, trajectories
 
 CONTEXT = 5
 CONFIG: dict[str, Any] = {
@@ -25,7 +25,7 @@ EPISODES = 80  # of each task, to train on
 _FIT = 4  # further ones, for statistics
 _SIZE = 64  # windows a step
 _WARMUP = 0.1  # of all steps
-BASE_STEPS, EXPERT_STEPS = 60, 800
+BASE_STEPS, MIX, EXPERT_STEPS = 300, 0, 600
 _LOUDER = 5.0
 _STARTS = "starts"
 _RATES = {"base": 2e-3, "expert": 1e-3}
@@ -34,23 +34,26 @@ Batch = dict[str, Tensor]
 
 
 def write_base(out: Path, steps: int = BASE_STEPS, config: Mapping[str, Any] = CONFIG) -> str:
-    """Train one trunk on all tasks, each under a head of its own, and write it; a line about the outcome.
+    """Train a trunk on a task that is no expert's and, for a while, on all others, and write it; a line about it.
 
-    `out` has the head of the first task; beside it, _STARTS/TASK have each task's own, from which experts go on.
+    Heads are drawn, and stay: the trunk has to learn all. `out` has the head of its own task; beside it, _STARTS/TASK
+    have the trunk under each expert's head, from which these go on.
     """
     wall, cpu = time.time(), time.process_time()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    models = {name: _new(name, config) for name in TASKS}
+    models = {name: _new(name, config) for name in [*OF_BASE, *TASKS]}
     trunk = next(iter(models.values())).encoder
     for model in models.values():
         model.encoder = trunk
-    batches = {name: _batches(name, "base") for name in TASKS}
-    _train(models, batches, steps, _RATES["base"])
-    for name, model in models.items():
-        save(model, out.parent / _STARTS / name)
-    save(next(iter(models.values())), out)
-    return f"base: {_took(wall, cpu)}"
+    own = {name: models[name] for name in OF_BASE}
+    loss = _train(own, {name: _batches(name, "base") for name in OF_BASE}, steps, _RATES["base"])
+    if MIX:
+        _train(models, {name: _batches(name, "base") for name in models}, MIX, _RATES["base"])
+    for name in TASKS:
+        save(models[name], out.parent / _STARTS / name)
+    save(*own.values(), out)
+    return f"base: loss {loss:.4f}, {_took(wall, cpu)}"
 
 
 def write_expert(name: str, base: Path, out: Path, steps: int = EXPERT_STEPS) -> str:
@@ -76,7 +79,7 @@ def _new(name: str, config: Mapping[str, Any]) -> Any:
     """A model for a task, which knows how its states are normalised."""
     from transformers import DecisionTransformerConfig, DecisionTransformerModel
 
-    own = _known(name)
+    own = known(name)
     states = own.observations[own.mask].astype(np.float64)
     actions = int(own.actions.max()) + 1 if own.actions.ndim == 2 else own.actions.shape[2]
     model = DecisionTransformerModel(
@@ -94,14 +97,14 @@ def _new(name: str, config: Mapping[str, Any]) -> Any:
 
 
 @cache
-def _known(name: str) -> Trajectories:
+def known(name: str) -> Trajectories:
     """The episodes of a task that are trained on."""
     return trajectories(name, EPISODES)
 
 
 def _batches(name: str, seed: str) -> Iterator[Batch]:
     """Windows of CONTEXT steps; one that reaches behind an episode's end is none."""
-    own, random = _known(name), np.random.default_rng([len(name), *seed.encode()])
+    own, random = known(name), np.random.default_rng([len(name), *seed.encode()])
     lengths = own.mask.sum(1)
     starts = np.array([(i, t) for i, n in enumerate(lengths) for t in range(max(1, n - CONTEXT + 1))])
     while True:
@@ -144,7 +147,7 @@ def _loss(model: Any, name: str, batch: Batch) -> Tensor:
     predicted = model(
         states=(batch["observations"] - mean) / std,
         actions=F.one_hot(actions, config.act_dim).float() if discrete else actions,
-        returns_to_go=batch["returns_to_go"][..., None] / TASKS[name].scale,
+        returns_to_go=batch["returns_to_go"][..., None] / (TASKS | OF_BASE)[name].scale,
         timesteps=batch["timesteps"],
         attention_mask=mask.long(),
         return_dict=True,

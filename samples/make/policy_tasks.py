@@ -8,7 +8,7 @@ from typing import Any, Callable
 import numpy as np
 
 STEPS = 200  # of an episode, at most
-_SEEDS = 2_000_000  # from here on: those of val and test are below (evaluation/policies/settings.py)
+SEEDS = 2_000_000  # from here on: those of val and test are below (evaluation/policies/settings.py)
 _NOISE = 0.6  # at most, the share of actions that are drawn
 
 
@@ -21,6 +21,11 @@ def _cartpole(state: np.ndarray) -> int:
 def _acrobot(state: np.ndarray) -> int:
     """Torque along the swing of the lower link, which pumps energy."""
     return 2 if state[5] > 0 else 0
+
+
+def _hill(state: np.ndarray) -> int:
+    """Push along the velocity."""
+    return 2 if state[1] >= 0 else 0
 
 
 def _mountain_car(state: np.ndarray) -> np.ndarray:
@@ -52,12 +57,14 @@ class Control:
     scale: float
 
 
-TASKS = {
+TASKS = {  # of the experts
     "cartpole": Control("CartPole-v1", _cartpole, 200.0, 22.0, 100.0),
     "acrobot": Control("Acrobot-v1", _acrobot, -80.0, -200.0, 100.0),
     "car": Control("MountainCarContinuous-v0", _mountain_car, 90.0, -10.0, 100.0),
     "pendulum": Control("Pendulum-v1", _pendulum, -150.0, -1200.0, 500.0),
 }
+
+OF_BASE = {"hill": Control("MountainCar-v0", _hill, -120.0, -200.0, 100.0)}  # no expert's
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def trajectories(name: str, count: int, first: int = 0, noise: float = _NOISE) -
     """Episodes of a task's controller, of which a share of the actions, from 0 to `noise`, is drawn at random."""
     import gymnasium
 
-    control = TASKS[name]
+    control = (TASKS | OF_BASE)[name]
     env = gymnasium.make(control.environment, max_episode_steps=STEPS, disable_env_checker=True)
     space: Any = env.action_space
     discrete = isinstance(space, gymnasium.spaces.Discrete)
@@ -101,9 +108,9 @@ def trajectories(name: str, count: int, first: int = 0, noise: float = _NOISE) -
         np.zeros(shape, bool),
     )
     for i in range(count):
-        random = np.random.default_rng([_SEEDS, first + i])
+        random = np.random.default_rng([SEEDS, first + i])
         share = noise * random.random()
-        state, _ = env.reset(seed=_SEEDS + first + i)
+        state, _ = env.reset(seed=SEEDS + first + i)
         rewards = np.zeros(STEPS)
         for t in range(STEPS):
             action = control.controller(state)

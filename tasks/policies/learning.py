@@ -68,6 +68,12 @@ def examples_of(family: Family, split: str) -> Examples:
                 "PATH.npz}}`"
             )
         arrays = read_trajectories(dataset(family.build, task) / FILE, facts(family.build, task))
+        longest = family.policies[task].model.config.max_ep_len
+        if arrays["timesteps"].max() >= longest:
+            raise UserError(
+                f"'{task}': its trajectories go on to step {arrays['timesteps'].max()}, and its expert knows "
+                f"{longest} steps; bring the first ones alone"
+            )
         found[task] = windows(arrays, settings.context)
     return Examples(
         {task: partial(_batches, task, own, params.device) for task, own in found.items()},

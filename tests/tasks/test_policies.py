@@ -356,6 +356,14 @@ def test_what_cannot_be_learned_from_is_said(root, changes, said):
         run_all(root)
 
 
+def test_trajectories_longer_than_an_expert_knows_are_refused(root):
+    own = trajectories(3, 1, False)
+    np.savez("in/swing.npz", **{**own, "timesteps": own["timesteps"] + 25})
+    params = prepare(root).params
+    with refused("'swing': its trajectories go on to step 31, and its expert knows 30 steps"):
+        examples_of(modality_named("policies"), params, root / "build")
+
+
 # ---------------------------------------------------------------------------------------------- what goes wrong
 
 

@@ -49,7 +49,7 @@ def test_windows_follow_one_another_and_those_without_a_step_are_left_out(tmp_pa
         ({"returns_to_go": np.zeros((3, 6))}, "returns_to_go are (3, 6), and must be (3, 7)"),
         ({"actions": np.full((3, 7), 3)}, "actions must be whole numbers from 0 to 2"),
         ({"actions": np.zeros((3, 7))}, "actions must be whole numbers from 0 to 2"),
-        ({"timesteps": np.full((3, 7), 9)}, "timesteps must be whole numbers from 0 to 8"),
+        ({"timesteps": np.full((3, 7), -1)}, "timesteps must be whole numbers from 0 to "),
         ({"actions": np.array([["a"] * 7] * 3)}, "actions are no numbers"),
         ({"actions": np.array([[{}] * 7] * 3)}, "no file of trajectories (Object arrays cannot be loaded"),
     ],
