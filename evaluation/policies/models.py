@@ -49,7 +49,9 @@ def load_model(folder: Path, device: str = "cpu", heads: Collection[str] = ()) -
     """
     refuse_corrections(folder)
     refuse_other_kinds(folder)
-    return load_pretrained(folder, "DecisionTransformerModel", device=device, may_lack=sorted(heads))
+    model = load_pretrained(folder, "DecisionTransformerModel", device=device, may_lack=sorted(heads))
+    model.config.use_cache = False  # windows move, so that no key would be used again
+    return model
 
 
 class Policy:

@@ -57,7 +57,7 @@ def write_base(out: Path, steps: int = BASE_STEPS, config: Mapping[str, Any] = C
 
 
 def write_expert(name: str, base: Path, out: Path, steps: int = EXPERT_STEPS) -> str:
-    """Train all weights of the base, and its head for a task, on that task, and write `out`; a line about it."""
+    """Train the trunk under the head of a task, on that task, and write both to `out`; a line about it."""
     from transformers import DecisionTransformerModel
 
     wall, cpu = time.time(), time.process_time()
@@ -117,11 +117,12 @@ def _train(
     models: Mapping[str, Any], batches: Mapping[str, Iterator[Batch]], steps: int, learning_rate: float
 ) -> float:
     """Cross-entropy of discrete actions, mean squared error of others, the mean over tasks; the loss at the end."""
-    parameters = [*next(iter(models.values())).encoder.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-4, fused=True)
+    trunk = next(iter(models.values())).encoder  # of all of them
+    optimiser = torch.optim.AdamW(trunk.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
     losses: list[float] = []
     for model in models.values():
-        model.train()
+        model.train().requires_grad_(False)
+    trunk.requires_grad_(True)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * _schedule(step / steps)
@@ -130,10 +131,9 @@ def _train(
             loss = _loss(model, name, next(batches[name])) / len(models)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1.0)
         optimiser.step()
-        for model in models.values():
-            model.zero_grad()
+        optimiser.zero_grad()
         losses.append(total)
     for model in models.values():
         model.eval()

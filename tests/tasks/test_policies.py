@@ -320,12 +320,12 @@ def test_statistics_are_collected_and_merges_fitted(root):
         merges={
             "regmean": {"method": "regmean"},
             "fisher": {"method": "fisher"},
-            "solved": {"method": "progressive_least_squares", "examples": 4},
+            "distilled": {"method": "prodistill", "params": {"epochs": 1}, "examples": 4},
         },
     )
     run_all(root)
     rows = {r["name"]: r for r in json.loads(Path("build/leaderboard/leaderboard.json").read_text())["rows"]}
-    for name in ("regmean", "fisher", "solved"):
+    for name in ("regmean", "fisher", "distilled"):
         assert rows[name]["seen"]["data"] == "unlabelled" and rows[name]["finite"], name
 
 
