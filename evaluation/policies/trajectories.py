@@ -18,7 +18,6 @@ from typing import Mapping
 import numpy as np
 
 from mergeline.evaluation.policies.environments import Facts
-from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
 
 NAMES = ("observations", "actions", "returns_to_go", "timesteps", "mask")
@@ -98,12 +97,3 @@ def windows(arrays: Mapping[str, np.ndarray], context: int) -> dict[str, np.ndar
         found[name] = wide.reshape(-1, context, *own.shape[2:])
     counting = found["mask"].any(1)
     return {name: array[counting] for name, array in found.items()}
-
-
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Of their content."""
-    from hashlib import sha256
-
-    return text_digest(
-        [[name, [*array.shape], sha256(array.tobytes()).hexdigest()] for name, array in arrays.items()]
-    )

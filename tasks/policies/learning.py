@@ -7,8 +7,10 @@ action.
 from __future__ import annotations
 
 from functools import partial
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Iterator, Mapping
 
+from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
 from mergeline.merging.learning.network import Examples, Network
 from mergeline.tasks.data_step import dataset
@@ -54,7 +56,7 @@ def examples_of(family: Family, split: str) -> Examples:
     Batches: "task", "states" (B, T, s), "actions" (B, T, A), "returns_to_go" (B, T, 1), "timesteps" and
     "attention_mask", int64 (B, T).
     """
-    from mergeline.evaluation.policies.trajectories import digest, read_trajectories, windows
+    from mergeline.evaluation.policies.trajectories import read_trajectories, windows
     from mergeline.tasks.policies.family import facts
 
     params = family.params
@@ -79,10 +81,16 @@ def examples_of(family: Family, split: str) -> Examples:
         {task: partial(_batches, task, own, params.device) for task, own in found.items()},
         {task: len(own["mask"]) for task, own in found.items()},
         params.owners,
-        {task: digest(own) for task, own in found.items()},
+        {task: _digest(own) for task, own in found.items()},
         split,
         first=_WINDOWS,
     )
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of their content."""
+    rows = [[name, [*array.shape], sha256(array.tobytes()).hexdigest()] for name, array in arrays.items()]
+    return text_digest(rows)
 
 
 def _batches(task: str, arrays: Mapping[str, np.ndarray], device: str) -> Iterator[dict[str, Any]]:
