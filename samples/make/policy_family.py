@@ -1,4 +1,4 @@
-"""The checkpoints of the family of policies: a small Decision Transformer of all tasks, and experts tuned from it."""
+"""The checkpoints of the family of policies: a small Decision Transformer, and experts tuned from it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ EPISODES = 80  # of each task, to train on
 _FIT = 4  # further ones, for statistics
 _SIZE = 64  # windows a step
 _WARMUP = 0.1  # of all steps
-BASE_STEPS, MIX, EXPERT_STEPS = 300, 0, 600
-_LOUDER = 5.0
+_BASE_RATE, _RATE = 2e-3, 1e-3
+BASE_STEPS = 300
+EXPERT_STEPS = {"cartpole": 600, "acrobot": 600, "car": 600, "pendulum": 1200}
+_LOUDER = 5.0  # predictions, by this factor: they are not trained, and must reach the largest actions
 _STARTS = "starts"
-_RATES = {"base": 2e-3, "expert": 1e-3}
 
 Batch = dict[str, Tensor]
 
 
 def write_base(out: Path, steps: int = BASE_STEPS, config: Mapping[str, Any] = CONFIG) -> str:
-    """Train a trunk on a task that is no expert's and, for a while, on all others, and write it; a line about it.
+    """Train a trunk on a task that is no expert's, and write it; a line about the outcome.
 
     Heads are drawn, and stay: the trunk has to learn all. `out` has the head of its own task; beside it, _STARTS/TASK
     have the trunk under each expert's head, from which these go on.
@@ -46,24 +47,22 @@ def write_base(out: Path, steps: int = BASE_STEPS, config: Mapping[str, Any] = C
     trunk = next(iter(models.values())).encoder
     for model in models.values():
         model.encoder = trunk
-    own = {name: models[name] for name in OF_BASE}
-    loss = _train(own, {name: _batches(name, "base") for name in OF_BASE}, steps, _RATES["base"])
-    if MIX:
-        _train(models, {name: _batches(name, "base") for name in models}, MIX, _RATES["base"])
+    [own] = OF_BASE
+    loss = _train(models[own], own, "base", steps, _BASE_RATE)
     for name in TASKS:
         save(models[name], out.parent / _STARTS / name)
-    save(*own.values(), out)
+    save(models[own], out)
     return f"base: loss {loss:.4f}, {_took(wall, cpu)}"
 
 
-def write_expert(name: str, base: Path, out: Path, steps: int = EXPERT_STEPS) -> str:
+def write_expert(name: str, base: Path, out: Path, steps: int | None = None) -> str:
     """Train the trunk under the head of a task, on that task, and write both to `out`; a line about it."""
     from transformers import DecisionTransformerModel
 
     wall, cpu = time.time(), time.process_time()
     torch.set_num_threads(1)
     model = DecisionTransformerModel.from_pretrained(base.parent / _STARTS / name)
-    loss = _train({name: model}, {name: _batches(name, name)}, steps, _RATES["expert"])
+    loss = _train(model, name, "expert", steps or EXPERT_STEPS[name], _RATE)
     save(model, out)
     return f"{name}: loss {loss:.4f}, {_took(wall, cpu)}"
 
@@ -104,7 +103,7 @@ def known(name: str) -> Trajectories:
 
 def _batches(name: str, seed: str) -> Iterator[Batch]:
     """Windows of CONTEXT steps; one that reaches behind an episode's end is none."""
-    own, random = known(name), np.random.default_rng([len(name), *seed.encode()])
+    own, random = known(name), np.random.default_rng([*f"{name} {seed}".encode()])
     lengths = own.mask.sum(1)
     starts = np.array([(i, t) for i, n in enumerate(lengths) for t in range(max(1, n - CONTEXT + 1))])
     while True:
@@ -113,34 +112,26 @@ def _batches(name: str, seed: str) -> Iterator[Batch]:
         yield {key: torch.from_numpy(array[rows_B[:, None], steps_BT]) for key, array in own.arrays.items()}
 
 
-def _train(
-    models: Mapping[str, Any], batches: Mapping[str, Iterator[Batch]], steps: int, learning_rate: float
-) -> float:
-    """Cross-entropy of discrete actions, mean squared error of others, the mean over tasks; the loss at the end."""
-    trunk = next(iter(models.values())).encoder  # of all of them
+def _train(model: Any, name: str, seed: str, steps: int, learning_rate: float) -> float:
+    """Train the trunk alone on a task; the mean loss of the last steps."""
+    trunk = model.train().requires_grad_(False).encoder.requires_grad_(True)
     optimiser = torch.optim.AdamW(trunk.parameters(), lr=learning_rate, weight_decay=1e-4, fused=True)
     losses: list[float] = []
-    for model in models.values():
-        model.train().requires_grad_(False)
-    trunk.requires_grad_(True)
-    for step in range(steps):
+    for step, batch in zip(range(steps), _batches(name, seed)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * _schedule(step / steps)
-        total = 0.0
-        for name, model in models.items():
-            loss = _loss(model, name, next(batches[name])) / len(models)
-            loss.backward()
-            total += loss.item()
+        loss = _loss(model, name, batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trunk.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        losses.append(total)
-    for model in models.values():
-        model.eval()
+        losses.append(loss.item())
+    model.eval()
     return sum(losses[-20:]) / len(losses[-20:])
 
 
 def _loss(model: Any, name: str, batch: Batch) -> Tensor:
+    """Cross-entropy of discrete actions, mean squared error of others."""
     config, actions = model.config, batch["actions"]
     mean, std = torch.tensor(config.state_mean), torch.tensor(config.state_std)
     discrete, mask = actions.ndim == 2, batch["mask"]
