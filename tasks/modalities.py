@@ -10,6 +10,7 @@ from mergeline.tasks.clip.modality import Clip
 from mergeline.tasks.custom.modality import Custom
 from mergeline.tasks.embeddings.modality import EmbeddingModels
 from mergeline.tasks.language.modality import LanguageModels
+from mergeline.tasks.policies.modality import Policies
 from mergeline.tasks.text2text.modality import Text2Text
 
 if TYPE_CHECKING:
@@ -56,3 +57,4 @@ register(TextClassifiers())
 register(EmbeddingModels())
 register(Custom())
 register(Text2Text())
+register(Policies())

@@ -19,8 +19,11 @@ _CLASSES = 1000  # of which each takes a gradient
 def fisher(subject: Subject, gathering: Gathering) -> Collected:
     """Mean over examples of sum of p(y) (d log p(y) / d theta)^2, p(y) the model's own, or of drawn or given labels.
 
+    Of a model that gives numbers, means of normal distributions of variance 1, that is the sum of (d mean / d theta)^2.
+
     Raises:
-        UserError: no logits, no labels, too many classes for all of them, logits or gradients that are not finite.
+        UserError: no logits, no labels, too many classes for all of them, drawn or given labels of numbers, logits or
+            gradients that are not finite.
     """
     network, own = subject.network, subject.tensors
     names = {network.prefix + name for name, _ in network.module.named_parameters()}
@@ -29,6 +32,8 @@ def fisher(subject: Subject, gathering: Gathering) -> Collected:
     gradients = _Gradients(network, leaves, sums)
     count = 0
     for task, batches in subject.batches.items():
+        if task in network.numbers and gathering.labels != "true":
+            raise UserError(f"the models give numbers for '{task}', no classes; choose `labels: true`")
         for batch, numbers in batches():
             with torch.no_grad():
                 logits_RC = network.logits(network.features(batch), task)
@@ -78,6 +83,12 @@ def _normalise(found: Mapping[str, Tensor], how: Literal["none", "global", "trac
 Draw = tuple["Tensor", "Tensor"]
 
 
+def _weights(subject: Subject, task: str, logits_RC: Tensor) -> Tensor:
+    """How much the square of each gradient counts: by the probability of its class; numbers count alike."""
+    logits_RC = logits_RC.double()
+    return torch.ones_like(logits_RC) if task in subject.network.numbers else logits_RC.softmax(1)
+
+
 def _refuse_many(gathering: Gathering, gradients: int) -> None:
     if gathering.labels == "true" and gradients > _CLASSES:
         raise UserError(
@@ -90,7 +101,7 @@ def _draws(
     subject: Subject, gathering: Gathering, task: str, numbers: list[int], logits_BC: Tensor, batch: Batch
 ) -> Iterator[Draw]:
     """Labels of examples with one row of logits each."""
-    probabilities_BC = logits_BC.double().softmax(1)
+    probabilities_BC = _weights(subject, task, logits_BC)
     ones_B = torch.ones(len(numbers), dtype=torch.float64, device=logits_BC.device)
     if gathering.labels == "empirical":
         yield _labels(batch, task, len(numbers)).to(logits_BC.device), ones_B
@@ -113,7 +124,7 @@ def _row_draws(
     """
     count, classes = logits_RC.shape
     rows_R = torch.arange(count, device=logits_RC.device)
-    probabilities_RC = logits_RC.double().softmax(1)
+    probabilities_RC = _weights(subject, task, logits_RC)
     if gathering.labels == "empirical":
         yield rows_R, _labels(batch, task, count).to(logits_RC.device), 1.0
     elif gathering.labels == "true":
@@ -158,14 +169,15 @@ class _Gradients:
         from torch import nn
 
         class Scored(nn.Module):
-            """log p of a batch, as one module whose weights torch can exchange."""
+            """log p of a batch, or the numbers, as one module whose weights torch can exchange."""
 
             def __init__(self) -> None:
                 super().__init__()
                 self.inner = network.module
 
             def forward(self, batch: Batch, task: str) -> Tensor:
-                return network.logits(network.run(self.inner, batch), task).log_softmax(1)
+                logits = network.logits(network.run(self.inner, batch), task)
+                return logits if task in network.numbers else logits.log_softmax(1)
 
         self._module, self._sums, self.how = Scored(), sums, "vmap"
         self._names = {name: "inner." + name.removeprefix(network.prefix) for name in leaves}

@@ -34,8 +34,9 @@ class Network:
     `prefix`. run: of the module and a batch, the features (R, d): a row for each example, or for each of its tokens
     that count. score: of features and the name of a task, the logits (R, C); None where there are none. heads: names
     of the tensors that `score` reads; none where heads belong to tasks, and all models have the same. apart: names of
-    a checkpoint's tensors that belong to its task, and are not taken over. extend: of the
-    module, a batch of texts and a number, the batch with up to so many tokens more after each, the likeliest ones.
+    a checkpoint's tensors that belong to its task, and are not taken over. numbers: the tasks whose logits are no
+    logits of classes, but numbers, the means of normal distributions of variance 1. extend: of the module, a batch of
+    texts and a number, the batch with up to so many tokens more after each, the likeliest ones.
     pictures: of models of images, for methods that draw some; else None.
     """
 
@@ -45,6 +46,7 @@ class Network:
     prefix: str = ""
     heads: tuple[str, ...] = ()
     apart: frozenset[str] = frozenset()
+    numbers: frozenset[str] = frozenset()
     extend: Callable[[nn.Module, Batch, int], Batch] | None = None
     pictures: Pictures | None = None
 

@@ -41,7 +41,11 @@ class Seen:
 
     @property
     def logits(self) -> Tensor:
-        """Of the merged model: (R, C)."""
+        """Of the merged model: (R, C) (raises UserError where the models give numbers, no classes)."""
+        if self.task in self.network.numbers:
+            raise UserError(
+                f"the models give numbers for '{self.task}', no classes; choose an objective of features"
+            )
         return self.network.logits(self.merged.features, self.task)
 
     @property

@@ -7,41 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeline.merging.architecture import Role, describe
-from mergeline.merging.checkpoints.adapters import is_adapter
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
-from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.errors import UserError
+from mergeline.tasks.heads import FamilyWithHeads
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mergeline.merging.engine.plan import Plan
     from mergeline.tasks.classifiers.params import ClassifierParams
 
 # Modules that are heads as a whole in transformers, whatever lies in them.
 _WHOLE = ("classifier", "classification_head", "score")
 
 
-class Family:
+class Family(FamilyWithHeads):
     """The base and the experts of a pipeline; only headers are read until something is asked for."""
 
     def __init__(self, params: ClassifierParams, build: Path):
+        super().__init__(params, build)
         self.params = params
-        self._checkpoints = build / "checkpoints"
-
-    @property
-    def base(self) -> Path:
-        return self._checkpoints / self.params.base
-
-    def expert(self, name: str) -> Path:
-        return self._checkpoints / name
-
-    @property
-    def folders(self) -> list[Path]:
-        """Those of the base and of the experts."""
-        return [self.base, *map(self.expert, self.params.experts)]
 
     @cached_property
     def patterns(self) -> list[str]:
@@ -50,12 +36,7 @@ class Family:
         Raises:
             UserError: none are found; an expert is an adapter.
         """
-        for expert in self.params.experts:
-            if is_adapter(open_checkpoint(self.expert(expert))):
-                raise UserError(
-                    f"{self.expert(expert)}: is an adapter, whose classifier cannot be kept; put it into its base "
-                    "first (PEFT's merge_and_unload), and name what that saves"
-                )
+        self.refuse_adapters("classifier")
         return self.params.classification.heads or self._found()
 
     def _found(self) -> list[str]:
@@ -85,14 +66,6 @@ class Family:
                 '`heads: ["fc.*"]`'
             )
         return sorted(found)
-
-    @cached_property
-    def plan(self) -> Plan:
-        """How the experts' trunks would be averaged (raises UserError if they cannot be)."""
-        experts = {name: self.expert(name) for name in self.params.experts}
-        plan = make_plan({"method": "average", "base": self.base, "experts": experts, "heads": self.patterns})
-        plan.check()
-        return plan
 
     @cached_property
     def heads(self) -> dict[str, dict[str, Tensor]]:

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from mergeline.tasks.schema import Params
 
 _DATA = ("build/data", "build/checkpoints")  # heads are those of the experts
-_CODE = ("${code}/evaluation/classifiers", "${code}/evaluation/splits.py", "${code}/tasks/classifiers")
+_CODE = (
+    "${code}/evaluation/classifiers",
+    "${code}/evaluation/splits.py",
+    "${code}/tasks/classifiers",
+    "${code}/tasks/heads.py",
+)
 
 
 class _Classifiers(Modality):

@@ -19,6 +19,10 @@ def _auto(value: object) -> object:
     return value if value != "auto" else None
 
 
+# Names of the tensors that each expert keeps, as shell patterns; None, written `auto`, where they are found.
+Heads = Annotated[Patterns | None, BeforeValidator(_auto)]
+
+
 class Classification(Strict):
     """What is said of classifiers of any kind.
 
@@ -29,7 +33,7 @@ class Classification(Strict):
     """
 
     model: Annotated[str, Field(pattern=r"^(auto|(timm|torchvision)/[\w.-]+)$")] = "auto"
-    heads: Annotated[Patterns | None, BeforeValidator(_auto)]
+    heads: Heads
     data: Sources
     suites: dict[Name, Annotated[list[Name], Field(min_length=1)]] = {}
     batch_size: Annotated[int, Field(ge=1)] = 64

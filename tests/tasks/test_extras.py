@@ -101,6 +101,7 @@ def test_every_modality_has_the_extra_of_its_name_unless_it_needs_none():
         "text_classification",
         "text2text",
         "embeddings",
+        "policies",
         "custom",
     }
     assert modalities().keys() - EXTRAS.keys() == {"custom"}

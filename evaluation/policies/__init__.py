@@ -1,0 +1,1 @@
+"""Evaluation of Decision Transformers: the returns of their episodes in environments of gymnasium."""
