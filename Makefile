@@ -1,6 +1,7 @@
 # make demo: the whole pipeline on the sample family. make demo-llm, demo-classify, demo-text: the same on families of language
 # models, of image classifiers with a head each, of text classifiers and embedding models, which they make first.
-# make test: the fast tests. make test-slow: the others. make lint: style, format and types.
+# make test: the fast tests. make test-slow: the others. make test-failed: those that failed last, one after the other.
+# make lint: style, format and types.
 # Needs Python 3.11 or newer, git and make; everything else goes into .venv.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # One BLAS thread a worker: spinning threads of several workers slow each other down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-llm demo-classify demo-text demo-embeddings test test-slow lint clean
+.PHONY: demo demo-llm demo-classify demo-text demo-embeddings test test-slow test-failed lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/mergeline run
@@ -53,6 +54,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow --dist loadfile --durations=15
+
+test-failed: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'slow or not slow' -n 0 --last-failed --last-failed-no-failures none
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

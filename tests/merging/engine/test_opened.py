@@ -126,7 +126,7 @@ def test_lm_evals_command_line_finds_what_the_pipeline_finds(tmp_path):
     language = Language(tasks=str(tmp_path / "tasks"), suites={"skills": [*SKILLS]}, perplexity=["prose"])
     ours = LanguageEvaluator(language).score(load_model(tmp_path / "out"), "test", [*SKILLS], ["prose"])
     for task in SKILLS:
-        assert theirs[task]["acc,none"] == pytest.approx(ours.right[task].mean()) and ours.right[task].any()
+        assert theirs[task]["acc,none"] == pytest.approx(ours.graded[task].mean()) and ours.graded[task].any()
     assert theirs["prose"]["word_perplexity,none"] == pytest.approx(
         ours.perplexity["prose"]["value"], rel=1e-4
     )

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergeline.merging import merge
-from mergeline.merging.learning import least_squares
+from mergeline.merging.learning import least_squares, spaces
 from mergeline.merging.learning.fitting import fit
 from mergeline.merging.learning.least_squares import metric_of, minimum
 from mergeline.merging.learning.network import Examples, Network
@@ -423,7 +423,7 @@ def _killed_at(event: int, folder: Path, out: Path) -> None:
         return call
 
     least_squares.minimum = counted(least_squares.minimum)
-    least_squares._save = counted(least_squares._save)
+    least_squares.write_tensors = spaces.write_tensors = counted(spaces.write_tensors)
     fitted(family, out, family.examples(20), inner="average", shifts=0)
 
 
