@@ -1,8 +1,9 @@
-"""The checkpoints of the dense family: a small SegFormer, and experts with a head each."""
+"""The checkpoints of the dense family: a small SegFormer of all tasks, and experts tuned from it, with a head each."""
 
 from __future__ import annotations
 
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Callable, Mapping, NamedTuple
 
@@ -22,7 +23,8 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 TRAINED, VAL, TEST = 2000, 150, 300  # scenes
 _BATCH = 32
-BASE_STEPS, EXPERT_STEPS = 700, 500
+BASE_STEPS, EXPERT_STEPS = 1000, 500
+_STARTS = "starts"
 _RATES = {"base": 2e-3, "expert": 1e-3}
 
 
@@ -56,7 +58,6 @@ TASKS: dict[str, Kind] = {
     "normals": Kind(3, lambda s: (s.images, s.normals), _of_normals),
     "denoising": Kind(3, lambda s: (s.noisy, s.images), _of_pictures),
 }
-_BASE = Kind(3, lambda s: (s.images, s.albedo), _of_pictures)  # the scene without its light
 
 
 def write_data(folder: Path, val: int = VAL, test: int = TEST) -> None:
@@ -70,50 +71,75 @@ def write_data(folder: Path, val: int = VAL, test: int = TEST) -> None:
 
 
 def write_base(out: Path, steps: int = BASE_STEPS, config: Mapping[str, Any] = CONFIG) -> str:
-    """The base: it takes the light out of scenes."""
-    return _write(out, "base", _BASE, _new("base", _BASE, config), steps, _RATES["base"])
+    """Train one trunk on all tasks in turn, each under a head of its own, and write it; a line about the outcome.
+
+    `out` has the head of the first task; beside it, _STARTS/TASK have each task's own, from which experts go on.
+    """
+    wall, cpu = time.time(), time.process_time()
+    torch.set_num_threads(1)
+    models = {name: _new(name, kind, config) for name, kind in TASKS.items()}
+    trunk = next(iter(models.values())).segformer
+    for model in models.values():
+        model.segformer = trunk
+    loss = _train(models, "base", steps, _RATES["base"])
+    for name, model in models.items():
+        _save(model, out.parent / _STARTS / name)
+    _save(next(iter(models.values())), out)
+    return f"base: loss {loss:.4f}, {_took(wall, cpu)}"
 
 
 def write_expert(name: str, base: Path, out: Path, steps: int = EXPERT_STEPS) -> str:
-    """An expert: the base under a new head, all of it trained on a task; a line on it."""
-    kind = TASKS[name]
-    start = SegformerForSemanticSegmentation.from_pretrained(base, trust_remote_code=False)
-    model = _new(name, kind, start.config.to_dict())
-    model.segformer.load_state_dict(start.segformer.state_dict())
-    return _write(out, name, kind, model, steps, _RATES["expert"])
+    """All weights of the base, and its head for a task, trained further on that task; a line on it."""
+    wall, cpu = time.time(), time.process_time()
+    torch.set_num_threads(1)
+    start = base.parent / _STARTS / name
+    model = SegformerForSemanticSegmentation.from_pretrained(start, trust_remote_code=False)
+    loss = _train({name: model}, "expert", steps, _RATES["expert"])
+    _save(model, out)
+    return f"{name}: loss {loss:.4f}, {_took(wall, cpu)}"
 
 
 def _new(name: str, kind: Kind, config: Mapping[str, Any]) -> SegformerForSemanticSegmentation:
-    torch.manual_seed(list(TASKS).index(name) + 1 if name in TASKS else 0)
-    named = {key: value for key, value in config.items() if key not in ("id2label", "label2id", "num_labels")}
-    return SegformerForSemanticSegmentation(SegformerConfig(**named, num_labels=kind.channels))
+    torch.manual_seed([*TASKS].index(name))
+    return SegformerForSemanticSegmentation(SegformerConfig(**config, num_labels=kind.channels))
 
 
-def _write(
-    out: Path, name: str, kind: Kind, model: SegformerForSemanticSegmentation, steps: int, rate: float
-) -> str:
-    wall, cpu = time.time(), time.process_time()
-    torch.set_num_threads(1)
-    x, right = kind.arrays(scenes(TRAINED, name, "train"))
-    images = (torch.from_numpy(x).movedim(-1, 1).float() / 255 - MEAN[0]) / STD[0]
-    targets = torch.from_numpy(right)
-    optimiser = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(steps, 10), pct_start=0.1)
+def _train(
+    models: Mapping[str, SegformerForSemanticSegmentation], seed: str, steps: int, rate: float
+) -> float:
+    """Steps of AdamW, each of one task, in turn; returns the mean loss of the last ones."""
+    arrays = {name: TASKS[name].arrays(scenes(TRAINED, name, seed)) for name in models}
+    images = {
+        n: (torch.from_numpy(x).movedim(-1, 1).float() / 255 - MEAN[0]) / STD[0]
+        for n, (x, _) in arrays.items()
+    }
+    right = {name: torch.from_numpy(y) for name, (_, y) in arrays.items()}
+    weights = {id(p): p for model in models.values() for p in model.parameters()}
+    optimiser = torch.optim.AdamW(weights.values(), rate, weight_decay=0.01)
+    total = max(steps, 20)  # OneCycleLR knows no less
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=total, pct_start=0.1)
     generator = torch.Generator().manual_seed(0)
     losses = []
-    model.train()
-    for _ in range(steps):
-        which = torch.randint(len(images), (_BATCH,), generator=generator)
-        maps = F.interpolate(model(images[which]).logits, (SIZE, SIZE), mode="bilinear", align_corners=False)
-        loss = kind.loss(maps, targets[which])
+    for model in models.values():
+        model.train()
+    for _, name in zip(range(steps), cycle(models)):
+        which = torch.randint(TRAINED, (_BATCH,), generator=generator)
+        maps = models[name](images[name][which]).logits
+        maps = F.interpolate(maps, (SIZE, SIZE), mode="bilinear", align_corners=False)
+        loss = TASKS[name].loss(maps, right[name][which])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
         losses.append(float(loss.detach()))
+    return float(np.mean(losses[-20:]))
+
+
+def _save(model: SegformerForSemanticSegmentation, out: Path) -> None:
     model.eval().save_pretrained(out)
-    SegformerImageProcessor(
-        size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
-    ).save_pretrained(out)
-    last = float(np.mean(losses[-20:]))
-    return f"{name}: loss {last:.4f}, {time.time() - wall:.0f} s, {time.process_time() - cpu:.0f} CPU-s"
+    processor = SegformerImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD)
+    processor.save_pretrained(out)
+
+
+def _took(wall: float, cpu: float) -> str:
+    return f"{time.time() - wall:.0f} s, {time.process_time() - cpu:.0f} CPU-s"

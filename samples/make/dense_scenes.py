@@ -1,4 +1,4 @@
-"""Drawn scenes with what is true of every pixel: labels, distances, normals, and the scene without its noise.
+"""Drawn scenes with what is true of every pixel: labels, distances, normals, and itself without noise.
 
 A scene is a wall behind up to five solids that are seen from straight ahead: balls, boxes, wedges (boxes whose front
 slopes) and cones that point at the eye. Colours, light and places are random, so that no task can be told from colours.
@@ -22,14 +22,13 @@ _NOISE = 0.12  # of pixels from 0 to 1
 
 
 class Scenes(NamedTuple):
-    """images, noisy, albedo: uint8 (N, S, S, 3), as seen, with noise, and without light. labels: uint8 (N, S, S).
+    """images, noisy: uint8 (N, S, S, 3), as seen, and with noise. labels: uint8 (N, S, S).
 
     distances: float32 (N, S, S). normals: float32 (N, S, S, 3), toward the eye.
     """
 
     images: np.ndarray
     noisy: np.ndarray
-    albedo: np.ndarray
     labels: np.ndarray
     distances: np.ndarray
     normals: np.ndarray
@@ -58,7 +57,7 @@ def _scene(random: np.random.Generator) -> tuple[np.ndarray, ...]:
     light = _unit(np.array([*random.uniform(-0.8, 0.8, 2), 1.0]))
     seen = albedo * (0.25 + 0.75 * np.clip(normal @ light, 0, None))[..., None]
     noisy = seen + random.normal(0, _NOISE, seen.shape)
-    pictures = (_bytes(part) for part in (seen, noisy, albedo))
+    pictures = (_bytes(part) for part in (seen, noisy))
     return *pictures, label, depth.astype(np.float32), normal.astype(np.float32)
 
 
