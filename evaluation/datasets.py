@@ -27,7 +27,7 @@ import operator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, BinaryIO, Collection, Sequence
 
 import numpy as np
 
@@ -123,21 +123,17 @@ def _open(source: str) -> Opened:
         raise UserError(f"{source}: no such file or folder")
     if not path.is_file():
         raise UserError(f"{source}: is no file, but a pipe or a device; name a file or a folder")
-    if path.suffix in _ARRAYS:
-        return _open_arrays(path)
-    raise UserError(f"{source}: must be a folder or end in {' or '.join(_ARRAYS)}")
+    return _open_arrays(path)
 
 
 def _write(examples: Examples, name: str, folder: Path, image_size: int, source: str) -> None:
     if not examples.size:
         raise UserError(f"{source}: the {name} split is empty")
     labels = np.zeros(examples.size, np.int64)
-    shape = (examples.size, image_size, image_size, 3)
-    # Not through a memory map: there a full disk is a bus error.
     with open(folder / f"{name}_x.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        begin_array(file, np.uint8, (examples.size, image_size, image_size, 3))
         for i in range(examples.size):
-            with _blame(f"{source}: {name} image {i}", ValueError, TypeError, OSError, SyntaxError):
+            with blame_images(f"{source}: {name} image {i}", ValueError, TypeError, OSError, SyntaxError):
                 image, label = examples.get(i)
                 pixels = _pixels(image, image_size)
                 if examples.labelled:
@@ -150,6 +146,12 @@ def _write(examples: Examples, name: str, folder: Path, image_size: int, source:
         extent = f"{labels.min()} to {labels.max()}"
         raise UserError(f"{source}: {name} labels go from {extent}; they must lie in 0 to {classes - 1}")
     np.save(folder / f"{name}_y.npy", labels)
+
+
+def begin_array(file: BinaryIO, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    """Begin an .npy file whose rows follow one by one; not by a memory map, where a full disk is a bus error."""
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
 
 
 def _meta(opened: Opened, source: str) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def _pixels(image: Any, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _blame(what: str, *errors: type[Exception]) -> AbstractContextManager[None]:
+def blame_images(what: str, *errors: type[Exception]) -> AbstractContextManager[None]:
     """As `blame`, of images too."""
     from PIL import Image
 
@@ -196,7 +198,8 @@ def _blame(what: str, *errors: type[Exception]) -> AbstractContextManager[None]:
 # Arrays
 
 
-def _open_arrays(path: Path) -> Opened:
+def read_arrays(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz or .safetensors file that have these names (raises UserError)."""
     import lzma
     import zipfile
     import zlib
@@ -204,27 +207,33 @@ def _open_arrays(path: Path) -> Opened:
     from safetensors import SafetensorError
 
     damage = (zipfile.BadZipFile, lzma.LZMAError, zlib.error, SafetensorError, EOFError, ValueError)
-    with _blame(str(path), *damage, OSError, MemoryError):
-        arrays = _ARRAYS[path.suffix](path)
+    if path.suffix not in _ARRAYS:
+        raise UserError(f"{path}: must be a folder or end in {' or '.join(_ARRAYS)}")
+    with blame_images(str(path), *damage, OSError, MemoryError):
+        return _ARRAYS[path.suffix](path, keys)
+
+
+def _open_arrays(path: Path) -> Opened:
+    arrays = read_arrays(path, _ARRAY_KEYS)
     own = {FIT: FIT} if f"{FIT}_x" in arrays else {}
     if not own and f"{FIT}_y" in arrays:
         raise UserError(f"{path}: fit_y is there, but no fit_x; add the images, or leave fit_y out")
     return official(lambda name: _array_examples(path, name, arrays), {"val": "val", **own}, str(path))
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_npz(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
     file = np.load(path, allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError("not an npz file")
     with file:
-        return {key: file[key] for key in file.files if key in _ARRAY_KEYS}
+        return {key: file[key] for key in file.files if key in keys}
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: Path, keys: Collection[str]) -> dict[str, np.ndarray]:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        return {key: file.get_tensor(key) for key in file.keys() if key in _ARRAY_KEYS}
+        return {key: file.get_tensor(key) for key in file.keys() if key in keys}
 
 
 _ARRAYS = {".npz": _read_npz, ".safetensors": _read_safetensors}
@@ -298,7 +307,7 @@ def _folder_examples(folder: Path, classes: list[str]) -> Examples:
 def _image(path: Path) -> Any:
     from PIL import Image
 
-    with _blame(str(path), OSError, ValueError, SyntaxError), Image.open(path) as image:
+    with blame_images(str(path), OSError, ValueError, SyntaxError), Image.open(path) as image:
         return image.convert("RGB")
 
 
@@ -311,7 +320,7 @@ def _readable(classnames: Sequence[str]) -> list[str]:
 
 def _open_torchvision(source: str) -> Opened:
     name, options = parsed(source)
-    with _blame(source, ImportError):
+    with blame_images(source, ImportError):
         from torchvision import datasets
     kind = getattr(datasets, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, datasets.VisionDataset)):
@@ -332,7 +341,7 @@ def _open_torchvision(source: str) -> Opened:
         arguments["download"] = True
 
     def examples(**which: Any) -> Examples:
-        with _blame(source, RuntimeError, ValueError, TypeError, OSError, ImportError):
+        with blame_images(source, RuntimeError, ValueError, TypeError, OSError, ImportError):
             dataset: Any = kind(**arguments, **which)
         classes = getattr(dataset, "classes", None)
         everything = Examples(len(dataset), dataset.__getitem__, _readable(classes) if classes else None)
@@ -357,16 +366,17 @@ def _stable_order(dataset: Any) -> Sequence[int]:
 # Hugging Face
 
 
-def _open_hub(source: str) -> Opened:
+def open_hub(source: str) -> Opened:
+    """Two columns of a dataset of the Hugging Face hub, an image and its label (raises UserError)."""
     address, options = parsed(source)
     check_options(source, options, {"config", "train", "val", "test", FIT, "image", "label"})
     path, _, revision = address.partition("@")
     image, label = options.get("image", "image"), options.get("label", "label")
-    with _blame(source, ImportError):
+    with blame_images(source, ImportError):
         import datasets
 
     def examples(split: str) -> Examples:
-        with _blame(source, datasets.exceptions.DatasetsError, OSError, ValueError, ImportError):
+        with blame_images(source, datasets.exceptions.DatasetsError, OSError, ValueError, ImportError):
             table = datasets.load_dataset(path, options.get("config"), split=split, revision=revision or None)
         for column in (image, label):
             if column not in table.column_names:
@@ -379,4 +389,4 @@ def _open_hub(source: str) -> Opened:
     return official(examples, options, source)
 
 
-_SCHEMES = {"torchvision": _open_torchvision, "hf-dataset": _open_hub}
+_SCHEMES = {"torchvision": _open_torchvision, "hf-dataset": open_hub}

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Iterable, Sequence
 
 import numpy as np
+
+from mergeline.merging.checkpoints.companions import CONFIG
+from mergeline.merging.files import read_object
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+PROCESSOR = "preprocessor_config.json"
+_IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+Channels = Sequence[float]  # a number for each
+
+
+def normalisation(
+    folders: Iterable[Path], model: str, mean: Channels | None, std: Channels | None
+) -> tuple[Channels, Channels] | None:
+    """Means and standard deviations of channels: the given ones, else what the first folder that says them says.
+
+    model: what the checkpoints in the folders are, where they do not say it; `torchvision/NAME` has ImageNet's. None
+    where nothing is said.
+    """
+    if mean and std:
+        return mean, std
+    found = _IMAGENET if model.startswith("torchvision/") else next(filter(None, map(_told, folders)), None)
+    return (mean or found[0], std or found[1]) if found else None
+
+
+def _told(folder: Path) -> tuple[Channels, Channels] | None:
+    """Mean and standard deviation of pixels, as the files beside a checkpoint say them."""
+    of_timm = read_object(folder / CONFIG).get("pretrained_cfg")
+    if isinstance(of_timm, dict) and {"mean", "std"} <= of_timm.keys():
+        return list(of_timm["mean"]), list(of_timm["std"])
+    told = read_object(folder / PROCESSOR)
+    if told and not told.get("do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    if {"image_mean", "image_std"} <= told.keys():
+        return list(told["image_mean"]), list(told["image_std"])
+    return None
 
 
 class Pixels:

@@ -16,6 +16,7 @@ EXTRAS = {
     "language": ("lm_eval", "transformers", "accelerate", "tenacity"),
     "image_classification": ("timm", "torchvision", "transformers", "PIL", "datasets"),
     "text_classification": ("transformers", "datasets"),
+    "dense_prediction": ("torchvision", "transformers", "PIL", "datasets"),
     "embeddings": ("sentence_transformers", "datasets"),
     "text2text": ("transformers", "rouge_score", "sacrebleu", "datasets"),
     "policies": ("transformers", "gymnasium"),

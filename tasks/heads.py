@@ -13,6 +13,8 @@ from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergeline.merging.engine.plan import Plan
     from mergeline.tasks.schema import Params
 
@@ -57,3 +59,9 @@ class FamilyWithHeads(ABC):
         plan = make_plan({"method": "average", "base": self.base, "experts": experts, "heads": self.patterns})
         plan.check()
         return plan
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The base's tensors under the names that the experts have; not those that no expert has."""
+        base, experts = self.plan.base, self.plan.experts.values()
+        assert base is not None
+        return {name: base.read(name) for name in base.tensors if any(name in e.tensors for e in experts)}

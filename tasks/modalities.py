@@ -8,6 +8,7 @@ from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.tasks.classifiers.modality import ImageClassifiers, TextClassifiers
 from mergeline.tasks.clip.modality import Clip
 from mergeline.tasks.custom.modality import Custom
+from mergeline.tasks.dense_prediction.modality import DensePrediction
 from mergeline.tasks.embeddings.modality import EmbeddingModels
 from mergeline.tasks.language.modality import LanguageModels
 from mergeline.tasks.policies.modality import Policies
@@ -58,3 +59,4 @@ register(EmbeddingModels())
 register(Custom())
 register(Text2Text())
 register(Policies())
+register(DensePrediction())

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from datetime import timedelta
 from functools import cached_property
 from itertools import product
-from typing import Annotated, Any, Iterator, Literal, Mapping
+from typing import Annotated, Any, Callable, Iterator, Literal, Mapping, Sequence
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -53,6 +53,10 @@ class Sources(Strict):
     def all(self) -> dict[str, str]:
         """Name -> path or URI."""
         return {**self.files, **self.uris}
+
+    def place(self, name: str) -> list[str]:
+        """Where one stands, in the section that has these as `data`."""
+        return ["data", "files" if name in self.files else "uris", name]
 
     def problems(self, section: str) -> Iterator[Problem]:
         """What is wrong with this section."""
@@ -204,6 +208,32 @@ class Params(Strict, ABC):
         """
         own = {e: suites.get(e, [e] if by_name else []) for e in self.experts}
         return {task: e for e, tasks in own.items() for task in tasks if task in self.tasks}
+
+    def headless(
+        self,
+        section: str,
+        suites: Mapping[str, list[str]],
+        place: Callable[[str], Sequence[Any]],
+        among: str = "data",
+    ) -> Iterator[Problem]:
+        """What is wrong with suites where each task is measured with the head of its own expert.
+
+        section: that has the suites. place: where it names a task; among: what these are called.
+        """
+        for expert, tasks in suites.items():
+            if expert not in self.experts:
+                hint = did_you_mean(expert, self.experts)
+                yield [section, "suites", expert], f"'{expert}' is no expert{hint}"
+            for i, task in enumerate(tasks):
+                if task not in self.tasks:
+                    hint = did_you_mean(task, self.tasks)
+                    yield [section, "suites", expert, i], f"'{task}' is not among the {among}{hint}"
+        for task in self.tasks:
+            if task not in self.owners:
+                yield (
+                    [section, *place(task)],
+                    f"'{task}' is no expert's, so there is no head for it; name it in suites",
+                )
 
     @cached_property
     def sources(self) -> dict[str, str]:

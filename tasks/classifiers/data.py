@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Iterator, Protocol
 
 import numpy as np
 
+from mergeline.evaluation.pixels import PROCESSOR
 from mergeline.evaluation.splits import FIT
 from mergeline.merging.errors import UserError
-from mergeline.merging.files import read_object
 from mergeline.tasks.data_step import dataset
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from mergeline.tasks.classifiers.params import ImageClassifierParams, TextClassifierParams
 
 Part = tuple[np.ndarray, dict[str, Any]]  # which examples of a split, and the batch of them
-
-_PROCESSOR = "preprocessor_config.json"
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Data(Protocol):
@@ -63,30 +60,22 @@ class Images:
 
     def __init__(self, params: ImageClassifierParams, build: Path, family: Family):
         from mergeline.evaluation.datasets import load
-        from mergeline.evaluation.pixels import Pixels
+        from mergeline.evaluation.pixels import Pixels, normalisation
 
         self._settings = params.image_classification
         self._sets = {task: load(dataset(build, task)) for task in params.tasks}
-        self.pixels = Pixels(*self._normalisation(family), params.device)
+        settings = self._settings
+        told = normalisation(family.folders, settings.model, settings.mean, settings.std)
+        if told is None:
+            raise UserError(
+                f"{family.base}: has no {PROCESSOR}, nor has any expert; copy it there, or say mean and std in "
+                "image_classification"
+            )
+        self.pixels = Pixels(*told, params.device)
 
     @property
     def image_size(self) -> int:
         return self._settings.image_size
-
-    def _normalisation(self, family: Family) -> tuple[list[float], list[float]]:
-        settings = self._settings
-        if settings.mean and settings.std:
-            return settings.mean, settings.std
-        if settings.model.startswith("torchvision/"):
-            told: Any = {"mean": [*_IMAGENET[0]], "std": [*_IMAGENET[1]]}
-        else:
-            told = next(filter(None, map(_told, family.folders)), None)
-        if told is None:
-            raise UserError(
-                f"{family.base}: has no {_PROCESSOR}, nor has any expert; copy it there, or say mean and std in "
-                "image_classification"
-            )
-        return settings.mean or told["mean"], settings.std or told["std"]
 
     def count(self, task: str, split: str) -> int:
         return len(self._sets[task].split(split)[0])
@@ -118,21 +107,6 @@ class Images:
             raise UserError(
                 f"the models take images of {takes[0]} x {takes[1]} pixels; set image_size: {takes[0]}"
             )
-
-
-def _told(folder: Path) -> dict[str, list[float]] | None:
-    """Mean and standard deviation of pixels, as the files beside a checkpoint say them."""
-    of_timm = read_object(folder / "config.json").get("pretrained_cfg")
-    if isinstance(of_timm, dict) and {"mean", "std"} <= of_timm.keys():
-        return {"mean": list(of_timm["mean"]), "std": list(of_timm["std"])}
-    told = read_object(folder / _PROCESSOR)
-    if not told:
-        return None
-    if not told.get("do_normalize", True):
-        return {"mean": [0.0] * 3, "std": [1.0] * 3}
-    if {"image_mean", "image_std"} <= told.keys():
-        return {"mean": list(told["image_mean"]), "std": list(told["image_std"])}
-    return None
 
 
 class Texts:

@@ -77,12 +77,6 @@ class Family(FamilyWithHeads):
             }
         return {task: of[expert] for task, expert in self.params.owners.items()}
 
-    def base_state(self) -> dict[str, Tensor]:
-        """The base's tensors under the names that the experts have; not those that no expert has."""
-        base, experts = self.plan.base, self.plan.experts.values()
-        assert base is not None
-        return {name: base.read(name) for name in base.tensors if any(name in e.tensors for e in experts)}
-
     def config(self, task: str) -> dict[str, Any]:
         """The configuration of a task's expert; empty where it has none."""
         return read_config(self.expert(self.params.owners[task]))

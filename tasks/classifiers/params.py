@@ -89,20 +89,7 @@ class ClassifierParams(Params):
     def _problems(self, section: str) -> Iterator[Problem]:
         found = self.classification
         yield from (([section, *loc], wrong) for loc, wrong in found.data.problems("data"))
-        for expert, tasks in found.suites.items():
-            if expert not in self.experts:
-                yield (
-                    [section, "suites", expert],
-                    f"'{expert}' is no expert{did_you_mean(expert, self.experts)}",
-                )
-            for i, task in enumerate(tasks):
-                if task not in self.tasks:
-                    place = [section, "suites", expert, i]
-                    yield place, f"'{task}' is not among the data{did_you_mean(task, self.tasks)}"
-        for task in self.tasks:
-            if task not in self.owners:
-                place = [section, "data", "files" if task in found.data.files else "uris", task]
-                yield place, f"'{task}' is no expert's, so there is no head for it; name it in suites"
+        yield from self.headless(section, found.suites, found.data.place)
         yield from super().problems()
 
 

@@ -52,20 +52,9 @@ class PolicyParams(Params):
 
     def problems(self) -> Iterator[Problem]:
         section = self.policies
-        for expert, tasks in section.suites.items():
-            if expert not in self.experts:
-                known = did_you_mean(expert, self.experts)
-                yield ["policies", "suites", expert], f"'{expert}' is no expert{known}"
-            for i, task in enumerate(tasks):
-                if task not in self.tasks:
-                    known = did_you_mean(task, self.tasks)
-                    yield ["policies", "suites", expert, i], f"'{task}' is not among the tasks{known}"
+        yield from self.headless("policies", section.suites, lambda task: ["tasks", task], "tasks")
         for task in section.trajectories.files:
             if task not in self.tasks:
                 known = did_you_mean(task, self.tasks)
                 yield ["policies", "trajectories", "files", task], f"'{task}' is not among the tasks{known}"
-        for task in self.tasks:
-            if task not in self.owners:
-                place = ["policies", "tasks", task]
-                yield place, f"'{task}' is no expert's, so there is no head for it; name it in suites"
         yield from super().problems()

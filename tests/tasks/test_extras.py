@@ -102,6 +102,7 @@ def test_every_modality_has_the_extra_of_its_name_unless_it_needs_none():
         "text2text",
         "embeddings",
         "policies",
+        "dense_prediction",
         "custom",
     }
     assert modalities().keys() - EXTRAS.keys() == {"custom"}

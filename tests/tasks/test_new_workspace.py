@@ -48,6 +48,7 @@ def git(folder: Path, *arguments: str) -> str:
         "image_classification",
         "text2text",
         "policies",
+        "dense_prediction",
         "gpt2-glue",
         "mergebench-gemma-2-2b",
     ],
