@@ -18,6 +18,7 @@ EXTRAS = {
     "text_classification": ("transformers", "datasets"),
     "embeddings": ("sentence_transformers", "datasets"),
     "text2text": ("transformers", "rouge_score", "sacrebleu", "datasets"),
+    "vision_language": ("transformers", "torchvision", "PIL", "rouge_score", "sacrebleu", "datasets"),
     "s3": ("s3fs",),
     "dask": ("distributed", "prefect_dask"),
     "ray": ("ray", "prefect_ray"),

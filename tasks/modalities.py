@@ -11,6 +11,7 @@ from mergeline.tasks.custom.modality import Custom
 from mergeline.tasks.embeddings.modality import EmbeddingModels
 from mergeline.tasks.language.modality import LanguageModels
 from mergeline.tasks.text2text.modality import Text2Text
+from mergeline.tasks.vision_language.modality import VisionLanguageModels
 
 if TYPE_CHECKING:
     from mergeline.tasks.modality import Modality
@@ -56,3 +57,4 @@ register(TextClassifiers())
 register(EmbeddingModels())
 register(Custom())
 register(Text2Text())
+register(VisionLanguageModels())
