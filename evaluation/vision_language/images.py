@@ -40,7 +40,8 @@ def prepare_images(source: str, out: Path, column: str) -> None:
 
     def with_file(row: Row, where: str, place: Path) -> Row:
         if row.get(column) is None:
-            raise UserError(f"{where} has no '{column}'{did_you_mean(column, sorted(row))}")
+            known = sorted(key for key, value in row.items() if value is not None)
+            raise UserError(f"{where} has no '{column}'{did_you_mean(column, known)}")
         data = _bytes(row[column], root, where)
         image, kind = _decoded(data, where)
         name = f"images/{hashlib.sha256(data).hexdigest()}.{kind.lower()}"

@@ -3,8 +3,8 @@
 exact_match, rougeL, bleu, chrf
               as of text to text (evaluation/text2text/metrics.py)
 contains      1 where a right answer stands anywhere in the text (OCRBench)
-choice        1 where the first word is that of a right answer, such as the letter of a choice, or yes or no; marks around
-              it and its case do not count (MMMU, MME)
+choice        1 where the first word is that of a right answer, such as the letter of a choice, or yes or no; marks
+              around it and its case do not count (MMMU, MME)
 relaxed_accuracy
               1 where a number is at most 5 % from the right one, 12% being 0.12; other texts must be the same but for
               their case (ChartQA; Masry et al., 2022)
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from mergeline.evaluation.vision_language.settings import Box, Task
 
 MetricName = Literal[
-    "exact_match", "contains", "choice", "relaxed_accuracy", "vqa", "anls", "iou", "grounding", "rougeL", "bleu", "chrf",
+    "exact_match", "contains", "choice", "relaxed_accuracy", "vqa", "anls", "iou", "grounding",
+    "rougeL", "bleu", "chrf",
 ]  # fmt: skip
 VQA: MetricName = "vqa"
 BOX_METRICS: tuple[MetricName, ...] = ("iou", "grounding")

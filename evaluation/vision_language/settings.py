@@ -13,8 +13,8 @@ from mergeline.evaluation.vision_language.metrics import BOX_METRICS, MetricName
 class Box(BaseModel):
     """How four numbers are a box.
 
-    form: corners `xyxy` or `yxyx`, or a corner and the extent, `xywh`. scale: the number that stands for the whole width
-    and the whole height of an image, such as 1 or 1000; or `pixels` of the image as the table has it.
+    form: corners `xyxy` or `yxyx`, or a corner and the extent, `xywh`. scale: the number that stands for the whole
+    width and the whole height of an image, such as 1 or 1000; or `pixels` of the image as the table has it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
