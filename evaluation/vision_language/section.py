@@ -7,7 +7,7 @@ from typing import Any
 from mergeline.evaluation.pages.page import Section
 from mergeline.evaluation.text2text.section import grids
 
-_TEXT = "The first test examples of each task: what was asked of the image, the right answers, and what every model wrote."
+_TEXT = "The first test examples of each task: what was asked, the right answers, and what every model wrote."
 
 
 def section(board: dict[str, Any]) -> Section:

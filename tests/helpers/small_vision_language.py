@@ -17,22 +17,31 @@ CHAT = (
     "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %} <sep>"
 )
 _SPECIAL = ["<pad>", "</s>", "<s>", "<unk>", "<image>"]
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2}
+_TEXT = {**_TOWER, "initializer_range": 0.2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
+
+def tokenizer(more: Sequence[str] = ()) -> Any:
+    """Of whole words, and of `more` tokens that stand for images."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = dict.fromkeys([*_SPECIAL, *more])
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>",
+        additional_special_tokens=["<image>", *more], model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def processor(chat_template: str | None = CHAT) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import CLIPImageProcessor, LlavaProcessor
 
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*_SPECIAL, *WORDS])}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return LlavaProcessor(
-        images, tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images, tokenizer(), patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=chat_template,
     )  # fmt: skip
 
@@ -42,14 +51,10 @@ def save_llava(folder: Path, seed: int, chat_template: str | None = CHAT) -> Any
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=SIDE, patch_size=4, projection_dim=16)
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    text = LlamaConfig(
-        **sizes, **tokens, num_hidden_layers=2, vocab_size=len(_SPECIAL) + len(WORDS), initializer_range=0.2
-    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=_SPECIAL.index("<image>"), **tokens
+        vision_config=CLIPVisionConfig(**_TOWER, image_size=SIDE, patch_size=4, projection_dim=16),
+        text_config=LlamaConfig(**_TEXT, vocab_size=len(tokenizer())),
+        image_token_index=_SPECIAL.index("<image>"),
     )
     model = LlavaForConditionalGeneration(config).eval()
     save(model, folder, chat_template)
@@ -59,6 +64,91 @@ def save_llava(folder: Path, seed: int, chat_template: str | None = CHAT) -> Any
 def save(model: Any, folder: Path, chat_template: str | None = CHAT) -> None:
     model.save_pretrained(folder)
     processor(chat_template).save_pretrained(folder)
+
+
+def save_qwen2_vl(folder: Path) -> None:
+    """A Qwen2-VL with random weights, whose images have as many tokens as they are large."""
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    torch.manual_seed(0)
+    begin, inside, video, end = own = ["<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>"]
+    words = tokenizer(own)
+    names = ("vision_start_token_id", "image_token_id", "video_token_id", "vision_end_token_id")
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    cut = {"patch_size": 4, "temporal_patch_size": 2}
+    sizes = {
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "spatial_merge_size": 2,
+    }
+    config = Qwen2VLConfig(
+        text_config={**_TEXT, "num_key_value_heads": 2, "vocab_size": len(words), "rope_parameters": rope},
+        vision_config={**sizes, **cut},
+        **dict(zip(names, words.convert_tokens_to_ids(own))),
+    )
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    images = Qwen2VLImageProcessor(**cut, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1 << 14})
+    chat = CHAT.replace("<image>", f"{begin}{inside}{end}")
+    videos = Qwen2VLVideoProcessor(**cut, merge_size=2)
+    Qwen2VLProcessor(images, words, videos, chat_template=chat).save_pretrained(folder)
+
+
+def save_idefics3(folder: Path) -> None:
+    """An Idefics3 with random weights, which pads images of different sizes."""
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3ImageProcessor,
+        Idefics3Processor,
+    )
+
+    torch.manual_seed(0)
+    words = tokenizer(["<fake_token_around_image>", "<end_of_utterance>", "<global-img>"])
+    config = Idefics3Config(
+        vision_config={**_TOWER, "image_size": 16, "patch_size": 4},
+        text_config={"model_type": "llama", **_TEXT, "vocab_size": len(words)},
+        image_token_id=_SPECIAL.index("<image>"),
+        pad_token_id=0,
+        scale_factor=2,
+    )
+    Idefics3ForConditionalGeneration(config).save_pretrained(folder)
+    size = {"longest_edge": 16}
+    images = Idefics3ImageProcessor(size=size, max_image_size=size, do_image_splitting=False)
+    Idefics3Processor(images, words, image_seq_len=4, chat_template=CHAT).save_pretrained(folder)
+
+
+def save_paligemma(folder: Path) -> None:
+    """A PaliGemma with random weights, which has no chat template."""
+    from transformers import (
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        PaliGemmaProcessor,
+        SiglipImageProcessor,
+    )
+
+    torch.manual_seed(0)
+    words, tower = tokenizer(), {"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": 4}
+    text = {"model_type": "gemma", "head_dim": 8, "num_key_value_heads": 1, "vocab_size": len(words)}
+    config = PaliGemmaConfig(
+        vision_config={**_TOWER, **tower, "projection_dim": 32},
+        text_config={**_TEXT, **text},
+        image_token_index=_SPECIAL.index("<image>"),
+        projection_dim=32,
+        hidden_size=32,
+    )
+    PaliGemmaForConditionalGeneration(config).save_pretrained(folder)
+    images = SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
+    images.image_seq_length = 4
+    PaliGemmaProcessor(images, words).save_pretrained(folder)
 
 
 def image(colour: str, seed: int = 0) -> np.ndarray:

@@ -41,7 +41,16 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", [*SUITED, "language", "image_classification", "text2text", "gpt2-glue", "mergebench-gemma-2-2b"]
+    "name",
+    [
+        *SUITED,
+        "language",
+        "image_classification",
+        "text2text",
+        "vision_language",
+        "gpt2-glue",
+        "mergebench-gemma-2-2b",
+    ],
 )
 def test_an_example_makes_a_workspace_that_says_what_it_lacks(name, tmp_path, dvc):
     folder = tmp_path / "deep" / "mine"

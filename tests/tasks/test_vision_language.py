@@ -14,7 +14,18 @@ from checkpoints import refused
 from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file
-from small_vision_language import CHAT, COLOURS, image, save, save_image_table, save_llava, teach
+from small_vision_language import (
+    CHAT,
+    COLOURS,
+    image,
+    save,
+    save_idefics3,
+    save_image_table,
+    save_llava,
+    save_paligemma,
+    save_qwen2_vl,
+    teach,
+)
 from toy_workspace import run_all
 
 from mergeline.evaluation.vision_language.models import Reader, load_reader
@@ -129,6 +140,18 @@ def test_texts_come_in_the_order_of_their_images_whatever_the_batches(root, pict
     assert reader.write(pictures, questions, 4, 5, counted.append) == one and counted == [5, 5, 2]
     assert reader.write(pictures[::-1], questions[::-1], 4, 5) == one[::-1] and len({*one}) > 2
     assert reader.write(pictures, 12 * [ASKED["colour"]], 4, 7) == written("in/colour", "colour", 4)
+
+
+@pytest.mark.parametrize("save_model", [save_qwen2_vl, save_idefics3, save_paligemma])
+def test_images_of_different_sizes_are_read_side_by_side(tmp_path, save_model):
+    save_model(tmp_path / "model")
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for i, path in enumerate(paths):
+        pixels = np.random.default_rng(i).integers(0, 255, (8 + 4 * (i % 3), 8 + 8 * (i % 2), 3))
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    reader, questions = load_reader(tmp_path / "model"), 3 * [ASKED["colour"], ASKED["light"]]
+    one = reader.write(paths, questions, 5, 1)
+    assert reader.write(paths, questions, 5, 4) == one and len({*one}) > 2
 
 
 def test_a_prompt_stands_in_for_the_chat_template(root, pictures):
