@@ -85,6 +85,11 @@ class Reader:
         return batch.to(self.model.device, dtype=self.model.dtype)
 
     def _text(self, question: str) -> str:
+        image = str(getattr(self.processor, "image_token", None) or "")
+        if image and image in question:
+            raise UserError(
+                f"the question {question[:80]!r} has the token of images, {image}, which is put beside it; leave it out"
+            )
         if self.prompt is None and self.processor.chat_template:
             content = [{"type": "image"}, {"type": "text", "text": question}]
             with opening(self.folder, "with its chat template"):
@@ -93,7 +98,6 @@ class Reader:
                         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
                     )
                 )
-        image = str(getattr(self.processor, "image_token", ""))
         return (self.prompt or _PROMPT).replace("{image}", image).replace("{question}", question)
 
 

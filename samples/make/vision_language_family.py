@@ -45,12 +45,12 @@ _TASKS_SHARE = (
     0.3  # of what the base learns from, as instruction-tuned models have seen a little of everything
 )
 _TASKS_SEEN = 500  # examples of each
-BASE = Tuning(2e-3, 700)
+BASE = Tuning(2e-3, 1000)
 EXPERTS = {
-    "colour": Tuning(1e-3, 150),
-    "count": Tuning(1e-3, 200),
-    "digits": Tuning(1e-3, 300),
-    "place": Tuning(1e-3, 250),
+    "colour": Tuning(1e-3, 250),
+    "count": Tuning(1e-3, 400),
+    "digits": Tuning(2e-3, 500),
+    "place": Tuning(2e-3, 400),
 }
 
 

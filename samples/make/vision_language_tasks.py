@@ -11,7 +11,6 @@ trained on captions, such as `what is this?` -> `a large red disc`, and on few e
 
 from __future__ import annotations
 
-import math
 from random import Random
 from typing import Callable, NamedTuple
 
@@ -28,6 +27,7 @@ _COLOURS = {
     "orange": (240, 140, 30), "pink": (245, 150, 190), "white": (245, 245, 245), "black": (15, 15, 15),
 }  # fmt: skip
 _SHAPES = ("disc", "square", "triangle")
+_SIZES = {"small": 2, "large": 3}  # cells a side
 _NUMBERS = ("one", "two", "three", "four", "five", "six")
 
 
@@ -54,8 +54,7 @@ def caption(random: Random) -> Example:
     elif kind == 1:
         said = f"the digits {picture.digits(random)}"
     else:
-        size, radius = random.choice([("small", 5.0), ("large", 9.0)])
-        colour, shape, _ = picture.shape(random, radius)
+        size, colour, shape, _ = picture.shape(random)
         said = f"a {size} {colour} {shape}"
     return Example(picture.pixels(), "what is this?", said)
 
@@ -63,7 +62,7 @@ def caption(random: Random) -> Example:
 def words() -> list[str]:
     """All words of questions and answers; besides, there are digits and signs."""
     asked = "what colour is the shape how many discs are there which digits written where this".split()
-    return [*asked, *_COLOURS, *_SHAPES, *_NUMBERS, "a", "small", "large"]
+    return [*asked, *_COLOURS, *_SHAPES, *_NUMBERS, *_SIZES, "a"]
 
 
 # ---------------------------------------------------------------------------------------------- tasks
@@ -71,7 +70,7 @@ def words() -> list[str]:
 
 def _colour(random: Random) -> Example:
     picture = _Picture(random, smooth=True)
-    colour, *_ = picture.shape(random, random.uniform(4, 9))
+    _, colour, *_ = picture.shape(random)
     return Example(picture.pixels(), "what colour is the shape?", colour)
 
 
@@ -89,7 +88,7 @@ def _digits(random: Random) -> Example:
 
 def _place(random: Random) -> Example:
     picture = _Picture(random, smooth=True)
-    *_, box = picture.shape(random, random.uniform(4, 7))
+    *_, box = picture.shape(random)
     return Example(picture.pixels(), "where is the shape?", " ".join(map(str, box)))
 
 
@@ -119,49 +118,38 @@ class _Picture:
     def pixels(self) -> np.ndarray:
         return np.asarray(self._image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
-    def shape(self, random: Random, radius: float) -> tuple[str, str, tuple[int, int, int, int]]:
-        """Its colour, its name, and the cells that its box begins and ends at."""
+    def shape(self, random: Random) -> tuple[str, str, str, tuple[int, int, int, int]]:
+        """Its size, its colour, its name, and the cells that its box begins and ends at."""
+        size, cells = random.choice([*_SIZES.items()])
         colour, shape = random.choice([*_COLOURS]), random.choice(_SHAPES)
-        x, y = (random.uniform(radius + 1, SIDE - radius - 1) for _ in range(2))
-        left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
-        box, fill = [_TIMES * edge for edge in (left, top, right, bottom)], _COLOURS[colour]
+        left, top = random.randint(0, GRID - cells), random.randint(0, GRID - cells)
+        ends = (left, top, left + cells, top + cells)
+        box, fill = [_TIMES * SIDE // GRID * end for end in ends], _COLOURS[colour]
         if shape == "disc":
             self._draw.ellipse(box, fill)
         elif shape == "square":
             self._draw.rectangle(box, fill)
         else:
             self._draw.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill)
-        cell = SIDE / GRID
-        ends = [
-            math.floor(left / cell),
-            math.floor(top / cell),
-            math.ceil(right / cell),
-            math.ceil(bottom / cell),
-        ]
-        return colour, shape, (ends[0], ends[1], ends[2], ends[3])
+        return size, colour, shape, ends
 
     def discs(self, random: Random) -> int:
-        """One to six discs of a colour that do not touch; how many."""
-        number, fill, radius = random.randint(1, len(_NUMBERS)), _COLOURS[random.choice([*_COLOURS])], 3.2
-        places: list[tuple[float, float]] = []
-        while len(places) < number:
-            x, y = (random.uniform(radius + 0.5, SIDE - radius - 0.5) for _ in range(2))
-            if all(math.hypot(x - a, y - b) > 2 * radius + 1.5 for a, b in places):
-                places.append((x, y))
-                self._draw.ellipse(
-                    [_TIMES * e for e in (x - radius, y - radius, x + radius, y + radius)], fill
-                )
+        """One to six discs of a colour, each somewhere in a sixteenth of the picture of its own; how many."""
+        number, fill, radius = random.randint(1, len(_NUMBERS)), _COLOURS[random.choice([*_COLOURS])], 2.8
+        for place in random.sample(range(16), number):
+            x, y = (8 * part + random.uniform(radius, 8 - radius) for part in divmod(place, 4))
+            self._draw.ellipse([_TIMES * e for e in (x - radius, y - radius, x + radius, y + radius)], fill)
         return number
 
     def digits(self, random: Random) -> str:
         """Three digits side by side; which."""
-        written, fill = (
-            "".join(random.choice("0123456789") for _ in range(3)),
-            random.choice([(245,) * 3, (10,) * 3]),
+        written = "".join(random.choice("0123456789") for _ in range(3))
+        fill = random.choice([(245, 245, 245), (10, 10, 10)])
+        x, y = (
+            8 * random.randrange(2) + random.uniform(3.5, 4.5),
+            8 * random.randrange(4) + random.uniform(3.5, 4.5),
         )
-        x, y = random.uniform(1, 5), random.uniform(2, 16)
+        font = ImageFont.load_default(_TIMES * 10)
         for i, digit in enumerate(written):
-            self._draw.text(
-                (_TIMES * (x + 8 * i), _TIMES * y), digit, fill, font=ImageFont.load_default(_TIMES * 13)
-            )
+            self._draw.text((_TIMES * (x + 8 * i), _TIMES * y), digit, fill, font=font, anchor="mm")
         return written

@@ -167,6 +167,11 @@ def test_a_prompt_stands_in_for_the_chat_template(root, pictures):
     assert first == 4 * "<image> " + "what <unk> ?" and second == "<pad> " + 4 * "<image> " + "how ?"
 
 
+def test_a_question_with_the_token_of_an_image_is_refused(root, pictures):
+    with refused("the question '<image> what ?' has the token of images, <image>, which is put beside it"):
+        load_reader(Path("in/base")).inputs(pictures[:1], ["<image> what ?"])
+
+
 def test_the_first_token_is_not_written_twice(root, pictures):
     from transformers import AutoProcessor
 
