@@ -22,14 +22,12 @@ from __future__ import annotations
 
 import re
 from functools import cache, partial
-from typing import TYPE_CHECKING, Callable, Literal, NamedTuple, Sequence, cast
+from typing import Callable, Literal, Sequence, cast
 
 import numpy as np
 
 from mergeline.evaluation.text2text.metrics import number, scorer
-
-if TYPE_CHECKING:
-    from mergeline.evaluation.vision_language.settings import Box, Task
+from mergeline.evaluation.vision_language.boxes import Box, Size, iou, read_box
 
 MetricName = Literal[
     "exact_match", "contains", "choice", "relaxed_accuracy", "vqa", "anls", "iou", "grounding",
@@ -39,9 +37,7 @@ VQA: MetricName = "vqa"
 BOX_METRICS: tuple[MetricName, ...] = ("iou", "grounding")
 LEAST_PEOPLE = 4  # whose answers vqa compares with: three besides each of them
 
-_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
-_BETWEEN = r"(?:[\s,;:()\[\]<>|]|loc)+"  # PaliGemma writes <loc0012><loc0345>
-_BOX = re.compile(rf"(?<![\d.])({_NUMBER}){3 * f'{_BETWEEN}({_NUMBER})'}(?![\d.]*\d)")
+_Score = Callable[[str, Sequence[str], Size], float]
 
 _RELAXED = 0.05
 _LEAST_SIMILAR = 0.5
@@ -53,39 +49,49 @@ _NUMERALS = "zero one two three four five six seven eight nine ten".split()
 _DIGITS = {"none": "0", **{word: str(i) for i, word in enumerate(_NUMERALS)}}
 
 
-class Size(NamedTuple):
-    """Of an image, in pixels."""
-
-    width: int
-    height: int
-
-
 def answers(
-    task: Task, written: Sequence[str], targets: Sequence[Sequence[str]], sizes: Sequence[Size]
+    metric: MetricName,
+    written: Sequence[str],
+    targets: Sequence[Sequence[str]],
+    sizes: Sequence[Size],
+    lower: bool = False,
+    target_box: Box | None = None,
+    written_box: Box | None = None,
 ) -> np.ndarray:
-    """The scores of N written texts, float64 (N), beside the right answers of each; sizes: of the images."""
-    score = _scorer(task)
-    scores = [score(w.strip(), t, size) for w, t, size in zip(written, targets, sizes)]
-    return np.array(scores, np.float64)
+    """The scores of N written texts, float64 (N), beside the right answers of each; sizes: of the images.
 
-
-def _scorer(task: Task) -> Callable[[str, Sequence[str], Size], float]:
-    metric = task.metric
+    lower: texts are compared in lower case. target_box, written_box: how boxes are told, for metrics that compare them.
+    """
     if metric in BOX_METRICS:
-        return partial(_overlap, task)
-    if metric == VQA:
-        return lambda written, right, _: vqa(written, right)
-    one = _PAIRS[metric] if metric in _PAIRS else scorer(cast("Literal['exact_match']", metric))
-
-    def best(written: str, right: Sequence[str], _: Size) -> float:
-        if task.normalise == "lower":
-            written, right = written.lower(), [text.lower() for text in right]
-        return max(one(written, text.strip()) for text in right)
-
-    return best
+        assert target_box and written_box
+        score: _Score = partial(_overlap, metric, target_box, written_box)
+    elif metric == VQA:
+        score = _vqa
+    else:
+        one = _PAIRS[metric] if metric in _PAIRS else scorer(cast("Literal['exact_match']", metric))
+        score = partial(_best, one, lower)
+    return np.array([score(w.strip(), t, size) for w, t, size in zip(written, targets, sizes)], np.float64)
 
 
-# ------------------------------------------------------------ texts
+def _best(
+    one: Callable[[str, str], float], lower: bool, written: str, right: Sequence[str], size: Size
+) -> float:
+    if lower:
+        written, right = written.lower(), [text.lower() for text in right]
+    return max(one(written, text.strip()) for text in right)
+
+
+def _vqa(written: str, right: Sequence[str], size: Size) -> float:
+    return vqa(written, right)
+
+
+def _overlap(
+    metric: MetricName, target_box: Box, written_box: Box, written: str, right: Sequence[str], size: Size
+) -> float:
+    own = read_box(written, written_box, size)
+    wanted = [read_box(text, target_box, size) for text in right]
+    best = max((iou(own, box) for box in wanted if own is not None and box is not None), default=0.0)
+    return float(best >= _LEAST_OVERLAP) if metric == "grounding" else best
 
 
 def contains(written: str, right: str) -> float:
@@ -159,38 +165,3 @@ _PAIRS: dict[str, Callable[[str, str], float]] = {
     "relaxed_accuracy": relaxed_accuracy,
     "anls": anls,
 }
-
-# ------------------------------------------------------------ boxes
-
-
-def read_box(text: str, how: Box, size: Size) -> np.ndarray | None:
-    """The first four numbers that stand side by side in a text, as (left, top, right, bottom) in parts of the image.
-
-    None where there are none. size: of the image.
-    """
-    found = _BOX.search(text)
-    if found is None:
-        return None
-    a, b, c, d = map(float, found.groups())
-    if how.form == "yxyx":
-        a, b, c, d = b, a, d, c
-    elif how.form == "xywh":
-        c, d = a + c, b + d
-    width, height = size if how.scale == "pixels" else (how.scale, how.scale)
-    return np.array([a / width, b / height, c / width, d / height])
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes; 0 of such as have no area."""
-    sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    common = sides.clip(0).prod()
-    union = (a[2:] - a[:2]).clip(0).prod() + (b[2:] - b[:2]).clip(0).prod() - common
-    return float(common / union) if union > 0 and np.isfinite(union) else 0.0
-
-
-def _overlap(task: Task, written: str, right: Sequence[str], size: Size) -> float:
-    assert task.target_box and task.written_box
-    own = read_box(written, task.written_box, size)
-    wanted = [read_box(text, task.target_box, size) for text in right]
-    best = max((iou(own, box) for box in wanted if own is not None and box is not None), default=0.0)
-    return float(best >= _LEAST_OVERLAP) if task.metric == "grounding" else best

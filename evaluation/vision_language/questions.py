@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Sequence
 
 from mergeline.evaluation.tables import Table
 from mergeline.evaluation.text2text.texts import as_text, cells, filled
-from mergeline.evaluation.vision_language.metrics import BOX_METRICS, LEAST_PEOPLE, VQA, Size, read_box
+from mergeline.evaluation.vision_language.boxes import Size, read_box
+from mergeline.evaluation.vision_language.metrics import BOX_METRICS, LEAST_PEOPLE, VQA
 from mergeline.evaluation.vision_language.settings import Task
 from mergeline.merging.errors import UserError
 

@@ -7,20 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mergeline.evaluation.text2text.settings import Template
+from mergeline.evaluation.vision_language.boxes import Box
 from mergeline.evaluation.vision_language.metrics import BOX_METRICS, MetricName
-
-
-class Box(BaseModel):
-    """How four numbers are a box.
-
-    form: corners `xyxy` or `yxyx`, or a corner and the extent, `xywh`. scale: the number that stands for the whole
-    width and the whole height of an image, such as 1 or 1000; or `pixels` of the image as the table has it.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    form: Literal["xyxy", "yxyx", "xywh"] = "xyxy"
-    scale: Literal["pixels"] | Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Task(BaseModel):

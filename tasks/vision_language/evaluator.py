@@ -41,7 +41,8 @@ class ReaderEvaluator(WritingEvaluator):
         def write(split: str, name: str, more: Callable[[int], None]) -> Wrote:
             task, own = settings.task(name), self._questions[split, name]
             texts = reader.write(own.images, own.asked, task.max_new_tokens, settings.batch_size, more)
-            kept = answers(task, texts, own.targets, own.sizes)
+            lower, boxes = task.normalise == "lower", (task.target_box, task.written_box)
+            kept = answers(task.metric, texts, own.targets, own.sizes, lower, *boxes)
             return Wrote(kept, zip(own.asked, map(" | ".join, own.targets), texts))
 
         return write

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergeline.evaluation.vision_language.metrics import Size, answers, iou, plain, read_box, vqa
-from mergeline.evaluation.vision_language.settings import Box, Task
+from mergeline.evaluation.vision_language.boxes import Box, Size, iou, read_box
+from mergeline.evaluation.vision_language.metrics import answers, plain, vqa
+from mergeline.evaluation.vision_language.settings import Task
 
 SIZE = Size(200, 100)
 PIXELS, THOUSAND = Box(scale="pixels"), Box(scale=1000)
 
 
 def score(metric, written, *targets, **settings):
-    [found] = answers(Task(metric=metric, **settings), [written], [targets], [SIZE])
+    [found] = answers(metric, [written], [targets], [SIZE], **settings)
     return float(found)
 
 
@@ -51,8 +52,8 @@ def test_texts_are_scored_beside_the_best_right_answer(metric, written, targets,
 
 
 def test_case_is_passed_over_where_the_task_says_so():
-    assert score("exact_match", "Red", "red", normalise="lower") == 1
-    assert score("contains", "a STOP sign", "stop", normalise="lower") == 1
+    assert score("exact_match", "Red", "red", lower=True) == 1
+    assert score("contains", "a STOP sign", "stop", lower=True) == 1
 
 
 def test_vqa_leaves_each_of_ten_people_out():
