@@ -82,10 +82,16 @@ def load_table(folder: Path | str) -> Table:
         raise UserError(f"{folder}: not a prepared table (no valid {_META}); prepare it again") from None
 
 
-def prepare_table(source: str, out: Path | str, beside: Sequence[str] = ()) -> None:
+def prepare_table(
+    source: str,
+    out: Path | str,
+    beside: Sequence[str] = (),
+    change: Callable[[Row, str, Path], Row] = lambda row, where, place: row,
+) -> None:
     """Read a table into the folder `out`: val.jsonl, test.jsonl, fit.jsonl if there is one, meta.json.
 
     beside: names of further tables, without their endings, that a folder must have and that all splits share.
+    change: makes of each row what is written, given what errors call it, and the folder, where it may put files.
     The same source gives the same bytes. `out` appears whole or not at all, and replaces what was there.
 
     Raises:
@@ -100,9 +106,8 @@ def prepare_table(source: str, out: Path | str, beside: Sequence[str] = ()) -> N
             if not rows.size:
                 raise UserError(f"{source}: the table '{name}' is empty")
             with blame(f"{source}: {name}", TypeError, ValueError):
-                lines = [
-                    json.dumps(rows.get(i), ensure_ascii=False, sort_keys=True) for i in range(rows.size)
-                ]
+                made = (change(rows.get(i), f"{source}: row {i} of {name}", place) for i in range(rows.size))
+                lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in made]
             write_bytes(place / f"{name}.jsonl", ("\n".join(lines) + "\n").encode())
         meta = {
             "source": source
@@ -203,6 +208,9 @@ def _open_hub(source: str, classnames: dict[str, list[str]]) -> Opened:
             table = datasets.load_dataset(path, options.get("config"), split=split, revision=revision or None)
         named = {name: f.names for name, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
         classnames.update(named)
+        for name, feature in table.features.items():
+            if isinstance(feature, datasets.Image):
+                table = table.cast_column(name, datasets.Image(decode=False))
         return Examples(len(table), table.__getitem__)
 
     return official(rows, options, source)

@@ -20,6 +20,7 @@ EXTRAS = {
     "embeddings": ("sentence_transformers", "datasets"),
     "text2text": ("transformers", "rouge_score", "sacrebleu", "datasets"),
     "policies": ("transformers", "gymnasium"),
+    "vision_language": ("transformers", "torchvision", "PIL", "rouge_score", "sacrebleu", "datasets"),
     "s3": ("s3fs",),
     "dask": ("distributed", "prefect_dask"),
     "ray": ("ray", "prefect_ray"),

@@ -13,6 +13,7 @@ from mergeline.tasks.embeddings.modality import EmbeddingModels
 from mergeline.tasks.language.modality import LanguageModels
 from mergeline.tasks.policies.modality import Policies
 from mergeline.tasks.text2text.modality import Text2Text
+from mergeline.tasks.vision_language.modality import VisionLanguageModels
 
 if TYPE_CHECKING:
     from mergeline.tasks.modality import Modality
@@ -60,3 +61,4 @@ register(Custom())
 register(Text2Text())
 register(Policies())
 register(DensePrediction())
+register(VisionLanguageModels())

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergeline.evaluation.measures import Measure
+    from mergeline.evaluation.pages.examples import Shown
     from mergeline.evaluation.pages.page import Section
     from mergeline.merging.learning.network import Examples, Network
     from mergeline.tasks.digests import Digests
@@ -173,8 +174,10 @@ class Modality(Protocol):
         """Its section of the report of a leaderboard."""
         return None
 
-    def show(self, params: Params, build: Path, split: str, task: str, index: int) -> np.ndarray | str | None:
-        """An example, by its place among the answers, for people: a picture (uint8, H x W x 3), a text, or nothing.
+    def show(self, params: Params, build: Path, split: str, task: str, index: int) -> Shown | None:
+        """An example, by its place among the answers, for people; nothing where none can be shown.
+
+        A picture is uint8 (H x W x 3); it may come with a text, or a text alone.
 
         Raises:
             UserError: the data cannot be read.

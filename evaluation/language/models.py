@@ -64,6 +64,17 @@ def refuse_other_kinds(folder: Path) -> None:
             f"{folder}: is of type {kind}, no causal language model; write `text2text:` in place of `language:`, which "
             "measures encoders with a decoder"
         )
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = config.get("model_type")
+    if (
+        kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        and kind not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        raise UserError(
+            f"{folder}: is of type {kind}, no causal language model; write `vision_language:` in place of `language:`, "
+            "which measures models of images and texts"
+        )
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> LoadedModel:

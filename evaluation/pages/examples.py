@@ -14,10 +14,11 @@ import numpy as np
 from mergeline.evaluation.pages.page import Cell, Table
 
 if TYPE_CHECKING:
-    Shown = np.ndarray | str
+    Shown = np.ndarray | str | tuple[np.ndarray, str]
 
 MOST_CLASSES = 30  # of a confusion table
 _SIDE = 56  # pixels, of the longer side of a picture
+_LARGE_SIDE = 160  # of one that a text asks about
 _LONGEST = 600  # characters of a text
 _BYTES = 1_500_000  # of all pictures of a page, as it has them
 
@@ -45,18 +46,27 @@ class TaskExamples(NamedTuple):
 
 
 def example(shown: Shown, caption: str) -> Example:
-    """An example that is a picture (uint8, H x W x 3), or a text."""
+    """An example that is a picture (uint8, H x W x 3), a text, or both."""
     if isinstance(shown, str):
-        text = shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]} …"
-        return Example("", text, caption)
-    return Example(f"data:image/png;base64,{base64.b64encode(_png(shown)).decode()}", "", caption)
+        return Example("", _shortened(shown), caption)
+    if isinstance(shown, tuple):
+        return Example(_picture(shown[0], _LARGE_SIDE), _shortened(shown[1]), caption)
+    return Example(_picture(shown, _SIDE), "", caption)
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+def _picture(pixels: np.ndarray, side: int) -> str:
+    return f"data:image/png;base64,{base64.b64encode(_png(pixels, side)).decode()}"
+
+
+def _png(pixels: np.ndarray, side: int) -> bytes:
     from PIL import Image
 
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    image.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((side, side))
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True)
     return data.getvalue()

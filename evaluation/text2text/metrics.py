@@ -38,7 +38,7 @@ def answers(
     pairs = [(w.lower(), t.lower()) if lower else (w, t) for w, t in zip(written, targets)]
     if metric == SPEARMAN:
         return np.array([(number(w), number(t)) for w, t in pairs], np.float64).reshape(-1, 2)
-    score = _scorer(metric)
+    score = scorer(metric)
     return np.array([score(w.strip(), t.strip()) for w, t in pairs], np.float64)
 
 
@@ -63,8 +63,8 @@ def number(text: str) -> float:
     return found if np.isfinite(found) else np.nan
 
 
-def _scorer(metric: MetricName) -> Callable[[str, str], float]:
-    """The score of a written text and the right one."""
+def scorer(metric: MetricName) -> Callable[[str, str], float]:
+    """The score of a written text and the right one, of metrics that are no correlation."""
     if metric == "exact_match":
         return lambda written, right: float(written == right)
     if metric.startswith("rouge"):

@@ -17,11 +17,16 @@ _TEXT = (
 
 def section(board: Json) -> Section:
     """The section of a leaderboard."""
+    return Section("text2text", "Texts", _TEXT, grids(board))
+
+
+def grids(board: Json) -> list[Grid]:
+    """The texts of its models, and of tasks where numbers are asked for how many texts are none."""
     models = [row for row in ranked(board) if "samples" in row]
-    grids = [_written(board["tasks"], models)]
+    found = [_written(board["tasks"], models)]
     if any("no_number" in row for row in models):
-        grids.append(_no_numbers(models))
-    return Section("text2text", "Texts", _TEXT, grids)
+        found.append(_no_numbers(models))
+    return found
 
 
 def _written(tasks: list[str], models: list[Json]) -> Grid:

@@ -25,7 +25,7 @@ def texts(task: Task, table: Table, split: str) -> Texts:
             where spearman compares numbers.
     """
     where = f"{table.folder.name}: row %d of {split}"
-    made = _filled(task.target, table, split) if "{" in task.target else _column(task.target, table, split)
+    made = filled(task.target, table, split) if "{" in task.target else cells(task.target, table, split)
     targets = [_answer(task, text, where % i) for i, text in enumerate(made)]
     return Texts(sources(task, table, split), targets)
 
@@ -33,8 +33,8 @@ def texts(task: Task, table: Table, split: str) -> Texts:
 def sources(task: Task, table: Table, split: str) -> list[str]:
     """What the model reads of the examples of a split, without the right answers (raises UserError as `texts`)."""
     if task.template is not None:
-        return _filled(task.template, table, split)
-    return _column(task.source, table, split)
+        return filled(task.template, table, split)
+    return cells(task.source, table, split)
 
 
 def _answer(task: Task, text: str, where: str) -> str:
@@ -55,22 +55,24 @@ def _answer(task: Task, text: str, where: str) -> str:
     return text
 
 
-def _column(name: str, table: Table, split: str) -> list[str]:
+def cells(name: str, table: Table, split: str) -> list[str]:
+    """The values of a column as texts (raises UserError where a row has none)."""
     names = table.classnames.get(name)
-    return [_text(value, names) for value in table.column(split, name)]
+    return [as_text(value, names) for value in table.column(split, name)]
 
 
-def _text(value: Any, names: Sequence[str] | None) -> str:
+def as_text(value: Any, names: Sequence[str] | None) -> str:
+    """A value as a text; names: of the numbers of its column."""
     is_class = names is not None and isinstance(value, int) and 0 <= value < len(names)
     return names[value] if is_class and names is not None else str(value)
 
 
-def _filled(template: str, table: Table, split: str) -> list[str]:
-    """The template with the values of each row."""
+def filled(template: str, table: Table, split: str) -> list[str]:
+    """A template with the values of each row (raises UserError where a row lacks one)."""
     parts = places(template)
-    columns = {column: _column(column, table, split) for _, column in parts if column is not None}
+    values = {column: cells(column, table, split) for _, column in parts if column is not None}
     count = len(table.rows(split))
     return [
-        "".join(text + (columns[column][i] if column is not None else "") for text, column in parts)
+        "".join(text + (values[column][i] if column is not None else "") for text, column in parts)
         for i in range(count)
     ]

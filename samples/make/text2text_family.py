@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -16,17 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from make.text_tasks import TASKS, UNITS, Pair, operation, task, words
+from make.writing import END, IGNORED, PAD, rounds, side_by_side, took, train, whole_words
 
-_PAD, _END = 0, 1
-_IGNORED = -100
 _SIZE = 64  # examples a step
-_WARMUP = 0.1  # of all steps
-_BLANK = "\u2581"  # what a word begins with
 
 CONFIG: dict[str, Any] = {
     "d_model": 64, "d_kv": 32, "num_heads": 2, "d_ff": 128, "num_layers": 2, "num_decoder_layers": 2,
     "feed_forward_proj": "relu", "dropout_rate": 0.0, "tie_word_embeddings": True,
-    "pad_token_id": _PAD, "eos_token_id": _END, "decoder_start_token_id": _PAD,
+    "pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD,
 }  # fmt: skip
 
 
@@ -58,11 +54,11 @@ def write_base(out: Path, steps: int | None = None, config: dict[str, Any] = CON
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(T5Config(vocab_size=len(_tokenizer()), **config))
-    train(model, _mixture(Random("base")), steps or BASE.steps, BASE.learning_rate)
+    train(model, _loss, _mixture(Random("base")), steps or BASE.steps, BASE.learning_rate)
     random = Random("held out")
     share = accuracy(model, [operation(random) for _ in range(400)])
     save(model, out)
-    return f"base: {share:.3f} of operations right, {_took(wall, cpu)}"
+    return f"base: {share:.3f} of operations right, {took(wall, cpu)}"
 
 
 def write_expert(name: str, base: Path, out: Path, steps: int | None = None) -> str:
@@ -73,10 +69,10 @@ def write_expert(name: str, base: Path, out: Path, steps: int | None = None) -> 
     torch.set_num_threads(1)
     model = T5ForConditionalGeneration.from_pretrained(base)
     before = accuracy(model, splits["val"])
-    train(model, _rounds(splits["train"], name), steps or tuning.steps, tuning.learning_rate)
+    train(model, _loss, rounds(splits["train"], _SIZE, name), steps or tuning.steps, tuning.learning_rate)
     save(model, out)
     after = accuracy(model, splits["val"])
-    return f"{name}: base {before:.3f}, expert {after:.3f} of val right, {_took(wall, cpu)}"
+    return f"{name}: base {before:.3f}, expert {after:.3f} of val right, {took(wall, cpu)}"
 
 
 def write_data(folder: Path) -> None:
@@ -86,28 +82,6 @@ def write_data(folder: Path) -> None:
         for split, pairs in task(name).items():
             lines = [json.dumps({"source": source, "target": target}) + "\n" for source, target in pairs]
             (folder / name / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def train(model: Any, batches: Iterator[Sequence[Pair]], steps: int, learning_rate: float) -> None:
-    """Cross-entropy of the targets' tokens."""
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
-    )
-    for step, pairs in zip(range(steps), batches):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate * _schedule(step / steps)
-        logits, targets = _logits(model, pairs)
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=_IGNORED).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-    model.eval()
-
-
-def _schedule(progress: float) -> float:
-    return min(1.0, (progress + 0.01) / _WARMUP) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def _mixture(random: Random) -> Iterator[list[Pair]]:
@@ -121,54 +95,35 @@ def _mixture(random: Random) -> Iterator[list[Pair]]:
         yield [example() for _ in range(_SIZE)]
 
 
-def _rounds(examples: Sequence[Pair], seed: str) -> Iterator[list[Pair]]:
-    """Batches from shuffled rounds through all examples."""
-    random, order = Random(seed), list[int]()
-    while True:
-        while len(order) < _SIZE:
-            order += random.sample(range(len(examples)), len(examples))
-        yield [examples[i] for i in order[:_SIZE]]
-        order = order[_SIZE:]
+def _loss(model: Any, pairs: Sequence[Pair]) -> Tensor:
+    """Cross-entropy of the targets' tokens."""
+    logits, targets = _logits(model, pairs)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def _logits(model: Any, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Logits (B, L, V), and the targets' tokens (B, L), -100 behind their ends."""
-    sources = _side_by_side([source for source, _ in pairs], _PAD)
-    targets = _side_by_side([target for _, target in pairs], _IGNORED)
-    return model(input_ids=sources, attention_mask=(sources != _PAD).long(), labels=targets).logits, targets
+    sources = side_by_side(_rows([source for source, _ in pairs]), PAD)
+    targets = side_by_side(_rows([target for _, target in pairs]), IGNORED)
+    return model(input_ids=sources, attention_mask=(sources != PAD).long(), labels=targets).logits, targets
 
 
-def _side_by_side(texts: Sequence[str], fill: int) -> Tensor:
-    """The tokens of each text and its end (B, L), filled up on the right."""
-    rows = _tokenizer()(list(texts))["input_ids"]
-    longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+def _rows(texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, and its end."""
+    return _tokenizer()(list(texts))["input_ids"]
 
 
 @cache
 def _tokenizer() -> Any:
-    """Whole words, digits and signs; a word begins with the blank before it."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = [*(_BLANK + word for word in dict.fromkeys(words())), _BLANK, *"0123456789-:,/", *UNITS]
-    core = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *pieces])}, "<unk>")
-    )
-    split = pre_tokenizers.Split(Regex(r"[0-9,/-]|(?<=[0-9]):"), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(_BLANK), split])
-    core.decoder = decoders.Metaspace(_BLANK)
-    core.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", _END)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    """Whole words, digits and signs."""
+    return whole_words(words(), [*"0123456789-:,/", *UNITS], r"[0-9,/-]|(?<=[0-9]):", ends=True)
 
 
 @torch.no_grad()
 def accuracy(model: Any, examples: Sequence[Pair]) -> float:
     """Share of targets whose every token is the likeliest after those before it: those that are written greedily."""
     logits, targets = _logits(model, examples)
-    return float(((logits.argmax(-1) == targets) | (targets == _IGNORED)).all(1).double().mean())
+    return float(((logits.argmax(-1) == targets) | (targets == IGNORED)).all(1).double().mean())
 
 
 def save(model: Any, out: Path) -> None:
@@ -177,7 +132,3 @@ def save(model: Any, out: Path) -> None:
     _tokenizer().save_pretrained(out)
     for path in out.glob("*.safetensors"):
         path.chmod(0o644)
-
-
-def _took(wall: float, cpu: float) -> str:
-    return f"{time.time() - wall:.0f} s, {time.process_time() - cpu:.0f} CPU s"

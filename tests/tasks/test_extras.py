@@ -100,6 +100,7 @@ def test_every_modality_has_the_extra_of_its_name_unless_it_needs_none():
         "image_classification",
         "text_classification",
         "text2text",
+        "vision_language",
         "embeddings",
         "policies",
         "dense_prediction",

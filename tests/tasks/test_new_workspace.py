@@ -49,6 +49,7 @@ def git(folder: Path, *arguments: str) -> str:
         "text2text",
         "policies",
         "dense_prediction",
+        "vision_language",
         "gpt2-glue",
         "mergebench-gemma-2-2b",
     ],

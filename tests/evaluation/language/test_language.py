@@ -215,9 +215,18 @@ def test_what_is_no_model_is_refused(family, tmp_path):
         load_model(tmp_path)
 
 
-def test_an_encoder_with_a_decoder_is_refused_in_few_words(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
-    said = f"{tmp_path}: is of type t5, no causal language model; write `text2text:` in place of `language:`"
+@pytest.mark.parametrize(
+    ("config", "kind", "section"),
+    [
+        ('{"model_type": "t5", "is_encoder_decoder": true}', "t5", "text2text"),
+        ('{"model_type": "llava"}', "llava", "vision_language"),
+    ],
+)
+def test_other_kinds_of_writers_are_refused_in_few_words(tmp_path, config, kind, section):
+    (tmp_path / "config.json").write_text(config)
+    said = (
+        f"{tmp_path}: is of type {kind}, no causal language model; write `{section}:` in place of `language:`"
+    )
     for refuse in (load_model, LanguageModels().check):
         with refused(said):
             refuse(tmp_path)

@@ -1,0 +1,1 @@
+"""What modalities share whose models write texts to the rows of tables."""
