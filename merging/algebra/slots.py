@@ -514,10 +514,16 @@ class MatrixView(View):
     def read(self, origin: str, start: int, shape: tuple[int, ...]) -> Tensor:
         return self.matrix.read(partial(self.source.read, origin, self.stored_name)).contiguous()
 
+    def statistic(self, kind: str, key: str, start: int, shape: tuple[int, ...]) -> Tensor:
+        if not (STATISTICS[kind].by_entry and self.is_whole and self.matrix.transposed):
+            return super().statistic(kind, key, start, shape)
+        found = self.matrix.read(partial(self.source.statistic, kind, key))
+        return found.flatten()[start : start + prod(shape)].reshape(shape)
+
     @property
     def is_whole(self) -> bool:
-        """Whether its entries are those of the stored tensor, in their order."""
-        return prod(self.shape) == prod(self.stored_shape) and not self.matrix.transposed
+        """Whether its entries are those of the stored tensor, whose statistics by entry lie as it does."""
+        return prod(self.shape) == prod(self.stored_shape)
 
     def factors(self, t: int) -> tuple[Tensor, Tensor] | None:
         pair = super().factors(t)

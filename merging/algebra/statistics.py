@@ -21,6 +21,11 @@ class Statistic(NamedTuple):
     for_all: bool = False
     free: bool = False
 
+    @property
+    def by_entry(self) -> bool:
+        """Whether there is a number for each entry of the tensor."""
+        return not (self.squared_side or self.by_row or self.free)
+
     def shape(self, of: Sequence[int], inputs: int = -1) -> tuple[int, ...]:
         """The shape of the statistics of a tensor, or of a matrix (M, N), whose axis `inputs` counts its inputs."""
         if self.squared_side and of:

@@ -464,10 +464,11 @@ def _statistics_mismatches(plan: Plan) -> Iterator[str]:
                 shape = info.shape
                 if view is not None and (not STATISTICS[kind].squared_side or view.name in read[kind]):
                     shape = STATISTICS[kind].shape(view.shape if view.stored_shape else (), view.inputs)
-                # A convolution's may lie as its weights do: unfolding moves nothing.
-                if info.shape != shape and not (
-                    isinstance(view, MatrixView) and view.is_whole and info.shape == view.stored_shape
-                ):
+                if isinstance(view, MatrixView) and view.is_whole and STATISTICS[kind].by_entry:
+                    # They lie as the weights do; of a convolution they may be unfolded, which moves nothing.
+                    folded = info.shape == shape and not view.matrix.transposed
+                    shape = info.shape if folded else view.stored_shape
+                if info.shape != shape:
                     yield (
                         f"statistics '{kind}': '{key}' of {file.path} has shape {list(info.shape)}, "
                         f"the tensor {list(shape)}"

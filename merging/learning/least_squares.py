@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -381,7 +382,7 @@ class _Fit:
             if "norm" in type(module).__name__.lower()
         ]
         try:
-            with watched(self.own, see):
+            with self._watched(stream, see):
                 after = stage.run(stream)
         finally:
             for handle in handles:
@@ -565,9 +566,33 @@ class _Fit:
         for (task, _), found in zip(self.tasks, self._by_task(moved, alone)):
             streams[task] = found
 
+    def _watched(
+        self,
+        stream: Stream,
+        see: Callable[[Applied], None],
+        known: Callable[[str, Tensor], Tensor | None] | None = None,
+    ) -> AbstractContextManager[None]:
+        """As `watched`; rows of all tokens (B * L, N), which GPT-2 and routers make, become (B, L, N)."""
+        hidden = stream.hidden
+        tokens = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 and hidden.shape[1] > 1 else None
+        if tokens is None:
+            return watched(self.own, see, known)
+
+        def by_token(x: Tensor) -> Tensor:
+            return x.unflatten(0, tokens) if x.ndim == 2 and len(x) == tokens.numel() else x
+
+        def see_by_token(applied: Applied) -> None:
+            see(applied._replace(inputs=by_token(applied.inputs), outputs=by_token(applied.outputs)))
+
+        def known_by_token(name: str, x: Tensor) -> Tensor | None:
+            found = known(name, by_token(x)) if known else None
+            return None if found is None else found.reshape(*x.shape[:-1], found.shape[-1])
+
+        return watched(self.own, see_by_token, known_by_token if known else None)
+
     def _run(self, stage: Stage, stream: Stream, given: Mapping[str, Tensor]) -> Stream:
         """A stream through a stage whose weights are in place; watched, for attention is rounded in another way."""
-        with watched(self.own, lambda applied: None, lambda name, inputs: given.get(name)):
+        with self._watched(stream, lambda applied: None, lambda name, inputs: given.get(name)):
             return stage.run(stream)
 
     def _by_task(self, work: Callable[[str], Result], alone: bool) -> Iterator[Result]:
@@ -614,7 +639,7 @@ class _Fit:
                 y = y + self._patch_positions(m, y)
             found[m.weight] = (y[:, :1] if m.first is True and y.ndim == 3 else y).clone()
 
-        with watched(self.own, see):
+        with self._watched(stream, see):
             after = stage.run(stream)
         sums = {m.weight: found[m.weight] + self._beside(m, stream, found) for m in maps if m.beside}
         return after, found | sums
@@ -671,7 +696,7 @@ class _Fit:
                 assert written is not None
                 written = written + applied.outputs
 
-        with watched(self.own, see, known):
+        with self._watched(stream, see, known):
             try:
                 stage.run(stream)
             except _Reached:

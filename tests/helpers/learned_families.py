@@ -17,6 +17,8 @@ from mergeline.merging.learning.network import Examples, Network
 # What is added to the stream, or looked up, but not multiplied by it.
 _ADDED = (
     "embed",
+    "wte",
+    "wpe",
     "class_embedding",
     "cls_token",
     "positional",
@@ -56,6 +58,9 @@ def _transformers(kind: str) -> tuple[nn.Module, str, dict[str, Any]]:
     }  # fmt: skip
     if kind == "bert":
         return t.BertModel(t.BertConfig(**size)), "", {"model_type": "bert"}
+    if kind == "gpt2":
+        small = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 8}
+        return t.GPT2Model(t.GPT2Config(**small, use_cache=False)), "", {"model_type": "gpt2", **small}
     if kind == "mixtral":
         config: Any = t.MixtralConfig(num_key_value_heads=1, num_local_experts=3, **size)
         config._experts_implementation = "eager"
@@ -70,6 +75,7 @@ KINDS: dict[str, Callable[[], tuple[nn.Module, str, dict[str, Any]]]] = {
     "resnet": _resnet,
     "bert": lambda: _transformers("bert"),
     "llama": lambda: _transformers("llama"),
+    "gpt2": lambda: _transformers("gpt2"),
     "mixtral": lambda: _transformers("mixtral"),
 }
 

@@ -404,6 +404,21 @@ def test_regmean_pp_is_the_official_loop_on_an_image_tower(tmp_path):
     assert set(solved) == {k for k in merged if k.startswith("blocks.") and merged[k].ndim == 2}
 
 
+@pytest.mark.parametrize("inner", ["average", "tsv_merge", "cart"])
+def test_what_is_solved_for_transposed_layers_is_what_is_merged(tmp_path, inner):
+    family = learned_family("gpt2", tmp_path / "family", experts=3)
+    recipe = family.recipe("progressive_least_squares", inner=inner)
+    fitted = fit(recipe, family.network, family.examples(16), tmp_path / "fit")
+    merge(fitted, tmp_path / "out")
+    solved, merged = (
+        load_file(tmp_path / "fit/solved.safetensors"),
+        load_file(tmp_path / "out/model.safetensors"),
+    )
+    square = "h.0.attn.c_proj.weight"  # which would fit either way
+    assert {"h.0.attn.c_attn.weight", square} <= solved.keys() and solved[square].shape == (16, 16)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in solved.items())
+
+
 # --------------------------------------------------------------------------------------- killed
 
 
