@@ -36,7 +36,14 @@ def network_of(family: Family, data: Data) -> Network:
         return classifier.features(batch, batch.get("task"))
 
     pictures = Pictures(data.image_size, data.pixels) if isinstance(data, Images) else None
-    return Network(module, run, classifier.logits, pictures=pictures, apart=frozenset(classifier.head_names))
+    return Network(
+        module,
+        run,
+        classifier.logits,
+        pictures=pictures,
+        apart=frozenset(classifier.head_names),
+        numbers=frozenset(task for task in family.heads if classifier.classes(task) == 1),
+    )
 
 
 def examples_of(family: Family, data: Data, split: str) -> Examples:

@@ -168,6 +168,25 @@ def test_a_head_of_one_number_is_measured_by_spearman(tmp_path, monkeypatch):
         assert rows["average"]["tasks"][task]["accuracy"] == pytest.approx(rho, abs=1e-9)
 
 
+def test_the_fisher_information_of_a_head_of_one_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(made, "CLASSES", {"a": 1, "b": 1, "c": 1})
+    columns = {task: {"text": "text", "label": "label", "target": "number"} for task in "abc"}
+    root = of_texts(tmp_path / "work", made.bert, columns=columns)
+    text = YAML(typ="safe").load((root / "params.yaml").read_text())
+    text |= {"merges": {"fisher": {"method": "fisher"}}, "statistics": {"fisher": {"examples": 4}}}
+    with open(root / "params.yaml", "w") as file:
+        YAML().dump(text, file)
+    for path in (root / "data").rglob("*.jsonl"):
+        rows = [json.loads(line) for line in open(path)]
+        path.write_text("".join(json.dumps({**row, "label": i / 7}) + "\n" for i, row in enumerate(rows)))
+    monkeypatch.chdir(root)
+    run_all(root)
+    [*files] = (root / "build/statistics/fisher").rglob("*.safetensors")
+    assert len(files) == 3
+    for file in files:
+        assert any(tensor.any() for tensor in load_file(file).values()), file
+
+
 def test_learned_methods_are_fitted_to_classifiers(tmp_path, monkeypatch):
     merges = {
         "solved": {"method": "progressive_least_squares", "params": {"inner": "average"}, "examples": 8},
