@@ -41,17 +41,8 @@ def fit_merge(modality: Modality, params: Params, name: str, build: Path, out: P
     for entry in out.iterdir():
         if entry.name not in folders and entry.name != _POINTS:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    checkpoints = build / "checkpoints"
     for i, (folder, point) in enumerate(folders.items()):
-        recipe = {
-            "method": merge.method,
-            "params": point,
-            "base": checkpoints / params.base,
-            "experts": {expert: checkpoints / expert for expert in params.experts_of(name)},
-            "dtype": merge.dtype,
-            "seed": params.seed,
-            "heads": modality.heads(params, build),
-        }
+        recipe = {**params.recipe(name, build, modality.heads(params, build)), "params": point}
         part = f"steps of fit {i + 1} of {len(points)}" if len(points) > 1 else "steps"
         fit_recipe(modality, params, build, recipe, out / folder, merge.first, merge.split, part)
     read = digests_read(params, name, build)

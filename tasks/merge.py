@@ -4,52 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
 from mergeline.merging import merge
 from mergeline.tasks.collect import seen_through, statistics_for
 from mergeline.tasks.fit import fitted_recipe
 from mergeline.tasks.progress import counting
 
+if TYPE_CHECKING:
+    from mergeline.tasks.schema import Params
+
 
 def merge_chosen(
-    search: Path,
-    fits: Path,
-    base: Path,
-    experts: dict[str, Path],
-    out: Path,
-    *,
-    build: Path,
-    factors: Path,
-    dtype: str | None,
-    seed: int,
-    heads: Sequence[str],
-    device: str,
+    params: Params, name: str, build: Path, out: Path, *, factors: Path, heads: Sequence[str]
 ) -> None:
-    """Merge `experts` around `base` into the folder `out` as the search result `search` says.
+    """Merge the experts of a merge into the folder `out`, at the setting that its search in `build` chose.
 
-    `fits` is what the fit step made of the merge: a learned method's recipe at the chosen setting is merged.
-    heads: names of tensors that are each expert's own.
-    `build` has the statistics that methods read; `factors` is a folder that keeps spectral decompositions.
+    What a fit in `build` made of a learned method at that setting is merged in its place. `factors` is a folder that
+    keeps spectral decompositions. heads: names of tensors that are each expert's own.
 
     Raises:
         UserError: as `merging.merge`.
     """
-    found = json.loads(search.read_text())
-    method, params = found["method"], found["chosen"]
-    recipe = fitted_recipe(fits, params)
+    chosen = json.loads((build / "search" / f"{name}.json").read_text())["chosen"]
+    recipe = fitted_recipe(build / "fits" / name, chosen)
     if recipe is None:
-        statistics = statistics_for(method, params, build, experts)
+        plain = params.recipe(name, build, heads)
+        statistics = statistics_for(plain["method"], chosen, build, plain["experts"])
         recipe = {
-            "method": method,
-            "params": params,
-            "base": base,
-            "experts": experts,
-            "dtype": dtype,
-            "seed": seed,
-            "heads": heads,
+            **plain,
+            "params": chosen,
             "statistics": statistics,
-            "fitted": seen_through(method, params, statistics),
+            "fitted": seen_through(plain["method"], chosen, statistics),
         }
     with counting("tensors") as count:
-        merge(recipe, out, device=device, workers=1, factors=factors, progress=count)
+        merge(recipe, out, device=params.device, workers=1, factors=factors, progress=count)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from datetime import timedelta
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, Mapping, Sequence
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -16,7 +17,7 @@ from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.learning.contract import LearnedMethod, any_method
 from mergeline.merging.learning.gathering import KINDS, SETTINGS, Gathering, Kind
 from mergeline.merging.methods import get_method
-from mergeline.merging.recipes.recipe import Seed, too_many_points, unfolded_recipe
+from mergeline.merging.recipes.recipe import Patterns, Rule, Seed, too_many_points, unfolded_recipe
 from mergeline.tasks.credentials import holds_credentials, without_credentials
 from mergeline.tasks.gates import Gates
 
@@ -35,6 +36,8 @@ def _plain_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
+
+_SELECTION = ("include", "exclude", "excluded", "keep", "rules", "running_statistics")
 
 
 class Strict(BaseModel):
@@ -93,6 +96,9 @@ class Merge(Strict):
     experts: those of the pipeline's that it merges, in its own order; None for all. Either way a point is scored on
     all tasks.
 
+    include, exclude, excluded, keep, rules, running_statistics: what is merged of the models, and how, as in a recipe
+    (`merging.recipes.recipe.Recipe`).
+
     examples (or images): for a learned method, how many of each task it is fitted to, the first ones; None for all.
     split: of which part of the data; `test` must be asked for, and its score is then no measure.
     """
@@ -102,6 +108,12 @@ class Merge(Strict):
     params: dict[str, Any] = {}
     search: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    include: Patterns = ["*"]
+    exclude: Patterns = []
+    excluded: Literal["base", "average"] = "base"
+    keep: dict[str, str] = {}
+    rules: list[Rule] = []
+    running_statistics: Literal["average", "merge"] = "average"
     examples: Annotated[int, Field(gt=0)] | None = None
     images: Annotated[int, Field(gt=0)] | None = None
     split: Literal["fit", "test"] = "fit"
@@ -110,6 +122,11 @@ class Merge(Strict):
     @classmethod
     def _unfold(cls, data: Any) -> Any:
         return unfolded_recipe(data)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What its recipe says of tensors by their names, where that is not the usual."""
+        return {key: getattr(self, key) for key in _SELECTION if key in self.model_fields_set}
 
     @property
     def first(self) -> int | None:
@@ -235,6 +252,22 @@ class Params(Strict, ABC):
                     f"'{task}' is no expert's, so there is no head for it; name it in suites",
                 )
 
+    def recipe(self, merge: str, build: Path, heads: Sequence[str]) -> dict[str, Any]:
+        """The recipe of a merge of the checkpoints in `build`, but for its `params` and statistics.
+
+        heads: names of tensors that are each expert's own.
+        """
+        checkpoints, own = build / "checkpoints", self.merges[merge]
+        return {
+            "method": own.method,
+            "base": checkpoints / self.base,
+            "experts": {expert: checkpoints / expert for expert in self.experts_of(merge)},
+            "dtype": own.dtype,
+            "seed": self.seed,
+            "heads": heads,
+            **own.selection,
+        }
+
     @cached_property
     def sources(self) -> dict[str, str]:
         """Checkpoint name -> path or URI."""
@@ -288,6 +321,11 @@ class Params(Strict, ABC):
                 yield place, f"'{expert}' is not among the experts{did_you_mean(expert, self.experts)}"
         if len(set(merge.experts or ())) != len(merge.experts or ()):
             yield ["merges", name, "experts"], "an expert is listed twice"
+        own = [*(merge.experts or self.experts), "base"]
+        for pattern, origin in merge.keep.items():
+            if origin not in own:
+                hint = did_you_mean(origin, own)
+                yield ["merges", name, "keep", pattern], f"'{origin}' is none of its experts, nor base{hint}"
         try:
             method = any_method(merge.method)
         except UserError as error:

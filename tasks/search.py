@@ -62,11 +62,11 @@ def search(
         evaluator = Evaluations(modality, params, build, base)
         if grid.is_learned:
             models = _fitted(fits, points, factors, scratch, params)
-        elif modality.in_memory:
+        elif modality.in_memory and not grid.selection:
             models = _in_memory(grid, points, base, experts, build, factors, params.seed)
         else:
-            heads = modality.heads(params, build)
-            models = _on_disk(grid, points, base, experts, build, factors, scratch, params, heads)
+            recipe = params.recipe(name, build, modality.heads(params, build))
+            models = _on_disk(grid, points, recipe, build, factors, scratch, params.device)
         with counting("points") as count:
             for i, model in models:
                 with one_thread():
@@ -125,28 +125,18 @@ def _fitted(
 def _on_disk(
     grid: Merge,
     points: Points,
-    base: Path,
-    experts: Mapping[str, Path],
+    recipe: Mapping[str, Any],
     build: Path,
     factors: Path,
     scratch: Path,
-    params: Params,
-    heads: list[str],
+    device: str,
 ) -> Iterator[tuple[int, Model]]:
     """Each point's index and the folder of its merged model, which may be larger than memory; a few at a time."""
-    recipe = {
-        "method": grid.method,
-        "base": base,
-        "experts": experts,
-        "seed": params.seed,
-        "dtype": grid.dtype,
-        "heads": heads,
-    }
-    for batch, files in _batches(grid, points, _MERGED_FILES, build, experts):
+    for batch, files in _batches(grid, points, _MERGED_FILES, build, recipe["experts"]):
         with staged(scratch) as place:
             point = {**recipe, "statistics": files}
             recipes = [({**point, "params": points[i]}, place / str(i)) for i in batch]
-            merge_points(recipes, device=params.device, workers=1, factors=factors)
+            merge_points(recipes, device=device, workers=1, factors=factors)
             yield from ((i, place / str(i)) for i in batch)
 
 

@@ -293,19 +293,8 @@ def _merge(params: Params, stage: Stage) -> None:
     from mergeline.tasks.merge import merge_chosen
 
     assert stage.item
-    merge_chosen(
-        _BUILD / "search" / f"{stage.item}.json",
-        _BUILD / "fits" / stage.item,
-        _CHECKPOINTS / params.base,
-        _experts(params, stage.item),
-        Path(stage.out),
-        build=_BUILD,
-        factors=_FACTORS,
-        dtype=params.merges[stage.item].dtype,
-        seed=params.seed,
-        heads=modality_of(params).heads(params, _BUILD),
-        device=params.device,
-    )
+    heads = modality_of(params).heads(params, _BUILD)
+    merge_chosen(params, stage.item, _BUILD, Path(stage.out), factors=_FACTORS, heads=heads)
 
 
 def _evaluate(params: Params, stage: Stage) -> None:
@@ -321,7 +310,5 @@ def _compare(params: Params, stage: Stage) -> None:
     compare(modality_of(params), params, _BUILD, Path(stage.out))
 
 
-def _experts(params: Params, merge: str | None = None) -> dict[str, Path]:
-    """All experts, or those of a merge."""
-    names = params.experts_of(merge) if merge else params.experts
-    return {name: _CHECKPOINTS / name for name in names}
+def _experts(params: Params) -> dict[str, Path]:
+    return {name: _CHECKPOINTS / name for name in params.experts}

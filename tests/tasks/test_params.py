@@ -184,6 +184,8 @@ def test_raw_params_are_plain(tmp_path):
         ("    digits: in/digits.npz", "    {}", 9, ["datasets are empty"]),
         ("      rank:", "      scale: [1.0]\n      rank:", 22, ["'scale' is fixed in params"]),
         ("d: average", "d: average\n    experts: [a, bb]", 18, ["'bb' is not among the", "did you mean 'b'?"]),
+        ("d: average", "d: average\n    keep: {x: c}", 18, ["'c' is none of its experts, nor base"]),
+        ("d: average", "d: average\n    rules: [{mach: x}]", 18, ["mach"]),
         ("d: average", "d: average\n    experts: [base]", 18, ["'base' is not among the experts"]),
         ("d: average", "d: average\n    experts: [b, b]", 18, ["listed twice"]),
         ("d: average", "d: average\n    experts: []", 18, ["average needs at least 1 expert(s), got 0"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from mergeline.evaluation.state import load_state
@@ -74,6 +75,36 @@ def test_a_merge_takes_its_own_experts_in_its_own_order(ready, mergeline, tmp_pa
     assert list(manifest["recipe"]["experts"]) == ["textures", "digits"]
     assert manifest["output"] == alone["output"]
     assert list(found["points"][0]["tasks"]) == [*EXPERTS]  # settings are chosen by all tasks
+
+
+def test_a_merge_says_what_it_merges_of_the_models(ready, mergeline, tmp_path):
+    params, build, yaml = ready / "params.yaml", ready / "build", YAML()
+    content = yaml.load(params)
+    selection = {
+        "exclude": ["visual.conv1.*"],
+        "keep": {"visual.ln_post.*": "digits"},
+        "rules": [{"match": ["*.mlp.*"], "params": {"scale": 0.0}}],
+    }
+    content["merges"]["part"] = {"method": "task_arithmetic", "search": {"scale": [0.5, 0.2]}, **selection}
+    yaml.dump(content, params)
+    for step in ("fit", "search", "merge-all"):
+        assert mergeline(step, "--params", params, "part").code == 0
+    found = json.loads((build / "search" / "part.json").read_text())
+    experts = {name: build / "checkpoints" / name for name in EXPERTS}
+    plain = {"method": "task_arithmetic", "base": build / "checkpoints" / "base", "experts": experts}
+    alone = merge({**plain, "params": found["chosen"], **selection}, tmp_path / "alone")
+    manifest = json.loads((build / "merges" / "part" / "manifest.json").read_text())
+    assert manifest["output"] == alone["output"]
+    base, digits, merged = (
+        load_state(path) for path in (plain["base"], experts["digits"], build / "merges" / "part")
+    )
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert changed and not any("conv1" in name or ".mlp." in name for name in changed)
+    assert torch.equal(merged["visual.ln_post.weight"], digits["visual.ln_post.weight"])
+    evaluator = open_evaluator(load_params(params), build, plain["base"])
+    predicted = evaluator.predict(merged, "val", EXPERTS)
+    accuracy = {t: float((predicted[t] == evaluator.data[t].split("val")[1]).mean()) for t in EXPERTS}
+    assert next(p for p in found["points"] if p["params"] == found["chosen"])["tasks"] == accuracy
 
 
 def test_what_was_scored_is_what_is_merged(ready, mergeline, tmp_path, monkeypatch):
