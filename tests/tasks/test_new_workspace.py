@@ -52,6 +52,7 @@ def git(folder: Path, *arguments: str) -> str:
         "vision_language",
         "gpt2-glue",
         "mergebench-gemma-2-2b",
+        "optmerge-qwen2-vl-7b",
     ],
 )
 def test_an_example_makes_a_workspace_that_says_what_it_lacks(name, tmp_path, dvc):
