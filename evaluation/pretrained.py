@@ -92,6 +92,41 @@ def named_as_inside(
     return {name: tensor.detach() for name, tensor in own if name not in lacking}
 
 
+def names_inside(model: Any, state: Mapping[str, Tensor]) -> dict[str, str] | None:
+    """The names of a checkpoint's tensors by those that they have in a model of transformers while it runs.
+
+    Of those that differ alone; None where a tensor is made of several, or is turned. state: of one checkpoint.
+    """
+    import torch
+
+    names = [*state]
+    marked = {name: _marked(i, state[name].shape) for i, name in enumerate(names)}
+    with opening("the model", "with the names of its checkpoints"), LOADING:
+        made = type(model).from_pretrained(
+            None, config=model.config, state_dict=dict(marked), dtype=torch.float32
+        )
+    found, persistent = {}, made.state_dict().keys()
+    for inside, tensor in [*made.named_parameters(), *made.named_buffers()]:
+        if inside not in persistent or not tensor.is_floating_point():
+            continue
+        place = int(tensor.flatten()[0]) - 1
+        if not (0 <= place < len(names) and torch.equal(tensor.detach(), marked[names[place]])):
+            return None
+        if names[place] != inside:
+            found[inside] = names[place]
+    return found
+
+
+def _marked(number: int, shape: Sequence[int]) -> Tensor:
+    """A tensor that no other is: number + 1, and a half more in the first row after its first entry."""
+    import torch
+
+    found = torch.full(tuple(shape), number + 1.0)
+    if found.ndim > 1:
+        found[0].flatten()[1:] += 0.5
+    return found
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder (raises UserError)."""
     with opening(folder, "with a tokenizer"):

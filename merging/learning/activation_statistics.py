@@ -45,7 +45,7 @@ def batch_norms(network: nn.Module) -> dict[str, Any]:
 def found_statistics(job: Job, layers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The statistics that BatchNorm layers of the job's network have now, by the checkpoint's names."""
     return {
-        f"{job.network.prefix}{name}.{key}": getattr(layer, key).clone()
+        job.network.stored(f"{name}.{key}"): getattr(layer, key).clone()
         for name, layer in layers.items()
         for key in ("running_mean", "running_var")
     }

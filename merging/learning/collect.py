@@ -216,7 +216,7 @@ def _load(plan: Plan, network: Network) -> dict[str, Tensor]:
     """
     own: dict[str, Tensor] = {}
     [expert] = plan.experts
-    parameters = {network.prefix + name for name, _ in network.module.named_parameters()}
+    parameters = {network.stored(name) for name, _ in network.module.named_parameters()}
     checkpoints = {expert: plan.experts[expert], **({"base": plan.base} if plan.base else {})}
     shapes = {entry.name: entry.spec.shape for entry in plan.entries}
     with FileInputs(plan) as source:

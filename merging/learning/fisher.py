@@ -26,7 +26,7 @@ def fisher(subject: Subject, gathering: Gathering) -> Collected:
             gradients that are not finite.
     """
     network, own = subject.network, subject.tensors
-    names = {network.prefix + name for name, _ in network.module.named_parameters()}
+    names = {network.stored(name) for name, _ in network.module.named_parameters()}
     leaves = {name: tensor for name, tensor in own.items() if name in names}
     sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
     gradients = _Gradients(network, leaves, sums)
@@ -180,7 +180,7 @@ class _Gradients:
                 return logits if task in network.numbers else logits.log_softmax(1)
 
         self._module, self._sums, self.how = Scored(), sums, "vmap"
-        self._names = {name: "inner." + name.removeprefix(network.prefix) for name in leaves}
+        self._names = {name: "inner." + network.inside(name) for name in leaves}
         self._leaves = {inner: leaves[name].detach() for name, inner in self._names.items()}
         size = 4 * sum(leaf.numel() for leaf in leaves.values())
         self._at_once = max(1, _BYTES // max(size, 1))

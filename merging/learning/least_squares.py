@@ -401,7 +401,8 @@ class _Fit:
             made = replace(made, first=self._first(name) if self.first_only and last_block else False)
             for prefix, module, given, _ in norms:
                 if hasattr(module, "running_mean") and given.data_ptr() == applied.outputs.data_ptr():
-                    made = replace(made, norm=f"{self.network.prefix}{prefix}", eps=module.eps)
+                    norm = self.network.stored(f"{prefix}.weight").removesuffix(".weight")
+                    made = replace(made, norm=norm, eps=module.eps)
             found.append((made, applied.inputs, output))
         self._applied |= {applied.tensor for applied in seen}
         if self.settings.target == "residual":

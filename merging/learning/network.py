@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from mergeline.merging.errors import UserError, did_you_mean
@@ -31,13 +32,13 @@ class Network:
     """A model of one architecture, which is given the weights of one checkpoint after another.
 
     module: in eval mode and float32; its parameters and buffers are named as the checkpoint's tensors are after
-    `prefix`. run: of the module and a batch, the features (R, d): a row for each example, or for each of its tokens
-    that count. score: of features and the name of a task, the logits (R, C); None where there are none. heads: names
-    of the tensors that `score` reads; none where heads belong to tasks, and all models have the same. apart: names of
-    a checkpoint's tensors that belong to its task, and are not taken over. numbers: the tasks whose logits are no
-    logits of classes, but numbers, the means of normal distributions of variance 1. extend: of the module, a batch of
-    texts and a number, the batch with up to so many tokens more after each, the likeliest ones.
-    pictures: of models of images, for methods that draw some; else None.
+    `prefix`, or as `names` says, by the module's name. run: of the module and a batch, the features (R, d): a row for
+    each example, or for each of its tokens that count. score: of features and the name of a task, the logits (R, C);
+    None where there are none. heads: names of the tensors that `score` reads; none where heads belong to tasks, and all
+    models have the same. apart: names of a checkpoint's tensors that belong to its task, and are not taken over.
+    numbers: the tasks whose logits are no logits of classes, but numbers, the means of normal distributions of
+    variance 1. extend: of the module, a batch of texts and a number, the batch with up to so many tokens more after
+    each, the likeliest ones. pictures: of models of images, for methods that draw some; else None.
     """
 
     module: nn.Module
@@ -49,11 +50,25 @@ class Network:
     numbers: frozenset[str] = frozenset()
     extend: Callable[[nn.Module, Batch, int], Batch] | None = None
     pictures: Pictures | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def stored(self, inside: str) -> str:
+        """The checkpoint's name of a tensor by that of the module."""
+        return self.names.get(inside, self.prefix + inside)
+
+    def inside(self, stored: str) -> str:
+        """The module's name of a tensor by that of the checkpoint."""
+        return self._insides.get(stored, stored.removeprefix(self.prefix))
+
+    @cached_property
+    def _insides(self) -> dict[str, str]:
+        return {stored: inside for inside, stored in self.names.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Its parameters and buffers by the checkpoint's names, themselves; of tied ones the first name."""
         own = [*self.module.named_parameters(), *self.module.named_buffers()]
-        return {self.prefix + name: tensor for name, tensor in own if self.prefix + name not in self.apart}
+        named = ((self.stored(name), tensor) for name, tensor in own)
+        return {name: tensor for name, tensor in named if name not in self.apart}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over tensors of a checkpoint, in place; those that `state` lacks stay, those outside of it are left.
@@ -62,7 +77,7 @@ class Network:
             UserError: a tensor has another shape, or the module has none of this name under `prefix`.
         """
         own = self.tensors()
-        tied = {self.prefix + name for name in self.module.state_dict(keep_vars=True)}
+        tied = {self.stored(name) for name in self.module.state_dict(keep_vars=True)}
         for name, value in state.items():
             if name in self.apart:
                 continue

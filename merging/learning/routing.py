@@ -210,7 +210,7 @@ def _layers(job: Job, blocks: int) -> dict[str, str]:
     model = describe({name: info.shape for name, info in base.tensors.items()})
     found: dict[int, tuple[str, str]] = {}
     for name, tensor in model.tensors.items():
-        layer = name.removeprefix(prefix).removesuffix(".weight")
+        layer = job.network.inside(name).removesuffix(".weight")
         if not name.startswith(prefix) or tensor.role not in _WIDENING or tensor.layer is None:
             continue
         if isinstance(modules.get(layer), torch.nn.Linear):

@@ -399,4 +399,4 @@ def fitted_tensors(network: Network, names: Iterator[str] | list[str]) -> None:
 
 
 def _is_buffer(network: Network, name: str) -> bool:
-    return name.removeprefix(network.prefix) in dict(network.module.named_buffers())
+    return network.inside(name) in dict(network.module.named_buffers())

@@ -58,7 +58,7 @@ def stages_of(network: Network, batch: Batch) -> list[Stage]:
         return [Stage("model", names, lambda stream: stream.moved(network.features(stream.batch)))]
     blocks = [block for _, block in found]
     tuples = [isinstance(out, tuple) for out in _outputs(network, blocks, batch)]
-    inside = {name: [n for n in names if n.startswith(f"{network.prefix}{name}.")] for name, _ in found}
+    inside = {name: [n for n in names if network.inside(n).startswith(f"{name}.")] for name, _ in found}
     taken = {name for own in inside.values() for name in own}
     rest = [name for name in names if name not in taken]
 
@@ -102,8 +102,8 @@ def stages_of(network: Network, batch: Batch) -> list[Stage]:
 
 def _blocks(network: Network, batch: Batch) -> list[tuple[str, nn.Module]]:
     """Names and modules of the blocks in the order of their calls; none where they are no chain."""
-    places = {layer_of(name) for name in network.tensors()}
-    names = [f"{tower}{layer}".removeprefix(network.prefix) for tower, layer in places if tower is not None]
+    places = {layer_of(network.inside(name)) for name in network.tensors()}
+    names = [f"{tower}{layer}" for tower, layer in places if tower is not None]
     modules = dict(network.module.named_modules())
     inside = {name: modules[name] for name in names if name in modules}
     order: list[str] = []

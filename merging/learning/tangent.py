@@ -68,10 +68,9 @@ def derivative(network: Network, tau: Mapping[str, Tensor], batch: Batch) -> Ten
     weights = {name: tensor.detach() for name, tensor in network.tensors().items() if name in tau}
     along = {name: tau[name] for name in weights}
     whole = _whole(network)
-    inside = len(network.prefix)
 
     def features(values: dict[str, Tensor]) -> Tensor:
-        named = {f"module.{name[inside:]}": value for name, value in values.items()}
+        named = {f"module.{network.inside(name)}": value for name, value in values.items()}
         return torch.func.functional_call(whole, named, (batch,))
 
     with _plain_attention(), torch.no_grad():

@@ -77,17 +77,17 @@ def triplets(tau_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _maps(job: Job) -> Iterator[_Map]:
     """The linear maps of the numbered blocks: those of modules, and the packed ones of attention in their thirds."""
-    module, prefix, found = job.network.module, job.network.prefix, False
-    for name, part in module.named_modules():
+    stored, found = job.network.stored, False
+    for name, part in job.network.module.named_modules():
         if isinstance(part, torch.nn.MultiheadAttention):
             if part.in_proj_weight is None or part.in_proj_bias is None or not part.batch_first:
                 raise UserError(f"'{name}' is an attention of another kind than experts can add to")
             weight = f"{name}.in_proj_weight"
             for i in range(3):
-                yield _Map(f"{weight}/{i}", prefix + weight, f"{prefix}{name}.in_proj_bias", i, 3)
+                yield _Map(f"{weight}/{i}", stored(weight), stored(f"{name}.in_proj_bias"), i, 3)
             found = True
         elif isinstance(part, torch.nn.Linear):
-            yield _Map(f"{name}.weight/0", f"{prefix}{name}.weight", f"{prefix}{name}.bias", 0, 1)
+            yield _Map(f"{name}.weight/0", stored(f"{name}.weight"), stored(f"{name}.bias"), 0, 1)
             found = True
     if not found:
         raise UserError("the model has no linear maps as modules, to which experts could add")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Iterator
 
 from mergeline.evaluation.classifiers.labels import matched
 from mergeline.evaluation.classifiers.model import Classifier, outputs
+from mergeline.evaluation.state import load_state
 from mergeline.merging.errors import UserError
 from mergeline.merging.learning.network import Examples, Network, Pictures
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from mergeline.tasks.classifiers.data import Data
     from mergeline.tasks.classifiers.family import Family
@@ -23,14 +24,8 @@ def network_of(family: Family, data: Data) -> Network:
 
     module = family.module(data.kind)
     data.prepare(module)
+    names = _names(family, module)
     classifier = Classifier(module, family.heads)
-
-    names = {name for expert in family.plan.experts.values() for name in expert.tensors}
-    if foreign := [name for name, _ in module.named_parameters() if name not in names]:
-        raise UserError(
-            f"{family.base}: transformers names the tensors of these models otherwise than their checkpoints do "
-            f"('{foreign[0]}'): they are measured, but not fitted; choose methods without examples"
-        )
 
     def run(own: Any, batch: Any) -> Tensor:
         return classifier.features(batch, batch.get("task"))
@@ -40,10 +35,28 @@ def network_of(family: Family, data: Data) -> Network:
         module,
         run,
         classifier.logits,
+        names=names,
         pictures=pictures,
         apart=frozenset(classifier.head_names),
         numbers=frozenset(task for task in family.heads if classifier.classes(task) == 1),
     )
+
+
+def _names(family: Family, module: nn.Module) -> dict[str, str]:
+    """The checkpoints' names of the module's tensors, where transformers has others while it runs."""
+    known = {name for expert in family.plan.experts.values() for name in expert.tensors}
+    foreign = [name for name, _ in module.named_parameters() if name not in known]
+    if not foreign:
+        return {}
+    from mergeline.evaluation.pretrained import names_inside
+
+    found = names_inside(module, load_state(next(iter(family.plan.experts.values())).path))
+    if found is None:
+        raise UserError(
+            f"{family.base}: transformers makes '{foreign[0]}' of several tensors of these checkpoints: they are "
+            "measured, but not fitted; choose methods without examples"
+        )
+    return found
 
 
 def examples_of(family: Family, data: Data, split: str) -> Examples:

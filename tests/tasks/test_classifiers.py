@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -187,21 +188,55 @@ def test_the_fisher_information_of_a_head_of_one_number(tmp_path, monkeypatch):
         assert any(tensor.any() for tensor in load_file(file).values()), file
 
 
-def test_learned_methods_are_fitted_to_classifiers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("build", [made.vit_of_timm, made.vit_of_transformers], ids=["timm", "transformers"])
+def test_learned_methods_are_fitted_to_classifiers(build, tmp_path, monkeypatch):
+    """transformers has other names for a ViT's tensors while it runs than its checkpoints have."""
     merges = {
         "solved": {"method": "progressive_least_squares", "params": {"inner": "average"}, "examples": 8},
         "adamerging": {"method": "adamerging", "params": {"iterations": 2}, "examples": 8},
         "regmean": {"method": "regmean"},
+        "average": {"method": "average"},
     }
-    changed = {"merges": merges, "statistics": {"gram": {"examples": 8}}}
-    root = of_images(tmp_path / "work", made.vit_of_timm, fit=True, changed=changed)
+    changed = {"merges": merges, "statistics": {"gram": {"examples": 8}, "fisher": {"examples": 8}}}
+    root = of_images(tmp_path / "work", build, fit=True, changed=changed)
     monkeypatch.chdir(root)
     run_all(root)
     rows = {row["name"]: row for row in board(root)["rows"]}
     assert "8 unlabelled" in rows["solved"]["seen"]["words"]
-    solved = load_file(root / "build/merges/solved/model.safetensors")
-    average = load_file(root / "build/merges/regmean/model.safetensors")
-    assert solved.keys() == average.keys() and solved["head.weight"].shape[0] == 7  # the base's
+    states = {name: load_file(root / f"build/merges/{name}/model.safetensors") for name in merges}
+    assert len({frozenset(state) for state in states.values()}) == 1
+    matrices = [
+        n for n, t in states["average"].items() if t.ndim == 2 and re.search(r"\d\..*(weight|kernel)$", n)
+    ]
+    assert len(matrices) >= 8
+    for name in matrices:
+        average = states["average"][name]
+        assert not torch.equal(states["solved"][name], average), name
+        assert not torch.equal(states["regmean"][name], average), name
+
+
+def test_what_is_collected_of_a_vit_of_transformers_has_the_names_of_its_file(tmp_path, monkeypatch):
+    changed: dict[str, Any] = {"statistics": {"fisher": {"labels": "true"}}}
+    changed["merges"] = {"fisher": {"method": "fisher"}}
+    root = of_images(tmp_path / "work", made.vit_of_transformers, fit=True, changed=changed)
+    monkeypatch.chdir(root)
+    run_all(root)
+    [file] = (root / "build/statistics/fisher").rglob("a*.safetensors")
+    found, expert = load_file(file), load_file(root / "in/a/model.safetensors")
+    name = "vit.encoder.layer.0.attention.attention.query.weight"
+    assert found.keys() <= expert.keys() and found[name].shape == expert[name].shape and found[name].any()
+    # Squares of gradients, by autograd through the model that transformers opens.
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(root / "in/a").eval()
+    weight = model.vit.layers[0].attention.q_proj.weight
+    x, total = images("a", "fit"), torch.zeros_like(weight)
+    for image in x:
+        logits = model(image[None]).logits[0].log_softmax(0)
+        for logit in logits:
+            [gradient] = torch.autograd.grad(logit, weight, retain_graph=True)
+            total += logit.exp().detach() * gradient**2
+    assert torch.allclose(found[name].float(), total / len(x), rtol=1e-3, atol=1e-9)
 
 
 def test_dvc_yaml_has_the_stages_of_both(tmp_path):

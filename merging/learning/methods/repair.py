@@ -105,9 +105,9 @@ def repair(job: Job, *, inner: str = "average", **params: Any) -> Recipe:
     own, solved = network.tensors(), found_statistics(job, norms)
     for name, (goal, deviation) in goals.items():
         scale = _scale(deviation, found[name].variance)
-        weight, bias = own[f"{network.prefix}{name}.weight"], own[f"{network.prefix}{name}.bias"]
-        solved[f"{network.prefix}{name}.weight"] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-        solved[f"{network.prefix}{name}.bias"] = (bias - found[name].mean) * scale + goal
+        weight, bias = (network.stored(f"{name}.{key}") for key in ("weight", "bias"))
+        solved[weight] = own[weight] * scale.view(-1, *[1] * (own[weight].ndim - 1))
+        solved[bias] = (own[bias] - found[name].mean) * scale + goal
     result = replacing(recipe, solved, job.folder / SOLVED)
     return result.model_copy(update={"running_statistics": "merge"}) if norms else result
 
@@ -142,7 +142,7 @@ def _maps(job: Job, merged: list[str]) -> dict[str, nn.Module]:
         name: part
         for name, part in job.network.module.named_modules()
         if isinstance(part, kinds)
-        and {f"{job.network.prefix}{name}.{key}" for key in ("weight", "bias")} <= own
+        and {job.network.stored(f"{name}.{key}") for key in ("weight", "bias")} <= own
     }
 
 
