@@ -80,13 +80,13 @@ def workspace(root: Path, build: Any = segformer, **more: Any) -> Path:
     """Three tasks; more: of the section."""
     random = np.random.default_rng(0)
     (root / "data").mkdir(parents=True)
-    for task, (metric, channels) in TASKS.items():
+    for i, (task, (metric, channels)) in enumerate(TASKS.items()):
         x = random.integers(0, 256, (2, N, SIZE, SIZE, 3), dtype=np.uint8)
         right: Any = random.integers(0, channels, (2, N, SIZE, SIZE))
         right = {"psnr": 255 - x, "absolute_error": random.random((2, N, SIZE, SIZE)) + 1}.get(metric, right)
         arrays = {"val_x": x[0], "val_y": right[0], "test_x": x[1], "test_y": right[1]}
         np.savez(root / f"data/{task}.npz", **arrays)
-        build(root / "in" / task, channels, len(task))
+        build(root / "in" / task, channels, i + 1)
     build(root / "in/base", None, 0)
     params = {
         "name": "dense",
