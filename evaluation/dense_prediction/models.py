@@ -104,16 +104,13 @@ def _of_torchvision(folder: Path, name: str, head: Mapping[str, Tensor]) -> nn.M
     if name not in known:
         raise UserError(f"torchvision has no segmentation model '{name}'{did_you_mean(name, known)}")
     state = load_state(folder)
-    last = [n for n in head if n.startswith("classifier.") and n.endswith(".weight") and head[n].ndim == 4]
-    if not last:
-        raise UserError(
-            f"{folder}: no convolution of a classifier is among its heads; heads: ['*classifier.*']"
-        )
-    more: dict[str, Any] = {}
-    if not name.startswith("lraspp"):
-        more["aux_loss"] = any(name.startswith("aux_classifier.") for name in state)
+    small = name.startswith("lraspp")
+    last = "classifier.low_classifier.weight" if small else "classifier.4.weight"
+    if last not in head:
+        raise UserError(f"{folder}: '{last}' is not among its heads; write heads: ['*classifier.*']")
+    more = {} if small else {"aux_loss": any(key.startswith("aux_classifier.") for key in state)}
     module = models.get_model(
-        name, weights=None, weights_backbone=None, num_classes=head[last[-1]].shape[0], **more
+        name, weights=None, weights_backbone=None, num_classes=head[last].shape[0], **more
     )
     fill(module, state, folder, "the model")
     return module
