@@ -211,7 +211,7 @@ def test_heads_that_do_not_fit_their_data_are_refused(tmp_path, monkeypatch):
         run_all(root)
     np.savez(root / "data/labels.npz", **arrays)
     segformer_of_two(root / "in/depth")
-    with refused("depth: the head of its expert gives 2 maps", "need 1"):
+    with refused("depth: the head of its expert gives 2 map(s)", "need 1"):
         run_all(root)
 
 
