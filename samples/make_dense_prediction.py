@@ -7,19 +7,8 @@ Nothing is downloaded. See README.md beside this file.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from make.dense_family import TASKS, write_base, write_data, write_expert  # noqa: E402
-from make.trainings import arguments, write_family  # noqa: E402
-
-
-def main() -> None:
-    given = arguments(__doc__).parse_args()
-    write_data(given.out / "data")
-    write_family(given.out, [*TASKS], given.processes, write_base, write_expert)
-
+from make.dense_family import TASKS, write_base, write_data, write_expert
+from make.trainings import program
 
 if __name__ == "__main__":
-    main()
+    program(__doc__, TASKS, lambda out: write_data(out / "data"), write_base, write_expert)

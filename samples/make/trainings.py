@@ -43,6 +43,21 @@ def family_or_data(doc: str | None, names: Iterable[str]) -> argparse.Namespace:
     return found
 
 
+def program(
+    doc: str | None,
+    names: Iterable[str],
+    write_data: Callable[[Path], Any],
+    write_base: Callable[[Path], Any],
+    write_expert: Callable[[str, Path, Path], str],
+) -> None:
+    """A program that writes a family into OUT, some experts or all. write_data: what it measures them on, into OUT."""
+    parser = arguments(doc)
+    parser.add_argument("--experts", nargs="+", choices=names, default=[*names], help="default: all")
+    given = parser.parse_args()
+    write_data(given.out)
+    write_family(given.out, given.experts, given.processes, write_base, write_expert)
+
+
 def write_family(
     out: Path,
     experts: list[str],
@@ -54,7 +69,8 @@ def write_family(
     base = out / "base"
     with pool(processes) as trainings:
         if not (base / "model.safetensors").exists():
-            trainings.submit(write_base, base).result()
+            if said := trainings.submit(write_base, base).result():
+                print(said, flush=True)
         outs = [out / expert for expert in experts]
         for line in trainings.map(write_expert, experts, [base] * len(experts), outs):
             print(line, flush=True)
