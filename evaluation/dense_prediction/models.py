@@ -128,4 +128,6 @@ def refuse_channels(task: str, target: Target, channels: int, classes: int) -> N
         )
     if wanted is not None and channels not in wanted:
         numbers = " or ".join(map(str, wanted))
-        raise UserError(f"{task}: the head of its expert gives {channels} map(s), and {target} need {numbers}")
+        raise UserError(
+            f"{task}: the head of its expert gives {channels} map(s), and {target} need {numbers}"
+        )
