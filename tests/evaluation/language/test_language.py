@@ -251,7 +251,7 @@ def test_the_tasks_of_the_examples_are_lm_evals():
     from lm_eval.tasks import TaskManager
 
     known = TaskManager().all_subtasks
-    for name in ("language", "mergebench-gemma-2-2b"):
+    for name in ("language", "mergebench-gemma-2-2b", "3h-mistral-7b"):
         asked = load_params(REPOSITORY / f"examples/{name}.yaml").language  # type: ignore[attr-defined]
         assert {*asked.scored, *asked.perplexity} <= {*known}
         assert {*asked.metrics} <= {*asked.scored}
