@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Sequence
+from typing import TYPE_CHECKING, Sequence
 
 import numpy as np
 
 from mergeline.merging.checkpoints.companions import CONFIG
+from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
 
 if TYPE_CHECKING:
@@ -15,24 +16,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-PROCESSOR = "preprocessor_config.json"
+_PROCESSOR = "preprocessor_config.json"
 _IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 Channels = Sequence[float]  # a number for each
 
 
 def normalisation(
-    folders: Iterable[Path], model: str, mean: Channels | None, std: Channels | None
-) -> tuple[Channels, Channels] | None:
+    folders: Sequence[Path], model: str, mean: Channels | None, std: Channels | None, section: str
+) -> tuple[Channels, Channels]:
     """Means and standard deviations of channels: the given ones, else what the first folder that says them says.
 
-    model: what the checkpoints in the folders are, where they do not say it; `torchvision/NAME` has ImageNet's. None
-    where nothing is said.
+    folders: of the base, and of the experts. model: what they are, where they do not say it; `torchvision/NAME` has
+    ImageNet's. section: of params.yaml, which may give them.
+
+    Raises:
+        UserError: nothing is said.
     """
     if mean and std:
         return mean, std
     found = _IMAGENET if model.startswith("torchvision/") else next(filter(None, map(_told, folders)), None)
-    return (mean or found[0], std or found[1]) if found else None
+    if found is None:
+        raise UserError(
+            f"{folders[0]}: has no {_PROCESSOR}, nor has any expert; copy it there, or say mean and std in {section}"
+        )
+    return mean or found[0], std or found[1]
 
 
 def _told(folder: Path) -> tuple[Channels, Channels] | None:
@@ -40,7 +48,7 @@ def _told(folder: Path) -> tuple[Channels, Channels] | None:
     of_timm = read_object(folder / CONFIG).get("pretrained_cfg")
     if isinstance(of_timm, dict) and {"mean", "std"} <= of_timm.keys():
         return list(of_timm["mean"]), list(of_timm["std"])
-    told = read_object(folder / PROCESSOR)
+    told = read_object(folder / _PROCESSOR)
     if told and not told.get("do_normalize", True):
         return [0.0] * 3, [1.0] * 3
     if {"image_mean", "image_std"} <= told.keys():

@@ -43,6 +43,16 @@ class FamilyWithHeads(ABC):
     def patterns(self) -> list[str]:
         """The names of heads, as shell patterns (raises UserError)."""
 
+    @cached_property
+    def base_names(self) -> frozenset[str]:
+        """The names of the base's tensors, and these without what stands before their first dot: maybe a prefix."""
+        names = open_checkpoint(self.base).tensors
+        return frozenset([*names, *(name.partition(".")[2] for name in names)])
+
+    def base_lacks(self, name: str) -> bool:
+        """Whether the base has no tensor of an expert, whatever prefix either's names have."""
+        return self.base_names.isdisjoint({name, name.partition(".")[2]})
+
     def refuse_adapters(self, head: str) -> None:
         """Raises UserError if an expert is an adapter; `head` is what its head is called."""
         for expert in self._params.experts:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Iterator, Protocol
 
 import numpy as np
 
-from mergeline.evaluation.pixels import PROCESSOR
 from mergeline.evaluation.splits import FIT
 from mergeline.merging.errors import UserError
 from mergeline.tasks.data_step import dataset
@@ -65,12 +64,9 @@ class Images:
         self._settings = params.image_classification
         self._sets = {task: load(dataset(build, task)) for task in params.tasks}
         settings = self._settings
-        told = normalisation(family.folders, settings.model, settings.mean, settings.std)
-        if told is None:
-            raise UserError(
-                f"{family.base}: has no {PROCESSOR}, nor has any expert; copy it there, or say mean and std in "
-                "image_classification"
-            )
+        told = normalisation(
+            family.folders, settings.model, settings.mean, settings.std, "image_classification"
+        )
         self.pixels = Pixels(*told, params.device)
 
     @property

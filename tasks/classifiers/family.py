@@ -41,7 +41,6 @@ class Family(FamilyWithHeads):
 
     def _found(self) -> list[str]:
         """Tensors of a classifier by their names, and those that the base lacks, whatever prefix its names have."""
-        base = {name for own in open_checkpoint(self.base).tensors for name in (own, own.partition(".")[2])}
         heads: set[str] = set()
         names: set[str] = set()
         for folder in map(self.expert, self.params.experts):
@@ -51,8 +50,7 @@ class Family(FamilyWithHeads):
             names |= shapes.keys()
             for name in shapes:
                 tensor = model.tensors[name]
-                lacking = name not in base and name.partition(".")[2] not in base
-                if lacking or Role.CLASSIFIER in (tensor.role, tensor.of):
+                if self.base_lacks(name) or Role.CLASSIFIER in (tensor.role, tensor.of):
                     heads.add(name)
         modules = {name.rpartition(".")[0] for name in heads}
         whole = {top for module in modules if (top := module.partition(".")[0]) in _WHOLE}

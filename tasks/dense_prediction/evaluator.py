@@ -10,9 +10,8 @@ import numpy as np
 from mergeline.evaluation.dense_prediction.data import DenseSet, load
 from mergeline.evaluation.dense_prediction.metrics import answers
 from mergeline.evaluation.dense_prediction.models import refuse_channels
-from mergeline.evaluation.pixels import PROCESSOR, Pixels, normalisation
+from mergeline.evaluation.pixels import Pixels, normalisation
 from mergeline.evaluation.state import load_state
-from mergeline.merging.errors import UserError
 from mergeline.tasks.data_step import dataset
 from mergeline.tasks.modality import Evaluation, Model
 from mergeline.tasks.progress import adding
@@ -33,12 +32,8 @@ class DenseEvaluator:
 
         self._family, params = family, family.params
         self._settings, self._device = params.dense_prediction, params.device
-        told = normalisation(family.folders, self._settings.model, self._settings.mean, self._settings.std)
-        if told is None:
-            raise UserError(
-                f"{family.base}: has no {PROCESSOR}, nor has any expert; copy it there, or say mean and std in "
-                "dense_prediction"
-            )
+        settings = self._settings
+        told = normalisation(family.folders, settings.model, settings.mean, settings.std, "dense_prediction")
         self._pixels = Pixels(*told, params.device)
         self._sets: dict[str, DenseSet] = {task: load(dataset(build, task)) for task in params.tasks}
         for task, own in self._sets.items():

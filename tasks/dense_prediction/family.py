@@ -34,14 +34,13 @@ class Family(FamilyWithHeads):
 
     def _found(self) -> list[str]:
         """Modules that are heads by their names, and tensors that the base lacks, whatever prefix its names have."""
-        base = {name for own in open_checkpoint(self.base).tensors for name in (own, own.partition(".")[2])}
         found: set[str] = set()
         for folder in map(self.expert, self.params.experts):
             for name in open_checkpoint(folder).tensors:
-                top, _, below = name.partition(".")
+                top = name.partition(".")[0]
                 if top in _WHOLE:
                     found.add(f"{top}.*")
-                elif name not in base and below not in base:
+                elif self.base_lacks(name):
                     found.add(name)
         if not found:
             raise UserError(
