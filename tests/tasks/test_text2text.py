@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import refused
+from fresh_workspace import fresh_workspace
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file, save_file
 from scipy.stats import spearmanr
@@ -85,11 +85,7 @@ def write(root: Path, **changes: Any) -> None:
 @pytest.fixture
 def root(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace in which nothing has run, as the current folder."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(family / "in", tmp_path / "in")
-    write(tmp_path)
-    return tmp_path
+    return fresh_workspace(family, PARAMS, tmp_path, monkeypatch)
 
 
 def written(folder: str, sources: list[str], most: int) -> list[str]:
