@@ -528,8 +528,8 @@ class CompressedStore:
         for slab, parts in by_stretch(pieces):
             stretch = torch.empty(slab, dtype=torch.float64)
             for piece in parts:
-                [block] = self._decoded(files, spec, piece, task)
-                piece.matrix.put(stretch, block.double())
+                blocks = [block.reshape(-1) for block in self._decoded(files, spec, piece, task)]
+                piece.matrix.put(stretch, torch.cat(blocks).double().reshape(piece.shape))
             yield stretch
 
     def _decoded(self, files: Files, spec: TensorSpec, piece: View, task: int) -> Iterator[Tensor]:
@@ -570,7 +570,7 @@ class CompressedStore:
         info = self._base_info(piece.stored_name)
         if not isinstance(piece, MatrixView):
             return files.elements(info, start, stop)
-        return piece.matrix.read(partial(files.elements, info)).reshape(-1)
+        return piece.matrix.read(partial(files.elements, info)).reshape(-1)[start:stop]
 
 
 def _unpacked(packed: Tensor, count: int) -> Tensor:

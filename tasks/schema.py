@@ -37,7 +37,7 @@ def _plain_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_plain_name)]
 
-_SELECTION = ("include", "exclude", "excluded", "keep", "rules", "running_statistics")
+_SELECTION = ("include", "exclude", "excluded", "keep", "rules", "running_statistics", "layout")
 
 
 class Strict(BaseModel):
@@ -96,8 +96,8 @@ class Merge(Strict):
     experts: those of the pipeline's that it merges, in its own order; None for all. Either way a point is scored on
     all tasks.
 
-    include, exclude, excluded, keep, rules, running_statistics: what is merged of the models, and how, as in a recipe
-    (`merging.recipes.recipe.Recipe`).
+    include, exclude, excluded, keep, rules, running_statistics, layout: what is merged of the models, and how, as in a
+    recipe (`merging.recipes.recipe.Recipe`).
 
     examples (or images): for a learned method, how many of each task it is fitted to, the first ones; None for all.
     split: of which part of the data; `test` must be asked for, and its score is then no measure.
@@ -114,6 +114,7 @@ class Merge(Strict):
     keep: dict[str, str] = {}
     rules: list[Rule] = []
     running_statistics: Literal["average", "merge"] = "average"
+    layout: Literal["as_base", "packed", "per_expert"] = "as_base"
     examples: Annotated[int, Field(gt=0)] | None = None
     images: Annotated[int, Field(gt=0)] | None = None
     split: Literal["fit", "test"] = "fit"

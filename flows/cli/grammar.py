@@ -370,6 +370,11 @@ def _recipe(command: argparse.ArgumentParser) -> None:
         help="the tokens of the merge, where they differ (default: donor)",
     )
     command.add_argument(
+        "--layout",
+        choices=["as_base", "packed", "per_expert"],
+        help="how experts of a mixture lie in the merge (default: as_base)",
+    )
+    command.add_argument(
         "--donor", metavar="NAME", help="whose configuration and tokenizer are carried (default: base)"
     )
     command.add_argument(

@@ -445,6 +445,11 @@ class View:
         return self.model.tensors[self.stored_name]
 
     @property
+    def kind(self) -> str:
+        """The name without the numbers of layers and experts."""
+        return self.role.kind
+
+    @property
     def inputs(self) -> int:
         """The axis of a matrix (M, N) that counts its inputs: the last, but for what is stored (N, M) and seen so."""
         return 0 if self.role.multiplied_from_left else -1
@@ -459,6 +464,12 @@ class View:
         if (keys, convolutions) not in self._matrices:
             self._matrices[keys, convolutions] = self.role.matrices(keys, convolutions)
         return self._matrices[keys, convolutions]
+
+    @property
+    def packed(self) -> tuple[Matrix, ...]:
+        """The matrices of packed experts; none of other tensors."""
+        packed = self.role.packed
+        return packed.matrices() if packed else ()
 
     def pieces(self, matrices: Sequence[Matrix]) -> list[View]:
         """A view of each of its matrices, or itself if it is one as it is stored."""
@@ -508,6 +519,10 @@ class MatrixView(View):
         )  # fmt: skip
         self.name, self.shape, self.matrix = matrix.name, matrix.shape, matrix
 
+    @property
+    def kind(self) -> str:
+        return self.matrix.kind
+
     def pieces(self, matrices: Sequence[Matrix]) -> list[View]:
         return [self]
 
@@ -515,9 +530,13 @@ class MatrixView(View):
         return self.matrix.read(partial(self.source.read, origin, self.stored_name)).contiguous()
 
     def statistic(self, kind: str, key: str, start: int, shape: tuple[int, ...]) -> Tensor:
-        if not (STATISTICS[kind].by_entry and self.is_whole and self.matrix.transposed):
+        of_all = (
+            key.removesuffix(self.name) + self.stored_name
+        )  # packed experts', where there is none of this one
+        packed = not self.is_whole and not self.source.has_statistic(kind, key)
+        if not (STATISTICS[kind].by_entry and (packed or self.is_whole and self.matrix.transposed)):
             return super().statistic(kind, key, start, shape)
-        found = self.matrix.read(partial(self.source.statistic, kind, key))
+        found = self.matrix.read(partial(self.source.statistic, kind, of_all if packed else key))
         return found.flatten()[start : start + prod(shape)].reshape(shape)
 
     @property

@@ -7,11 +7,13 @@ from mergeline.merging.architecture import describe
 """
 
 from mergeline.merging.architecture.model import Model, describe, layer_counts, layer_of
+from mergeline.merging.architecture.renames import InMemory, disk_name, in_memory
 from mergeline.merging.architecture.rows import Pattern, Row, register
 from mergeline.merging.architecture.tensors import (
     RUNNING_STATISTICS,
     Keys,
     Matrix,
+    PackedExperts,
     Role,
     TensorRole,
     is_matrix,
@@ -20,14 +22,18 @@ from mergeline.merging.architecture.tensors import (
 
 __all__ = [
     "RUNNING_STATISTICS",
+    "InMemory",
     "Keys",
     "Matrix",
     "Model",
+    "PackedExperts",
     "Pattern",
     "Role",
     "Row",
     "TensorRole",
     "describe",
+    "disk_name",
+    "in_memory",
     "is_matrix",
     "kind_of",
     "layer_counts",

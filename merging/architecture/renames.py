@@ -52,6 +52,7 @@ class Renaming:
     packed: experts that are packed in memory.
     towers: models inside of it: what their names in memory begin with, and which part of the configuration is theirs.
     inside: holds for towers alone.
+    written: whether the names in files are written, too, or read alone.
     """
 
     keys: tuple[str, ...]
@@ -59,6 +60,7 @@ class Renaming:
     packed: tuple[Packing, ...] = ()
     towers: tuple[tuple[str, str], ...] = ()
     inside: bool = False
+    written: bool = True
 
 
 _LANGUAGE = ("model.language_model.", "text_config")
@@ -157,7 +159,8 @@ _ROWS = (
         ),
     ),
     Renaming(
-        ("Gemma3ForCausalLM", "gemma3n_text", "qwen3_5_text"), ((r"^model\.language_model\.", "model."),)
+        ("Gemma3ForCausalLM", "gemma3n_text", "qwen3_5_text"), ((r"^model\.language_model\.", "model."),),
+        written=False,
     ),
     # Towers of these, which other models have with their prefix
     Renaming(
@@ -239,7 +242,7 @@ _ROWS = (
         packed=_GATE_UP_DOWN,
     ),
     Renaming(
-        ("Qwen3_5MoeForCausalLM",), ((r"^model\.language_model\.", "model."),), _GATE_UP_DOWN
+        ("Qwen3_5MoeForCausalLM",), ((r"^model\.language_model\.", "model."),), _GATE_UP_DOWN, written=False
     ),
     Renaming(
         ("ernie4_5_moe",),
@@ -319,6 +322,22 @@ def on_disk(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, list[s
         memory: [name for _, name in sorted(found, key=lambda at: (at[0].expert or 0, at[0].part, at[1]))]
         for memory, found in places.items()
     }
+
+
+def disk_name(name: str, config: Mapping[str, Any]) -> str | None:
+    """What a tensor of this name in memory is called in files; None where that is not known."""
+    row = _row(config, inside=False)
+    if row is None or not row.written:
+        return name
+    found = name
+    for pattern, replacement in reversed(row.patterns):
+        plain = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^").removesuffix("\\b"))
+        anchored = ("^" if pattern.startswith("^") else "") + re.escape(replacement)
+        found = re.sub(anchored, plain.replace("\\", r"\\"), found, count=1)
+    for candidate in (found, name):
+        if memory_name(candidate, config) == name:
+            return candidate
+    return None
 
 
 def _placed(name: str, config: Mapping[str, Any], inside: bool) -> InMemory:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from math import prod
-from typing import TYPE_CHECKING, Callable, Iterator, Literal, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Sequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,6 +112,11 @@ class Matrix:
         """As of `kind_of`."""
         return kind_of(self.name)
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements follow one another in the flattened tensor, row by row."""
+        return self.axis == 0 and self.step == 1 and not self.transposed
+
     def take(self, slab_AB: Tensor) -> Tensor:
         """The matrix (M, N), a view of the slab (A, B)."""
         indices = slice(self.first, self.first + self.step * self.count, self.step)
@@ -146,6 +151,11 @@ class PackedExperts:
     count: int
     transposed: bool
     interleaved: bool = False
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """The same of two tensors in which matrices of the same shapes lie in the same places."""
+        return self.slab, self.count, len(self.names), self.transposed, self.interleaved
 
     def matrices(self) -> tuple[Matrix, ...]:
         """Expert by expert, gate before up."""

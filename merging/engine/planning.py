@@ -19,6 +19,7 @@ from mergeline.merging.checkpoints.adapters import adapt, compose, is_adapter, i
 from mergeline.merging.checkpoints.carried import carried_files
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
+from mergeline.merging.checkpoints.layouts import one_layout
 from mergeline.merging.checkpoints.modules import module_notes, unlike_modules
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
@@ -127,6 +128,8 @@ def _open(plan: Plan, headers: Headers) -> None:
         else:
             plan.experts[name] = checkpoint
     _adapt(plan)
+    if not plan.problems:
+        _convert(plan)
     for kind, paths in plan.recipe.statistics.items():
         files = paths if isinstance(paths, list) else [paths]
         try:
@@ -176,6 +179,22 @@ def _adapt(plan: Plan) -> None:
                 plan.experts[name] = compose(plan.base, factors)
             except UserError as error:
                 plan.problems.append(f"{name}: {error}")
+
+
+def _convert(plan: Plan) -> None:
+    """Give all checkpoints the layout of the base, of the first expert where there is none, or the one asked for."""
+    known = plan.checkpoints
+    reference = next(iter(known))
+    try:
+        folder = next((c.path for c in known.values() if c.path.is_dir()), None)
+        config = read_config(folder) if folder else {}
+        found = one_layout(known, reference, plan.recipe.layout, config)
+    except UserError as error:
+        plan.problems.append(str(error))
+        return
+    plan.base = found.checkpoints.get("base")
+    plan.experts = {name: found.checkpoints[name] for name in plan.experts}
+    plan.warnings += found.notes
 
 
 def _find_donor(plan: Plan) -> None:
@@ -450,9 +469,8 @@ def _statistics_mismatches(plan: Plan) -> Iterator[str]:
     merged = []
     for entry in plan.merged:
         pieces = entry.bound.pieces(entry.header) if entry.bound and prod(entry.spec.shape) else []
-        whole = [entry.name] if len(pieces) == 1 and pieces[0] is entry.header else [p.name for p in pieces]
         views |= {piece.name: piece for piece in pieces}
-        merged += whole
+        merged += [(piece.name, entry.name) for piece in pieces]
     for kind, files in plan.statistics.items():
         if len(files) not in (1, len(plan.experts)):
             yield f"statistics '{kind}': {len(files)} files for {len(plan.experts)} experts; one an expert, in order"
@@ -533,13 +551,16 @@ def _has(plan: Plan, kind: str, key: str) -> bool:
     return key in checkpoint.tensors
 
 
-def _missing_statistics(plan: Plan, kind: str, names: list[str]) -> Iterator[str]:
-    """A sentence if a tensor that is merged has no statistics."""
+def _missing_statistics(plan: Plan, kind: str, names: list[tuple[str, str]]) -> Iterator[str]:
+    """A sentence if a tensor that is merged has no statistics. names: of pieces, and of the tensors they lie in."""
+
+    def is_there(t: int, name: str) -> bool:
+        checkpoint, key = plan.statistics_of(kind, f"{t}/{name}")
+        return key in checkpoint.tensors or len(plan.statistics[kind]) == 1 and name in checkpoint.tensors
+
     for t, expert in enumerate(plan.experts):
-        for name in names:
-            checkpoint, key = plan.statistics_of(kind, f"{t}/{name}")
-            for_all = len(plan.statistics[kind]) == 1 and name in checkpoint.tensors
-            if not for_all and key not in checkpoint.tensors:
+        for name, whole in names:
+            if not is_there(t, name) and not (STATISTICS[kind].by_entry and is_there(t, whole)):
                 yield f"statistics '{kind}' of expert '{expert}' lack the tensor '{name}'"
                 return
 

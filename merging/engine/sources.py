@@ -6,6 +6,7 @@ Everything is hashed, and looked at for NaN and Inf, the first time it is read f
 from __future__ import annotations
 
 import os
+import threading
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -28,11 +29,12 @@ State = Mapping[str, "Tensor"]
 
 
 class _FirstReading:
-    """Watches the first sequential reading of a tensor."""
+    """Watches the first sequential reading of a tensor, whichever threads read it."""
 
     def __init__(self) -> None:
         self.position = 0
         self.hash = hasher()
+        self.lock = threading.Lock()
 
 
 class _Source:
@@ -81,14 +83,15 @@ class _Source:
         if key in self.hashes:
             return stored, value
         reading = self._readings.setdefault(key, _FirstReading())
-        if reading.position == start:
-            if value is not None:
-                refuse_nonfinite(origin, name, value)
-            reading.hash.update(stored.view(torch.uint8).numpy().data)
-            reading.position = stop
-            if stop == self.length(origin, name):
-                self.hashes[key] = reading.hash.hexdigest()
-                del self._readings[key]
+        with reading.lock:
+            if reading.position == start:
+                if value is not None:
+                    refuse_nonfinite(origin, name, value)
+                reading.hash.update(stored.view(torch.uint8).numpy().data)
+                reading.position = stop
+                if stop == self.length(origin, name):
+                    self.hashes[key] = reading.hash.hexdigest()
+                    self._readings.pop(key, None)
         return stored, value
 
     def digest(self, origin: str, name: str) -> str:
@@ -267,9 +270,11 @@ class FileInputs(_Source, Files):
         """The digest of a whole checkpoint, of which everything was read."""
         checkpoint: Checkpoint = self._checkpoints[origin]
         stored = checkpoint.stored
+        # What a view has under another name was read, too.
+        read = {(t.file, t.start, t.stop): n for n, t in checkpoint.tensors.items() if type(t) is TensorInfo}
+        names = {name: read.get((t.file, t.start, t.stop)) for name, t in stored.tensors.items()}
         return content_digest(
-            (t.name, t.dtype, t.shape,
-             self.digest(origin, name) if checkpoint.tensors.get(name) is t else stored.tensor_hash(name))
+            (t.name, t.dtype, t.shape, self.digest(origin, own) if (own := names[name]) else stored.tensor_hash(name))
             for name, t in stored.tensors.items()
         )  # fmt: skip
 

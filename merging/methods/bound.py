@@ -142,8 +142,11 @@ class Bound:
         return self.method.keys is None or bool(self.matrices(view))
 
     def pieces(self, view: View) -> list[View]:
-        """The tensor as the chain sees it: itself, or the matrices that it consists of to one of its methods."""
-        return view.pieces(next(filter(None, (part.matrices(view) for part in self.parts)), ()))
+        """The tensor as the chain sees it: itself, or the matrices that it consists of to one of its methods.
+
+        Packed experts are to every method the matrices that a layout with a tensor for each would have.
+        """
+        return view.pieces(next(filter(None, (part.matrices(view) for part in self.parts)), view.packed))
 
     def unit(self, view: View) -> Unit:
         """The smallest blocks of the tensor that the method, and what it wraps, can be given."""

@@ -157,6 +157,9 @@ class Recipe(BaseModel):
 
     `running_statistics` says whether the means and variances of BatchNorm are averaged, or merged as other tensors.
 
+    `layout` says how experts of a mixture lie in the merge: each in tensors of its own, packed, or as in the base
+    (`merging.checkpoints.layouts`).
+
     `methods` are Python files that define methods, and are run.
 
     `stack` makes a model of ranges of the experts' layers, one after the other, with `method: passthrough`.
@@ -182,6 +185,7 @@ class Recipe(BaseModel):
     keep: dict[str, str] = {}
     heads: Patterns = []
     running_statistics: Literal["average", "merge"] = "average"
+    layout: Literal["as_base", "packed", "per_expert"] = "as_base"
     rules: list[Rule] = []
     stack: list[Range] = []
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = (
@@ -205,6 +209,7 @@ class Recipe(BaseModel):
             "keep": {},
             "heads": [],
             "running_statistics": "average",
+            "layout": "as_base",
             "methods": [],
             "fitted": None,
             "adapters": {},
@@ -258,6 +263,7 @@ class Recipe(BaseModel):
             "keep",
             "heads",
             "running_statistics",
+            "layout",
             "rules",
             "stack",
             "dtype",

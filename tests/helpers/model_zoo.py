@@ -97,7 +97,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**_GROUPED, **_MOE, "shared_expert_intermediate_size": 12},
     ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {**_WIDE, **_MOE}),
-    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_GROUPED, "num_experts": 4}),
+    "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _LATENT),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _LATENT),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**_WIDE, "num_local_experts": 4}),

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from model_zoo import TRANSFORMERS
+from model_zoo import TRANSFORMERS, build
 from safetensors import safe_open
 
-from mergeline.merging.architecture.renames import in_memory, memory_name, on_disk
+from mergeline.merging.architecture.renames import disk_name, in_memory, memory_name, on_disk
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -169,3 +170,15 @@ def test_nothing_is_supposed_of_models_that_no_row_knows():
             memory_name("language_model.model.layers.0.weight", config)
             == "language_model.model.layers.0.weight"
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "phimoe", "llava", "vit", "dinov2", "gpt_neox", "qwen3_5_moe", "gemma3"]
+)
+def test_names_in_memory_have_those_that_transformers_writes(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    written = set(open_checkpoint(tmp_path).tensors)
+    single = [n for n in model.state_dict() if ".experts." not in n and n != "lm_head.weight"]
+    assert {disk_name(n, config) for n in single} <= written

@@ -26,7 +26,7 @@ def _mean_norms(
     norms_of: dict[str, list[float]] = {}
     norms = views.each(lambda view: [float(_update(x, *setting).norm()) for x in view.blocks("tensor")])
     for view, found in zip(views.views, norms):
-        norms_of.setdefault(view.role.kind, []).extend(found)
+        norms_of.setdefault(view.kind, []).extend(found)
     return {kind: sum(norms) / len(norms) for kind, norms in norms_of.items()}
 
 
@@ -83,7 +83,7 @@ def esm(
         pass through that expert. Two experts keep half of all directions each, and little is left of the idea.
     """
     update_MN = x.shared(_update, rank, polarization, eigenvalue_power, variant)
-    mean = (x.found or {}).get(x.view.role.kind, 0.0)
+    mean = (x.found or {}).get(x.view.kind, 0.0)
     return update_MN * (float(update_MN.norm()) / mean) ** polarization if mean else update_MN
 
 

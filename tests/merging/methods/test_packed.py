@@ -16,7 +16,8 @@ from mergeline.merging import merge, merge_state_dicts
 from mergeline.merging.architecture import describe
 from mergeline.merging.compress import compress, extract_expert
 from mergeline.merging.engine.planning import make_plan
-from mergeline.merging.laws import gathered
+from mergeline.merging.laws import count_for, gathered
+from mergeline.merging.methods import catalogue
 
 EXPERTS, INNER, WIDTH = 3, 4, 6
 PLACE = "model.layers.{}.mlp.experts."
@@ -52,7 +53,7 @@ def shapes_of(layout: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     for layer in range(2):
         found[PLACE.format(layer) + "gate_up_proj"] = layout["both"]
         found[PLACE.format(layer) + "down_proj"] = layout["down"]
-        if layout is GPT_OSS:
+        if layout is GPT_OSS:  # whose biases (E, N) are one tensor to every method
             found[PLACE.format(layer) + "gate_up_proj_bias"] = (EXPERTS, 2 * INNER)
     return found
 
@@ -101,7 +102,7 @@ def test_every_expert_has_a_tensor_of_its_own_after_splitting(layout):
     found, place = split(state, layout), PLACE.format(1)
     both, down = state[place + "gate_up_proj"], state[place + "down_proj"]
     for expert in range(EXPERTS):
-        if layout is GPT_OSS:  # (inputs, outputs), the columns of gate and up alternate
+        if layout["model_type"] == "gpt_oss":  # (inputs, outputs), the columns of gate and up alternate
             gate, up, out = both[expert, :, ::2].T, both[expert, :, 1::2].T, down[expert].T
         else:
             gate, up, out = both[expert, :INNER], both[expert, INNER:], down[expert]
@@ -124,6 +125,29 @@ def test_packed_experts_are_merged_as_single_ones_are(method, params, layout):
         for name in (name for name in packed if name.endswith(("gate_up_proj", "down_proj"))):
             assert not torch.allclose(packed[name], rest[name], atol=1e-4)
             assert not torch.allclose(packed[name], base[name], atol=1e-4)
+
+
+LLAMA4: dict[str, Any] = {**GPT_OSS, "model_type": "llama4"}  # without biases, gate before up
+
+
+@pytest.mark.parametrize("layout", [QWEN, LLAMA4], ids=["qwen", "llama4"])
+@pytest.mark.parametrize("method", sorted(catalogue()))
+def test_every_method_of_the_catalogue_merges_packed_experts_as_single_ones(method, layout):
+    base, experts = families(layout)
+    experts = dict(list(experts.items())[: count_for(catalogue()[method])])
+    single = {name: split(state, layout) for name, state in experts.items()}
+    statistics = gathered(method, single)
+    packed = merge_state_dicts(method, experts, base, statistics=statistics)
+    expected = merge_state_dicts(method, single, split(base, layout), statistics=statistics)
+    assert agree(split(packed, layout), expected, exactly=False)
+
+
+def test_statistics_by_entry_may_lie_as_packed_experts_do():
+    base, experts = families(QWEN)
+    packed = {name: split(state, QWEN) for name, state in experts.items()}
+    expected = merge_state_dicts("fisher", experts, base, statistics=gathered("fisher", packed))
+    found = merge_state_dicts("fisher", experts, base, statistics=gathered("fisher", experts))
+    assert same_tensors(found, expected)
 
 
 def saved(state: State, folder: Path, config: Mapping[str, Any] | None = None) -> Path:
