@@ -21,14 +21,8 @@ from mergeline.merging.algebra.slots import MatrixView, View, block_elements, by
 from mergeline.merging.architecture import Matrix, describe
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import carry
-from mergeline.merging.checkpoints.checkpoint import (
-    DTYPES,
-    FLOATS,
-    WEIGHTS,
-    Checkpoint,
-    TensorInfo,
-    open_checkpoint,
-)
+from mergeline.merging.checkpoints.checkpoint import DTYPES, FLOATS, Checkpoint, TensorInfo, open_checkpoint
+from mergeline.merging.checkpoints.companions import WEIGHTS
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec, TensorWriter
 from mergeline.merging.engine.blocks import merged_blocks, rounded
 from mergeline.merging.engine.inputs import files_of, refuse_changed, stamps

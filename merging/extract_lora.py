@@ -27,8 +27,8 @@ from mergeline.merging.checkpoints.adapters import (
     added_rank,
     is_adapter,
 )
-from mergeline.merging.checkpoints.checkpoint import DTYPES, WEIGHTS, Checkpoint
-from mergeline.merging.checkpoints.companions import hub_id, read_config, source_of
+from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint
+from mergeline.merging.checkpoints.companions import WEIGHTS, hub_id, read_config, source_of
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.engine.blocks import merged_blocks, rounded
 from mergeline.merging.engine.manifest import Manifest, checkpoint_metadata

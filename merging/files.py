@@ -206,10 +206,16 @@ def _is_same(path: Path, handle: int) -> bool:
 
 
 def empty(folder: Path, keep: Iterable[str] = ()) -> None:
-    """Remove what is in a folder, but for entries of these names."""
+    """Remove what is in a folder, but for entries of these names, which may lie in sub-folders (`unet/FILE`)."""
+    inside: dict[str, list[str]] = {}
+    for name in keep:
+        first, _, rest = name.partition("/")
+        inside.setdefault(first, []).extend([rest] if rest else [])
     for entry in folder.iterdir():
-        if entry.name not in keep:
+        if entry.name not in inside:
             remove(entry)
+        elif kept := inside[entry.name]:
+            empty(entry, kept)
 
 
 def remove_halves(folder: Path) -> None:

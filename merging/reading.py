@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mergeline.merging.errors import UserError
@@ -94,3 +94,35 @@ def sha256_of(path: Path) -> str:
 
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def safe_name(folder: Path, name: Any, source: Path | str) -> Path:
+    """`folder/name`, if `name` is a plain file name that stays inside `folder` (raises UserError if not).
+
+    A link may lead from a snapshot of the Hugging Face cache to the blobs beside it, as all of its files do.
+    """
+    plain = (
+        isinstance(name, str)
+        and PurePosixPath(name).name == name
+        and "\\" not in name
+        and name not in ("", "..")
+    )
+    if not plain:
+        raise UserError(
+            f"{source}: names the file {name!r}; only plain file names inside the folder are allowed"
+        )
+    target = folder / name
+    if target.is_symlink() and not _stays_inside(target, folder):
+        raise UserError(f"{target}: is a link out of its folder; put the file itself there")
+    return target
+
+
+def _stays_inside(link: Path, folder: Path) -> bool:
+    # Not Path.resolve, which raises RuntimeError for a link that leads to itself.
+    real, home = (Path(os.path.realpath(path)) for path in (link, folder))
+    caches = (
+        cache
+        for cache in home.parents
+        if cache.name.startswith("models--") and home.is_relative_to(cache / "snapshots")
+    )
+    return real.is_relative_to(home) or any(real.parent == cache / "blobs" for cache in caches)

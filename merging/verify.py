@@ -341,7 +341,7 @@ def _uncovered(out: Path, manifest: _Written) -> Iterator[str]:
         yield "its manifest is of an earlier Mergeline, and does not cover the files beside the weights"
         return
     known = {*manifest.output.files, *manifest.files, manifest_path(out).name, signature_path(out).name}
-    parts = {ADAPTERS, HEADS, *sub_folders(manifest.files)}
+    parts = {ADAPTERS, HEADS, *sub_folders([*manifest.files, *manifest.output.files])}
     inside = [f"{part}/{path.name}" for part in parts for path in (out / part).glob("*")]
     found = [path.name for path in out.iterdir() if path.name not in parts or not path.is_dir()]
     if more := sorted({*found, *inside} - known):

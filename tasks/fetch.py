@@ -19,22 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
 
 from mergeline.merging.checkpoints.adapters import ADAPTER_WEIGHTS
-from mergeline.merging.checkpoints.checkpoint import (
-    CONFIG_FILES,
-    DTYPES,
-    INDEX,
-    PICKLE_SUFFIXES,
-    WEIGHTS,
-    is_pickle,
-    open_checkpoint,
-    safe_name,
-)
-from mergeline.merging.checkpoints.companions import PROVENANCE
+from mergeline.merging.checkpoints.checkpoint import DTYPES, is_pickle, open_checkpoint
+from mergeline.merging.checkpoints.companions import CONFIG_FILES, INDEX, PICKLE_SUFFIXES, PROVENANCE, WEIGHTS
 from mergeline.merging.checkpoints.modules import MODULE_FILES, MODULES, parsed_modules, refuse_pickled
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import publish, read_object, staged, sync, user_errors, write_json
-from mergeline.merging.reading import sha256_of
+from mergeline.merging.reading import safe_name, sha256_of
 from mergeline.tasks.credentials import without_credentials
 from mergeline.tasks.places import CACHED_CHECKPOINTS, CACHED_DOWNLOADS, user_cache
 from mergeline.tasks.private import private_folder, private_umask

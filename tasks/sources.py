@@ -22,10 +22,9 @@ from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from mergeline.merging.checkpoints.checkpoint import safe_name
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import user_errors
-from mergeline.merging.reading import sha256_of
+from mergeline.merging.reading import safe_name, sha256_of
 from mergeline.tasks.credentials import scrubbed, without_credentials
 from mergeline.tasks.extras import missing
 

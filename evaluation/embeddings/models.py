@@ -12,6 +12,7 @@ from mergeline.evaluation.pretrained import LOADING, opening, refuse_corrections
 from mergeline.evaluation.state import refuse_unfounded_layers
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG
+from mergeline.merging.checkpoints.components import component_folders, component_of
 from mergeline.merging.checkpoints.modules import KINDS, MODULES, TRANSFORMER, module_files, read_modules
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
@@ -38,14 +39,18 @@ _GROUP = 16  # batches between two counts
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model in memory, in float32 and eval mode. prefix: what its checkpoint's names of tensors begin with."""
+    """A model in memory, in float32 and eval mode.
+
+    prefix: what names of its transformer's tensors begin with in the checkpoint. beside: those of its other modules.
+    """
 
     model: SentenceTransformer
     prefix: str
+    beside: frozenset[str] = frozenset()
 
     @property
     def transformer(self) -> nn.Module:
-        """The part of it whose weights are merged; the others are pooling, and what a family has in common."""
+        """The part of it whose statistics are collected and whose weights are fitted; not what stands behind it."""
         return cast("nn.Module", self.model[0].auto_model)
 
     def embed(
@@ -145,7 +150,9 @@ def load_model(folder: Path, device: str = "cpu") -> Embedder:
             local_files_only=True,
             model_kwargs={"dtype": torch.float32},
         )
-    embedder = Embedder(model.eval().requires_grad_(False), _prefix(model[0].auto_model, stored))
+    parts = component_folders(folder)
+    beside = frozenset(name for name in stored if component_of(name, parts))
+    embedder = Embedder(model.eval().requires_grad_(False), _prefix(model[0].auto_model, stored), beside)
     lacking = [
         names[0]
         for names in _parameters(embedder.transformer)

@@ -6,7 +6,7 @@ from mergeline.merging.architecture import describe
 `axes` finds the dimensions that move together.
 """
 
-from mergeline.merging.architecture.model import Model, describe, layer_counts, layer_of
+from mergeline.merging.architecture.model import Model, describe, describe_all, layer_counts, layer_of
 from mergeline.merging.architecture.renames import InMemory, disk_name, in_memory
 from mergeline.merging.architecture.rows import Pattern, Row, register
 from mergeline.merging.architecture.tensors import (
@@ -32,6 +32,7 @@ __all__ = [
     "Row",
     "TensorRole",
     "describe",
+    "describe_all",
     "disk_name",
     "in_memory",
     "is_matrix",

@@ -101,6 +101,41 @@ def describe(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | No
     )
 
 
+def describe_all(shapes: Mapping[str, Sequence[int]], configs: Mapping[str, Mapping[str, Any]]) -> Model:
+    """The same of a model of several components, by what stands before the names of their tensors.
+
+    configs: of each component, and under "" of what belongs to none.
+    """
+    groups: dict[str, dict[str, Sequence[int]]] = {}
+    for name, shape in shapes.items():
+        prefix = next((p for p in configs if p and name.startswith(p)), "")
+        groups.setdefault(prefix, {})[name.removeprefix(prefix)] = shape
+    if groups.keys() <= {""}:
+        return describe(shapes, configs.get(""))
+    models = {prefix: describe(own, configs.get(prefix)) for prefix, own in groups.items()}
+    return Model(
+        architecture=" + ".join(dict.fromkeys(model.architecture for model in models.values())),
+        tensors={
+            p + name: _inside(p, role) for p, model in models.items() for name, role in model.tensors.items()
+        },
+        layers={p + tower: count for p, model in models.items() for tower, count in model.layers.items()},
+        units={p + label: count for p, model in models.items() for label, count in model.units.items()},
+    )
+
+
+def _inside(prefix: str, role: TensorRole) -> TensorRole:
+    """What a tensor of a component is among those of the others."""
+
+    def named(name: str | None) -> str | None:
+        return None if name is None else prefix + name
+
+    packed = role.packed and replace(role.packed, prefix=prefix + role.packed.prefix)
+    return replace(
+        role, name=prefix + role.name, tower=named(role.tower), kind=prefix + role.kind, module=named(role.module),
+        axes=tuple(map(named, role.axes)), packed=packed,
+    )  # fmt: skip
+
+
 class _Found(NamedTuple):
     """The pattern that fits a module's name, and how much of its end."""
 

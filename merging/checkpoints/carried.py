@@ -8,15 +8,43 @@ from math import prod
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
-from mergeline.merging.checkpoints.checkpoint import CONFIG_FILES, DTYPES, safe_name
-from mergeline.merging.checkpoints.companions import CONFIG, TOKENIZER, read_config
-from mergeline.merging.checkpoints.modules import module_files
+from mergeline.merging.checkpoints.checkpoint import DTYPES
+from mergeline.merging.checkpoints.companions import (
+    CONFIG,
+    CONFIG_FILES,
+    PICKLE_SUFFIXES,
+    PROVENANCE,
+    TOKENIZER,
+)
+from mergeline.merging.checkpoints.components import (
+    component_folders,
+    configurations,
+    parts_of_pipeline,
+)
+from mergeline.merging.checkpoints.modules import read_modules
 from mergeline.merging.checkpoints.vocabulary import Alignment
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.files import read_object
+from mergeline.merging.reading import safe_name
 
 # transformers wrote the first until version 5.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+_TERMS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+_TEMPLATES = ("additional_chat_templates",)  # of transformers
+_CODE = "auto_map"
+_CODED = (CONFIG, "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".index.json",
+    *PICKLE_SUFFIXES,
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".sig",
+)
+# What Mergeline lays beside weights itself, or makes anew.
+_OURS = ("README.md", "manifest.json", PROVENANCE, "heads", "adapters", "__pycache__")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -38,8 +66,12 @@ def carry(
     for name, path in carried_files(donor).items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
-    config, dtype = read_config(donor), main_dtype(specs)
-    changed = bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)
+    specs = list(specs)
+    for prefix, config in configurations(donor).items():
+        own = [spec for spec in specs if spec.name.startswith(prefix) and (prefix or "/" not in spec.name)]
+        if (dtype := main_dtype(own)) and _replace(config, _DTYPE_KEYS, dtype):
+            _write(folder / prefix / CONFIG, config)
+    config, changed = read_object(folder / CONFIG), False
     if alignment:
         changed |= _replace(config, ("vocab_size",), alignment.rows)
         if alignment.added:
@@ -56,13 +88,42 @@ def carry(
 
 
 def carried_files(donor: Path) -> dict[str, Path]:
-    """The files of a folder that are carried, and those of its modules: name, with the sub-folder -> where it lies.
+    """The files of a folder that are carried, and those of its parts: name, with the sub-folder -> where it lies.
+
+    Code is copied, never run, and only where a configuration asks for it (`auto_map`).
 
     Raises:
-        UserError: a link leads out of the folder, who knows where to; as `module_files`.
+        UserError: a link leads out of the folder, who knows where to; as `component_folders`.
     """
-    own = {name: safe_name(donor, name, donor) for name in CONFIG_FILES if (donor / name).is_file()}
-    return own | module_files(donor)
+    found = _carried_from(donor)
+    modules = [module.folder for module in read_modules(donor) if module.folder and module.is_known]
+    for part in [*parts_of_pipeline(donor), *modules, *_TEMPLATES]:
+        if (donor / part).is_dir():
+            found |= {
+                f"{part}/{name}": path for name, path in _carried_from(safe_name(donor, part, donor)).items()
+            }
+    return found
+
+
+def _carried_from(folder: Path) -> dict[str, Path]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    asks = any(_CODE in read_object(folder / name) for name in names if name in _CODED)
+    suffixes = (".jinja", ".tiktoken", *((".py",) if asks else ()))
+    wanted = [n for n in names if n in CONFIG_FILES or n.endswith(suffixes) or n.upper().startswith(_TERMS)]
+    return {name: safe_name(folder, name, folder) for name in wanted}
+
+
+def left_out(donor: Path) -> list[str]:
+    """What lies in a folder and is neither weights nor carried, sorted: names of files, and of folders with `/`."""
+    carried = carried_files(donor)
+    inside = {name.partition("/")[0] for name in [*carried, *component_folders(donor)]}
+    found = []
+    for path in donor.iterdir():
+        name = path.name
+        known = name in inside or name.startswith(".") or name in _OURS or name.endswith(_OTHER_WEIGHTS)
+        if not known:
+            found.append(f"{name}/" if path.is_dir() else name)
+    return sorted(found)
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

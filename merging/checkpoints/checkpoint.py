@@ -10,29 +10,18 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
+from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
+from mergeline.merging.checkpoints.components import component_folders
 from mergeline.merging.errors import UserError
-from mergeline.merging.reading import open_regular, parsed_json, read_json
+from mergeline.merging.reading import open_regular, parsed_json, read_json, safe_name
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-# What describes the weights and lies beside them.
-CONFIG_FILES = (
-    "config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json",
-    "open_clip_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "source.spm", "target.spm", "chat_template.json", "chat_template.jinja",
-    "processor_config.json", "video_preprocessor_config.json",
-    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
-)  # fmt: skip
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 # safetensors name -> (torch name, bytes an element)
 DTYPES = {
@@ -227,45 +216,31 @@ def _refuse_gguf(path: Path) -> None:
             )
 
 
-def safe_name(folder: Path, name: Any, source: Path | str) -> Path:
-    """`folder/name`, if `name` is a plain file name that stays inside `folder` (raises UserError if not).
-
-    A link may lead from a snapshot of the Hugging Face cache to the blobs beside it, as all of its files do.
-    """
-    plain = (
-        isinstance(name, str)
-        and PurePosixPath(name).name == name
-        and "\\" not in name
-        and name not in ("", "..")
-    )
-    if not plain:
-        raise UserError(
-            f"{source}: names the file {name!r}; only plain file names inside the folder are allowed"
-        )
-    target = folder / name
-    if target.is_symlink() and not _stays_inside(target, folder):
-        raise UserError(f"{target}: is a link out of its folder; put the file itself there")
-    return target
-
-
-def _stays_inside(link: Path, folder: Path) -> bool:
-    # Not Path.resolve, which raises RuntimeError for a link that leads to itself.
-    real, home = (Path(os.path.realpath(path)) for path in (link, folder))
-    caches = (
-        cache
-        for cache in home.parents
-        if cache.name.startswith("models--") and home.is_relative_to(cache / "snapshots")
-    )
-    return real.is_relative_to(home) or any(real.parent == cache / "blobs" for cache in caches)
-
-
 def _open_folder(folder: Path) -> Checkpoint:
-    index = folder / INDEX
-    if index.exists():
-        return _open_sharded(folder, index)
+    """A folder with all of its components."""
+    parts = component_folders(folder)
+    own = [_open_files(folder)] if not parts or any(folder.glob("*.safetensors")) else []
+    tensors = {name: info for checkpoint in own for name, info in checkpoint.tensors.items()}
+    metadata = own[0].metadata if own else {}
+    for part in parts:
+        found = _open_files(folder / part)
+        tensors |= {
+            f"{part}/{name}": replace(info, name=f"{part}/{name}") for name, info in found.tensors.items()
+        }
+        metadata = {**found.metadata, **metadata}
+    return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
+
+
+def _open_files(folder: Path) -> Checkpoint:
+    """The weights that lie in a folder itself."""
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.exists():
+            return _open_sharded(folder, index)
     files = sorted(folder.glob("*.safetensors"))
-    if (folder / WEIGHTS) in files:
-        files = [folder / WEIGHTS]
+    files = [folder / f"{stem}.safetensors" for stem in STEMS if folder / f"{stem}.safetensors" in files][
+        :1
+    ] or files
     for other in () if files else sorted([*folder.glob("*.gguf"), *folder.glob("pytorch_model*.bin")]):
         refuse_pickle(other)
         _refuse_gguf(other)

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Mapping
 
 from mergeline.merging.files import read_object
 
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# How names of files of weights begin, with `.safetensors` after them, or that and `.index.json`: of transformers, and
+# of diffusers.
+STEMS = ("model", "diffusion_pytorch_model")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+# What describes the weights and lies beside them.
+CONFIG_FILES = (
+    CONFIG, "generation_config.json", "adapter_config.json", "preprocessor_config.json",
+    "open_clip_config.json", TOKENIZER, "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "source.spm", "target.spm", "chat_template.json", "chat_template.jinja",
+    "processor_config.json", "video_preprocessor_config.json", "audio_preprocessor_config.json",
+    "scheduler_config.json", "model_index.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)  # fmt: skip
 PROVENANCE = "provenance.json"  # where `mergeline fetch` writes what a checkpoint was fetched from
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint folder; empty if there is none (raises UserError if it is no JSON object)."""
     return read_object(folder / CONFIG)
+
+
+def stem_of(config: Mapping[str, Any]) -> str:
+    """How the names of files of weights begin that the library of a configuration opens."""
+    return STEMS["_diffusers_version" in config]
 
 
 def source_of(checkpoint: Path) -> str | None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple
 
-from mergeline.merging.checkpoints.checkpoint import PICKLE_SUFFIXES, WEIGHTS, safe_name
-from mergeline.merging.checkpoints.companions import CONFIG
+from mergeline.merging.checkpoints.companions import CONFIG, PICKLE_SUFFIXES, WEIGHTS
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
-from mergeline.merging.reading import read_json, sha256_of
+from mergeline.merging.reading import read_json, safe_name
 
 MODULES = "modules.json"
 MODULE_FILES = (CONFIG, WEIGHTS)
@@ -97,26 +96,6 @@ def refuse_pickled(names: list[str], module: Module, source: str) -> None:
             f"{source}: '{module.folder}/{pickles[0]}' is a pickle, which can run code when it is opened; save the "
             "model again with sentence-transformers 2.3 or newer"
         )
-
-
-def unlike_modules(donor: Path, others: Mapping[str, Path]) -> Iterator[str]:
-    """A sentence for each checkpoint whose modules have other weights than the donor's, if it has any modules."""
-    own = _weights(donor)
-    for name, folder in others.items() if read_modules(donor) else ():
-        if not read_modules(folder):
-            continue
-        theirs = _weights(folder)
-        for file in sorted(own.keys() | theirs.keys()):
-            if own.get(file) != theirs.get(file):
-                yield (
-                    f"{name}: '{file}' is not as {donor.name} has it, and weights of modules are not merged; keep them "
-                    "frozen while fine-tuning"
-                )
-
-
-def _weights(folder: Path) -> dict[str, str]:
-    """The SHA-256 of the weights of modules."""
-    return {name: sha256_of(path) for name, path in module_files(folder).items() if path.name == WEIGHTS}
 
 
 def module_notes(donor: Path, others: Mapping[str, Path]) -> Iterator[str]:

@@ -7,9 +7,12 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Mapping
 
-from mergeline.merging.checkpoints.checkpoint import DTYPES, INDEX, WEIGHTS, hasher
+from mergeline.merging.checkpoints.checkpoint import DTYPES, hasher
+from mergeline.merging.checkpoints.companions import STEMS
+from mergeline.merging.checkpoints.components import component_of
 from mergeline.merging.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,32 +46,59 @@ class CheckpointWriter:
         shard_size: int | None,
         resume: bool = False,
         join: bool = False,
-        file: str = WEIGHTS,
+        file: str | None = None,
+        stems: Mapping[str, str] = MappingProxyType({"": STEMS[0]}),
     ):
-        """file: the name of a single file; shards have names of their own."""
+        """file: the name of a single file, if it has another than `stems` say.
+
+        stems: of what stands before names of tensors, as of components (`unet/`), how the names of its files begin.
+        """
         self.folder, self._join = folder, join
         self.specs = {t.name: t for t in tensors}
         self.hashes: dict[str, str] = {}
         self._handles: list[int] = []
         self._place: dict[str, tuple[int, int]] = {}
-        ordered = sorted(tensors, key=lambda t: (-DTYPES[t.dtype][1], t.name))
-        shards = _shards(ordered, shard_size)
-        self.files = [file] if len(shards) == 1 else _shard_names(len(shards))
+        self.files: list[str] = []
+        self.indexes: list[str] = []
         folder.mkdir(exist_ok=True)
         try:
-            for name, shard in zip(self.files, shards):
-                self._create(folder / name, shard, metadata, resume)
-            if len(shards) > 1 and not join:
-                self._write_index(shards)
+            for prefix, own in _by_component(tensors, stems).items():
+                (folder / prefix).mkdir(exist_ok=True)
+                self._create_all(prefix, own, metadata, shard_size, resume, stems[prefix], file)
         except BaseException:
             self.close()
             raise
 
-    def _create(self, path: Path, tensors: list[TensorSpec], metadata: dict[str, str], resume: bool) -> None:
+    def _create_all(
+        self,
+        prefix: str,
+        tensors: list[TensorSpec],
+        metadata: dict[str, str],
+        shard_size: int | None,
+        resume: bool,
+        stem: str,
+        file: str | None,
+    ) -> None:
+        """The files of one component."""
+        ordered = sorted(tensors, key=lambda t: (-DTYPES[t.dtype][1], t.name))
+        shards = _shards(ordered, shard_size)
+        names = [file or f"{stem}.safetensors"] if len(shards) == 1 else _shard_names(stem, len(shards))
+        for name, shard in zip(names, shards):
+            self._create(self.folder / prefix / name, shard, metadata, resume, prefix)
+            self.files.append(prefix + name)
+        if len(shards) > 1:
+            index = f"{prefix}{stem}.safetensors.index.json"
+            self.indexes.append(index)
+            if not self._join:
+                _write_index(self.folder / index, prefix, dict(zip(names, shards)))
+
+    def _create(
+        self, path: Path, tensors: list[TensorSpec], metadata: dict[str, str], resume: bool, prefix: str
+    ) -> None:
         header: dict = {"__metadata__": metadata}
         offset = 0
         for t in tensors:
-            header[t.name] = {
+            header[t.name.removeprefix(prefix)] = {
                 "dtype": t.dtype,
                 "shape": list(t.shape),
                 "data_offsets": [offset, offset + t.nbytes],
@@ -89,13 +119,7 @@ class CheckpointWriter:
             os.posix_fallocate(handle, 0, len(text) + offset)  # a full disk shows here, not after an hour
             os.pwrite(handle, text, 0)
         for t in tensors:
-            self._place[t.name] = (handle, len(text) + header[t.name]["data_offsets"][0])
-
-    def _write_index(self, shards: list[list[TensorSpec]]) -> None:
-        weight_map = {t.name: name for name, shard in zip(self.files, shards) for t in shard}
-        total = sum(t.nbytes for t in self.specs.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+            self._place[t.name] = (handle, len(text) + header[t.name.removeprefix(prefix)]["data_offsets"][0])
 
     def open(self, name: str) -> TensorWriter:
         """Begin (or begin again) a tensor that is written piece by piece."""
@@ -157,6 +181,21 @@ class TensorWriter:
         return digest
 
 
+def _by_component(tensors: list[TensorSpec], stems: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
+    """The tensors of each component; the folder's own where there is none at all."""
+    found: dict[str, list[TensorSpec]] = {}
+    for t in tensors:
+        found.setdefault(component_of(t.name, {prefix.rstrip("/") for prefix in stems}), []).append(t)
+    return found or {"": []}
+
+
+def _write_index(path: Path, prefix: str, shards: Mapping[str, list[TensorSpec]]) -> None:
+    weight_map = {t.name.removeprefix(prefix): name for name, shard in shards.items() for t in shard}
+    total = sum(t.nbytes for shard in shards.values() for t in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    path.write_text(json.dumps(index, indent=1) + "\n")
+
+
 def _is_alone(path: Path) -> bool:
     """Whether writing to a path changes nothing but that path: it is no link, and the file has no other name."""
     try:
@@ -178,5 +217,5 @@ def _shards(tensors: list[TensorSpec], limit: int | None) -> list[list[TensorSpe
     return shards
 
 
-def _shard_names(count: int) -> list[str]:
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+def _shard_names(stem: str, count: int) -> list[str]:
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

@@ -58,7 +58,15 @@ def checkpoint_metadata(plan: Plan) -> dict[str, str]:
         **plan.recipe.settings,
         **({"methods": outside} if (outside := _outside_methods(plan)) else {}),
     }
-    return {"format": "pt", "mergeline.recipe": canonical_json(recipe)}
+    return {**_kept_metadata(plan), "format": "pt", "mergeline.recipe": canonical_json(recipe)}
+
+
+def _kept_metadata(plan: Plan) -> dict[str, str]:
+    """What the files of the base, or first expert, say of themselves; hashes and recipes are no longer true."""
+    first = next(iter(plan.checkpoints.values())).metadata
+    return {
+        key: value for key, value in first.items() if not key.startswith("mergeline.") and "hash" not in key
+    }
 
 
 def identity(plan: Plan, device: str) -> str:

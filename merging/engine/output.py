@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Protocol, Sequence
 
 from mergeline.merging.canonical import text_digest
-from mergeline.merging.checkpoints.checkpoint import INDEX, WEIGHTS
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.engine.blocks import Run, look_at_model
 from mergeline.merging.engine.cache import store_at
@@ -122,8 +121,9 @@ class Output:
             raise
         if is_single(out) and len(self.writer.files) > 1:
             self.__exit__()
-            raise UserError(f"{out}: --shard-size makes several files; name a folder instead")
-        empty(self.writer.folder, keep={*self.writer.files, *([INDEX] if len(self.writer.files) > 1 else [])})
+            why = "a model of several components" if plan.parts.keys() - {""} else "--shard-size"
+            raise UserError(f"{out}: {why} makes several files; name a folder instead")
+        empty(self.writer.folder, keep={*self.writer.files, *self.writer.indexes})
         self.journal.keep_verified(self.writer)
 
     def __enter__(self) -> Output:
@@ -191,5 +191,7 @@ def open_writer(
     """The files in a staging folder; `join` only opens what another process made."""
     specs = layout.specs if layout else [entry.spec for entry in plan.entries]
     metadata = layout.metadata if layout else checkpoint_metadata(plan)
-    file, limit = layout.file if layout else WEIGHTS, plan.recipe.shard_size
-    return CheckpointWriter(folder / "out", specs, metadata, limit, resume=True, join=join, file=file)
+    more: dict[str, Any] = {"file": layout.file} if layout else {"stems": plan.stems}
+    return CheckpointWriter(
+        folder / "out", specs, metadata, plan.recipe.shard_size, resume=True, join=join, **more
+    )

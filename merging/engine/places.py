@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, Literal, Mapping
 
-from mergeline.merging.checkpoints.checkpoint import CONFIG_FILES, INDEX, open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.companions import CONFIG_FILES, INDEX
 from mergeline.merging.checkpoints.heads import HEADS
 from mergeline.merging.checkpoints.task_adapters import ADAPTERS
 from mergeline.merging.engine.card import CARD

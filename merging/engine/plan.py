@@ -12,6 +12,8 @@ from mergeline.merging.algebra.slots import MASK_BYTES, Unit, View, block_elemen
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import Model
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.companions import stem_of
+from mergeline.merging.checkpoints.components import configurations
 from mergeline.merging.checkpoints.router import Router
 from mergeline.merging.checkpoints.task_adapters import TaskAdapter
 from mergeline.merging.checkpoints.vocabulary import Alignment
@@ -151,6 +153,16 @@ class Plan:
         """The method with the parameters of the recipe, before any rule."""
         assert self.method is not None, "the plan has problems"
         return bind(self.method, self.params)
+
+    @cached_property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The configurations of the components of what is written, by what stands before names of tensors."""
+        return configurations(self.donor) if self.donor else {"": {}}
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """How names of files of weights begin, by the same."""
+        return {prefix: stem_of(config) for prefix, config in self.parts.items()}
 
     @property
     def is_spectral(self) -> bool:

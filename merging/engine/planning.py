@@ -13,14 +13,15 @@ from typing import Any, Iterator, Mapping
 
 from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
-from mergeline.merging.architecture import RUNNING_STATISTICS, Model, Role, describe
+from mergeline.merging.architecture import RUNNING_STATISTICS, Model, Role, describe_all
 from mergeline.merging.canonical import canonical_json, text_digest
 from mergeline.merging.checkpoints.adapters import adapt, compose, is_adapter, is_bare
-from mergeline.merging.checkpoints.carried import carried_files
+from mergeline.merging.checkpoints.carried import carried_files, left_out
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
+from mergeline.merging.checkpoints.components import component_folders
 from mergeline.merging.checkpoints.layouts import one_layout
-from mergeline.merging.checkpoints.modules import module_notes, unlike_modules
+from mergeline.merging.checkpoints.modules import module_notes
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import without_tied_head
@@ -37,6 +38,7 @@ from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, 
 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 # What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
+_FEW = 6  # names in a sentence
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
 
@@ -58,11 +60,13 @@ class Headers:
             self.stamps[path] = stamps(files_of(self._checkpoints[path]))
         return self._checkpoints[path]
 
-    def describe(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Model:
-        """As `architecture.describe`."""
-        key = text_digest([sorted(shapes.items()), config])
+    def describe(
+        self, shapes: Mapping[str, tuple[int, ...]], configs: Mapping[str, Mapping[str, Any]]
+    ) -> Model:
+        """As `architecture.describe_all`."""
+        key = text_digest([sorted(shapes.items()), configs])
         if key not in self._models:
-            self._models[key] = describe(shapes, config)
+            self._models[key] = describe_all(shapes, configs)
         return self._models[key]
 
 
@@ -129,6 +133,7 @@ def _open(plan: Plan, headers: Headers) -> None:
             plan.experts[name] = checkpoint
     _adapt(plan)
     if not plan.problems:
+        _fit_components(plan)
         _convert(plan)
     for kind, paths in plan.recipe.statistics.items():
         files = paths if isinstance(paths, list) else [paths]
@@ -181,6 +186,51 @@ def _adapt(plan: Plan) -> None:
                 plan.problems.append(f"{name}: {error}")
 
 
+def _fit_components(plan: Plan) -> None:
+    """Let each checkpoint stand for all components of the base: its own, and where it has none the base's.
+
+    What the base has none of is the donor's there, if one is named that has it, and else left out.
+    """
+    if plan.base is None or plan.base.path.is_file():
+        return
+    donor = plan.experts.get(plan.recipe.donor or "")
+    given = {f: t for f, t in _components(donor).items() if f not in _components(plan.base)} if donor else {}
+    if given:
+        plan.base = plan.base.view(
+            {**plan.base.tensors, **{n: info for t in given.values() for n, info in t.items()}}
+        )
+        plan.warnings.append(f"the base has no {', no '.join(given)}: it is as '{plan.recipe.donor}' there")
+    of_base = _components(plan.base)
+    for name, expert in plan.experts.items():
+        tensors = dict(expert.tensors)
+        fitting = [f for f, own in of_base.items() if {f"{f}/{tensor}" for tensor in tensors} <= own.keys()]
+        if len(fitting) == 1:
+            tensors = {
+                (full := f"{fitting[0]}/{own}"): replace(info, name=full) for own, info in tensors.items()
+            }
+            plan.warnings.append(f"'{name}' is the component {fitting[0]} of the base")
+        own = _components(expert.view(tensors))
+        if extra := sorted(own.keys() - of_base.keys()):
+            tensors = {n: info for n, info in tensors.items() if n.partition("/")[0] not in extra}
+            plan.warnings.append(f"'{name}': {', '.join(extra)} is left out, for the base has none")
+        if lacking := sorted(of_base.keys() - own.keys()):
+            tensors |= {n: info for folder in lacking for n, info in of_base[folder].items()}
+            plan.warnings.append(f"'{name}' has no {', no '.join(lacking)}: it is as the base there")
+        if tensors != expert.tensors:
+            plan.experts[name] = expert.view(tensors)
+
+
+def _components(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of a folder's components, by the names of these."""
+    folders = component_folders(checkpoint.path) if checkpoint.path.is_dir() else []
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        folder, slash, _ = name.partition("/")
+        if slash and (folder in folders or info.file.parent.name == folder):
+            found.setdefault(folder, {})[name] = info
+    return found
+
+
 def _convert(plan: Plan) -> None:
     """Give all checkpoints the layout of the base, of the first expert where there is none, or the one asked for."""
     known = plan.checkpoints
@@ -212,17 +262,23 @@ def _find_donor(plan: Plan) -> None:
             f"donor '{name}': {path} is one file, with no configuration of its own; name a folder"
         )
     try:
-        carried_files(path)
         plan.problems += _other_architectures(known)
         read_config(path)
         if plan.donor:
+            carried_files(path)
             others = {n: c.path for n, c in known.items() if c.path.is_dir() and c.path != path}
-            plan.problems += unlike_modules(path, others)
             plan.warnings += module_notes(path, others)
+            plan.warnings += _left_out(path)
     except UserError as error:
         plan.problems.append(f"{name or next(iter(known))}: {error}")
         return
     _align(plan, known, name or next(iter(known)))
+
+
+def _left_out(donor: Path) -> Iterator[str]:
+    if names := left_out(donor):
+        more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+        yield f"not carried from '{donor.name}': {', '.join(names[:_FEW])}{more}"
 
 
 def _other_architectures(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:
@@ -286,8 +342,7 @@ def _match_tensors(plan: Plan, headers: Headers) -> None:
     if plan.problems:
         return
     shapes = {name: info.shape for c in plan.experts.values() for name, info in c.tensors.items()}
-    config = read_config(plan.donor) if plan.donor else {}
-    plan.model = headers.describe(shapes | {name: info.shape for name, info in base.items()}, config)
+    plan.model = headers.describe(shapes | {name: info.shape for name, info in base.items()}, plan.parts)
     bounds = _Bounds(plan, merged)
     for name in merged:
         sources = {e: c.tensors[name] for e, c in plan.experts.items()}

@@ -45,7 +45,7 @@ def network_of(embedder: Embedder) -> Network:
             features = other(features)
         return features["sentence_embedding"]
 
-    return Network(embedder.transformer, run, prefix=embedder.prefix)
+    return Network(embedder.transformer, run, prefix=embedder.prefix, apart=embedder.beside)
 
 
 def examples(params: Params, build: Path, split: str = FIT) -> Examples:

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from mergeline.merging.checkpoints.checkpoint import DTYPES, INDEX, open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import DTYPES, open_checkpoint
+from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.errors import UserError
 
 PATIENCE = 60  # seconds until a command that does not end is a failure

@@ -22,7 +22,8 @@ from uses import STORES, by_use
 from mergeline.merging import compress as module
 from mergeline.merging import merge, merge_state_dicts
 from mergeline.merging.algebra import slots
-from mergeline.merging.checkpoints.checkpoint import INDEX, open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.compress import CompressedStore, compress, extract_expert, stores
 from mergeline.merging.engine.manifest import manifest_path
 from mergeline.merging.engine.places import replaced

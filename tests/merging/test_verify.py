@@ -16,7 +16,8 @@ from junk import junked
 from safetensors.torch import save_file
 
 from mergeline.merging import merge
-from mergeline.merging.checkpoints.checkpoint import INDEX, header_digest
+from mergeline.merging.checkpoints.checkpoint import header_digest
+from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.engine.manifest import manifest_path
 from mergeline.merging.errors import UserError
 from mergeline.merging.extract_lora import extract_lora

@@ -15,8 +15,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from mergeline.merging.checkpoints.checkpoint import INDEX, open_checkpoint, safe_name
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.errors import UserError
+from mergeline.merging.reading import safe_name
 
 STATE = random_state(0)
 

@@ -76,7 +76,8 @@ def test_a_merged_folder_opens_and_encodes_as_an_average_made_by_hand(family, tm
 def test_a_merged_folder_is_verified_and_replaced_with_its_sub_folders(family, tmp_path):
     out = tmp_path / "out"
     merge(recipe(family), out)
-    assert set(json.loads((out / "manifest.json").read_text())["files"]) >= INSIDE
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {*manifest["files"], *manifest["output"]["files"]} >= INSIDE
     said = verify(out)
     assert "bit-identical" in said and "does not list" not in said
     merge(recipe(family), out)
@@ -102,13 +103,18 @@ def test_a_manifest_names_no_file_outside_of_its_folder(family, tmp_path):
             verify(out)
 
 
-def test_weights_of_modules_that_differ_are_refused(family):
+def test_weights_of_modules_are_merged_with_those_of_the_transformer(family, tmp_path):
     save_expert(family / "base", family / "dense", 9, dense=True)
-    plan = make_plan({**recipe(family), "experts": {"near": family / "near", "dense": family / "dense"}})
-    assert plan.problems == [
-        "dense: '2_Dense/model.safetensors' is not as base has it, and weights of modules are not merged; keep them "
-        "frozen while fine-tuning"
-    ]
+    experts = {"near": family / "near", "dense": family / "dense"}
+    merge({**recipe(family), "experts": experts}, tmp_path / "out")
+    own, other, found = (
+        load_file(folder / "2_Dense/model.safetensors") for folder in (*experts.values(), tmp_path / "out")
+    )
+    assert not torch.equal(own["linear.weight"], other["linear.weight"])
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, (own[name] + other[name]) / 2, atol=1e-7)
+    assert encoded(tmp_path / "out").shape[1] == found["linear.weight"].shape[0]
+    assert "bit-identical" in verify(tmp_path / "out")
 
 
 def test_modules_that_do_otherwise_are_noted(family):
@@ -117,10 +123,18 @@ def test_modules_that_do_otherwise_are_noted(family):
     [note] = [n for n in make_plan(recipe(family)).warnings if "Pooling" in n]
     assert note == "'find' has another 1_Pooling/config.json than base, whose own is carried"
     (family / "base/modules.json").unlink()
-    assert (
-        "whose configuration is carried, is not: name a donor that is"
-        in make_plan(recipe(family)).warnings[0]
-    )
+    warnings = make_plan(recipe(family)).warnings
+    assert "'near': 2_Dense is left out, for the base has none" in warnings
+    assert any("whose configuration is carried, is not: name a donor that is" in note for note in warnings)
+
+
+def test_modules_that_the_base_lacks_are_the_donors(family, tmp_path):
+    (family / "base/modules.json").unlink()
+    plan = make_plan(recipe(family, donor="near"))
+    assert plan.problems == [] and "the base has no 2_Dense: it is as 'near' there" in plan.warnings
+    merge(plan.recipe, tmp_path / "out")
+    assert INSIDE <= files(tmp_path / "out")
+    assert encoded(tmp_path / "out").shape == encoded(family / "near").shape
 
 
 def test_a_module_of_unknown_code_is_noted_and_not_carried(family, tmp_path):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from mergeline.merging.checkpoints.checkpoint import DTYPES, INDEX, open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import DTYPES, open_checkpoint
+from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 
 NAMES = {f"torch.{torch_name}": name for name, (torch_name, _) in DTYPES.items()}

@@ -36,7 +36,8 @@ from safetensors.torch import load_file, save_file
 from mergeline.merging import merge, merge_state_dicts
 from mergeline.merging.algebra.slots import block_elements
 from mergeline.merging.api import merge_points
-from mergeline.merging.checkpoints.checkpoint import INDEX, open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.engine.cache import FolderStore
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.methods import catalogue

@@ -1,0 +1,174 @@
+"""Pipelines of diffusers are merged whole, component by component, and open as they did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import refused
+from safetensors.torch import load_file, save_file
+
+from mergeline.merging import merge
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.verify import verify
+
+diffusers = pytest.importorskip("diffusers")
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+def pipeline(seed: int) -> Any:
+    """A tiny Stable Diffusion with random weights."""
+    from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
+    text = CLIPTextConfig(
+        vocab_size=4, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, attention_head_dim=4,
+            norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8,
+        ),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[]),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=CLIPImageProcessor(),
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pipelines")
+    for seed, name in enumerate(("base", "a", "b")):
+        pipeline(seed).save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def family(made: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    for name in ("base", "a", "b"):
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+def recipe(family: Path, **more: Any) -> dict[str, Any]:
+    experts = {name: family / name for name in ("a", "b")}
+    return {"method": "average", "base": family / "base", "experts": experts, **more}
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_pipeline_is_merged_whole_and_opens(family, tmp_path):
+    out = tmp_path / "out"
+    merge(recipe(family), out)
+    assert files(family / "base") <= files(out) and files(out) - files(family / "base") == {
+        "README.md",
+        "manifest.json",
+    }
+    opened = diffusers.DiffusionPipeline.from_pretrained(out, local_files_only=True)
+    for part in ("unet", "vae", "text_encoder"):
+        states = [
+            getattr(diffusers.DiffusionPipeline.from_pretrained(family / name), part).state_dict()
+            for name in ("a", "b")
+        ]
+        for name, tensor in getattr(opened, part).state_dict().items():
+            if tensor.is_floating_point():
+                assert torch.allclose(tensor, (states[0][name] + states[1][name]) / 2, atol=1e-6), name
+    assert "bit-identical" in verify(out) and "does not list" not in verify(out)
+    merge(recipe(family), out)  # in place of its like
+
+
+def test_tensors_are_described_by_their_own_component(family, tmp_path):
+    rows = {row["tensor"]: row["treatment"] for row in make_plan(recipe(family, method="cart")).table()}
+    assert rows["text_encoder/encoder.layers.0.mlp.fc1.weight"] == "matrix"
+    assert rows["unet/down_blocks.0.resnets.0.conv1.weight"] == "matrix"
+    merge(recipe(family, method="cart", shard_size=20_000), tmp_path / "out")
+    assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors.index.json").exists()
+    assert open_checkpoint(tmp_path / "out").tensors.keys() == open_checkpoint(family / "base").tensors.keys()
+    diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert "bit-identical" in verify(tmp_path / "out")
+
+
+def test_a_component_alone_is_an_expert_of_the_pipeline(family, tmp_path):
+    plan = make_plan({**recipe(family), "experts": {"a": family / "a/unet", "b": family / "b"}})
+    assert "'a' is the component unet of the base" in plan.warnings
+    assert "'a' has no text_encoder, no vae: it is as the base there" in plan.warnings
+    merge(plan.recipe, tmp_path / "out")
+    found, base, b = (
+        load_file(folder / TEXT) for folder in (tmp_path / "out", family / "base", family / "b")
+    )
+    assert all(torch.allclose(found[name], (base[name] + b[name]) / 2, atol=1e-6) for name in found)
+    found, a, b = (load_file(folder / UNET) for folder in (tmp_path / "out", family / "a", family / "b"))
+    assert all(torch.allclose(found[name], (a[name] + b[name]) / 2, atol=1e-6) for name in found)
+
+
+def test_what_no_expert_has_is_the_bases(family, tmp_path):
+    merge({**recipe(family), "experts": {"a": family / "a/unet", "b": family / "b/unet"}}, tmp_path / "out")
+    assert (tmp_path / "out" / TEXT).exists()
+    found, base = (load_file(folder / TEXT) for folder in (tmp_path / "out", family / "base"))
+    assert all(torch.allclose(found[name], base[name]) for name in base)
+
+
+def test_a_model_of_diffusers_keeps_the_name_that_its_class_opens(family, tmp_path):
+    merge(
+        {**recipe(family), "base": family / "base/unet", "experts": {"a": family / "a/unet"}},
+        tmp_path / "out",
+    )
+    diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out")
+
+
+def test_components_cannot_become_one_file(family, tmp_path):
+    with refused("a model of several components makes several files; name a folder"):
+        merge(recipe(family), tmp_path / "out.safetensors")
+
+
+def test_damaged_pipelines_are_refused(family):
+    listed = json.loads((family / "base/model_index.json").read_text())
+    (family / "base/model_index.json").write_text(json.dumps({**listed, "../a": ["diffusers", "X"]}))
+    assert "only plain file names inside the folder are allowed" in make_plan(recipe(family)).problems[0]
+    (family / "base/model_index.json").write_text("[]")
+    assert "model_index.json" in make_plan(recipe(family)).problems[0]
+    (family / "base/model_index.json").write_text(json.dumps(listed))
+    (family / "base" / UNET).rename(family / "base/unet/diffusion_pytorch_model.bin")
+    assert "'unet/diffusion_pytorch_model.bin' is a pickle" in make_plan(recipe(family)).problems[0]
+
+
+def test_code_and_terms_travel_and_what_does_not_is_named(tmp_path):
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+        save_file(
+            {"weight": torch.ones(2, 2)}, tmp_path / name / "model.safetensors", metadata={"author": "me"}
+        )
+    base = tmp_path / "base"
+    (base / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "modeling_own.Own"}}))
+    (base / "modeling_own.py").write_text("raise SystemExit('ran')\n")
+    for name in ("LICENSE.txt", "optimizer.pt", "training_log.csv"):
+        (base / name).write_text(name)
+    (base / "runs").mkdir()
+    plan = make_plan({"method": "average", "base": base, "experts": {"a": tmp_path / "a"}})
+    assert "not carried from 'base': runs/, training_log.csv" in plan.warnings
+    merge(plan.recipe, tmp_path / "out")
+    assert (tmp_path / "out/modeling_own.py").read_text() == "raise SystemExit('ran')\n"
+    assert (tmp_path / "out/LICENSE.txt").exists() and not (tmp_path / "out/optimizer.pt").exists()
+    assert open_checkpoint(tmp_path / "out").metadata["author"] == "me"
+    (base / "config.json").write_text("{}")
+    plan = make_plan({"method": "average", "base": base, "experts": {"a": tmp_path / "a"}})
+    assert "not carried from 'base': modeling_own.py, runs/, training_log.csv" in plan.warnings
