@@ -17,6 +17,7 @@ from mergeline.merging.files import read_object
 
 # transformers wrote the first until version 5.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -29,8 +30,8 @@ def carry(
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
-    config.json names the dtype that most of the tensors have, the rows of the vocabulary, and the layers of a stack;
-    the tokenizer knows the tokens that were added to it.
+    config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
+    no quantisation, of which nothing is left; the tokenizer knows the tokens that were added to it.
 
     Raises:
         UserError: as `carried_files`.
@@ -39,7 +40,8 @@ def carry(
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
     config, dtype = read_config(donor), main_dtype(specs)
-    changed = bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)
+    changed = _without(config, _QUANTISATION_KEYS)
+    changed |= bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)
     if alignment:
         changed |= _replace(config, ("vocab_size",), alignment.rows)
         if alignment.added:
@@ -77,6 +79,18 @@ def main_dtype(specs: Iterable[TensorSpec]) -> str | None:
         if "float" in name:
             elements[name] = elements.get(name, 0) + prod(spec.shape)
     return max(elements, key=elements.__getitem__, default=None)
+
+
+def _without(config: dict[str, Any], keys: Sequence[str]) -> bool:
+    """Take keys out of the configuration and its parts; whether there was one."""
+    changed = False
+    for key in list(config):
+        if key in keys:
+            del config[key]
+            changed = True
+        elif isinstance(config[key], dict) and key.endswith("_config"):
+            changed |= _without(config[key], keys)
+    return changed
 
 
 def _replace(config: dict[str, Any], keys: Sequence[str], new: Any) -> bool:

@@ -37,6 +37,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors name -> (torch name, bytes an element)
 DTYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "F8_E8M0": ("uint8", 1),  # exponents, which torch before 2.7 has no dtype for
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
     "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1),
     "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
@@ -68,6 +69,11 @@ class TensorInfo:
     @property
     def is_float(self) -> bool:
         return self.dtype in FLOATS
+
+    @property
+    def read_as(self) -> str:
+        """The dtype of what `read` gives."""
+        return self.dtype
 
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         """Elements [start, stop), flattened; `elements` reads what is stored."""

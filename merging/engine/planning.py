@@ -20,6 +20,7 @@ from mergeline.merging.checkpoints.carried import carried_files
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
 from mergeline.merging.checkpoints.modules import module_notes, unlike_modules
+from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import without_tied_head
@@ -35,9 +36,7 @@ from mergeline.merging.recipes.recipe import Recipe
 from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, values_of
 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-# What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
 
 
 class Headers:
@@ -110,9 +109,10 @@ def _open(plan: Plan, headers: Headers) -> None:
         **({"base": plan.recipe.base} if plan.recipe.base else {}),
     }.items():
         try:
-            checkpoint = without_tied_head(headers.open(path))
+            checkpoint, notes = dequantised(headers.open(path))
+            checkpoint = without_tied_head(checkpoint)
             plan.stamps |= headers.stamps[path]
-            plan.problems += _quantised(name, checkpoint)
+            plan.warnings += [f"{name}: {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
             continue
@@ -229,21 +229,6 @@ def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:
         plan.base = plan.alignment.checkpoints.get("base")
         plan.experts = {name: plan.alignment.checkpoints[name] for name in plan.experts}
         plan.warnings += plan.alignment.notes
-
-
-def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:
-    """A sentence if the checkpoint holds fp8 or packed integer weights, which cannot be merged as they are."""
-    for info in checkpoint.tensors.values():
-        if info.dtype.startswith("F8"):
-            yield f"{name}: tensor '{info.name}' is {info.dtype}; merge a float16 or wider copy"
-            return
-        if info.name.endswith(_QUANTISED):
-            yield f"{name}: is quantised (tensor '{info.name}'); merge the float16 or wider model it was made from"
-            return
-    config = read_config(checkpoint.path).get("quantization_config") if checkpoint.path.is_dir() else None
-    if isinstance(config, dict) and not all(info.is_float for info in checkpoint.tensors.values()):
-        kind = config.get("quant_method") or "quantization_config"
-        yield f"{name}: is quantised ({kind} in config.json); merge the float16 or wider model it was made from"
 
 
 def _stack_layers(plan: Plan) -> None:
