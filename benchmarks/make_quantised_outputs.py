@@ -1,8 +1,8 @@
 """`python benchmarks/make_quantised_outputs.py AUTOAWQ` writes tests/goldens/quantised.safetensors.
 
-Small weights as bitsandbytes 0.50, compressed-tensors 0.20 and AutoAWQ 0.2.9 quantise them, and what the same code reads
-from them: `CASE/TENSOR` is stored, `CASE:X.weight` is read; the metadata has each case's quantization_config. It needs
-these packages; AUTOAWQ is an unpacked source distribution of the last, which is archived.
+Small weights as bitsandbytes 0.50, compressed-tensors 0.20 and AutoAWQ 0.2.9 quantise them, and what the same code
+reads from them: `CASE/TENSOR` is stored, `CASE:X.weight` is read; the metadata has each case's quantization_config. It
+needs these packages; AUTOAWQ is an unpacked source distribution of the last, which is archived.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any, Callable, Iterable, Mapping
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergeline.merging.checkpoints.companions import CONFIG, read_config
 from mergeline.merging.checkpoints.quantised.fp4 import GROUP, PACKED, FP4Tensor, PackedExpertsTensor
+from mergeline.merging.checkpoints.quantised.ggml import as_transformers_has_it
 from mergeline.merging.checkpoints.quantised.integers import WORD, AWQTensor, GPTQTensor, PackedTensor
 from mergeline.merging.checkpoints.quantised.normal_floats import Nested, NormalFloatTensor
 from mergeline.merging.checkpoints.quantised.scaled import MX_GROUP, ScaledTensor, grid_of
@@ -125,6 +126,8 @@ def dequantised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
         UserError: a format that is not supported, parts that are missing or do not fit together, a configuration that
             says something else than the tensors.
     """
+    if checkpoint.settings is not None:
+        return as_transformers_has_it(checkpoint)
     config = quantisation(read_config(checkpoint.folder)) if checkpoint.tensors else {}
     reader = _Reader(checkpoint.tensors, config, checkpoint.path)
     for recognise in _RECOGNISE:
@@ -144,8 +147,8 @@ def dequantised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(found.formats.items()))
     first = found.firsts[min(found.formats)]
     notes = [
-        f"{len(found.tensors)} tensors are quantised ({kinds}; '{first}' first): dequantised as they are read, and "
-        "merged as bfloat16"
+        f"{len(found.tensors)} tensors are quantised ({kinds}; '{first}' first): dequantised as they are read; "
+        "the merge is not quantised, and its config.json has no quantization_config"
     ]
     if activations:
         notes.append(
@@ -209,13 +212,14 @@ def _scaled(reader: _Reader, info: TensorInfo) -> None:
 def _add_scaled(
     reader: _Reader, info: TensorInfo, scale: TensorInfo, kind: str, zero: TensorInfo | None
 ) -> None:
-    grid = grid_of(info, scale, info.shape, _block(reader))
+    block = _block(reader)
+    grid = grid_of(info, scale, info.shape, block)
     if zero is not None and (zero.dtype != "I8" or zero.shape != scale.shape):
         raise bad(zero, f"is {zero.dtype} of shape {list(zero.shape)}, the scales have {list(scale.shape)}")
     if scale.dtype in ("U8", "F8_E8M0") and grid.block == (1, MX_GROUP):
         kind = "MXFP8"
-    elif grid.block != (1, 1) and grid.rows > 1 and grid.columns > 1:
-        kind = f"{kind} in {grid.words}"
+    elif block:
+        kind = f"{kind} in blocks of {block[0]} x {block[1]}"
     parts = (info, scale)
     reader.add(
         ScaledTensor(info.name, "BF16", info.shape, info.file, info.start, info.stop, parts, grid, zero=zero),
@@ -483,8 +487,8 @@ def _check_index(index: TensorInfo | None, inputs: int) -> None:
 
 def _group_size(reader: _Reader, info: TensorInfo, inputs: int, groups: int, index: TensorInfo | None) -> int:
     """How many inputs have one scale: as the shapes say, and the configuration must."""
-    told = {reader.config.get(key) for key in ("group_size", "q_group_size")}
-    told |= {group.get("group_size") for group in _groups(reader.config)}
+    told = [reader.config.get(key) for key in ("group_size", "q_group_size")]
+    told += [group.get("group_size") for group in _groups(reader.config)]
     sizes = {
         inputs if size == -1 else size for size in told if type(size) is int and (size > 0 or size == -1)
     }

@@ -30,11 +30,6 @@ class Grid:
     block: tuple[int, int]
     batched: bool = False
 
-    @property
-    def words(self) -> str:
-        """What a scale is of, in words."""
-        return f"blocks of {self.block[0]} x {self.block[1]}"
-
 
 def grid_of(weight: TensorInfo, scale: TensorInfo, shape: Sequence[int], block: Sequence[int] | None) -> Grid:
     """Where scales belong, by their shape and the block that the configuration names.
@@ -46,7 +41,7 @@ def grid_of(weight: TensorInfo, scale: TensorInfo, shape: Sequence[int], block: 
     """
     if scale.dtype not in SCALES:
         raise bad(scale, f"scales of dtype {scale.dtype} are not known")
-    rows, columns = (1, *shape)[-2:]
+    rows, columns = (1, 1, *shape)[-2:]
     of = list(scale.shape)
     if prod(of) == 1:
         return Grid(1, 1, (max(rows, 1), max(columns, 1)))
@@ -109,7 +104,7 @@ class ScaledTensor(QuantisedTensor):
 
     def _of_rows(self, elements: Elements, scale: TensorInfo, first: int, last: int) -> Tensor:
         """The scales of rows [first, last), (last - first, T)."""
-        return scales_of_rows(elements, scale, self.grid, (1, *self.shape)[-2], first, last)
+        return scales_of_rows(elements, scale, self.grid, (1, 1, *self.shape)[-2], first, last)
 
 
 def scales_of_rows(

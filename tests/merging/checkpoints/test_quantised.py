@@ -21,6 +21,7 @@ from torch import Tensor
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.engine.sources import Files
+from mergeline.merging.errors import UserError
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 with safe_open(GOLDENS / "quantised.safetensors", "pt") as _file:
@@ -30,7 +31,9 @@ ROUNDED = ("nf4", "nf4_nested", "fp4", "nvfp4")  # their libraries read bfloat16
 
 def save(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None) -> Path:
     folder.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps({"quantization_config": config} if config else {}))
     return folder
 
@@ -330,6 +333,97 @@ def test_groups_that_are_not_there_are_refused_as_they_are_read(tmp_path):
         tensors["X.g_idx"][5] = wrong
         with refused("'X.g_idx'", "groups that are not there"):
             read(opened(save(tmp_path / "in", tensors, GPTQ_CONFIG)), "X.weight")
+
+
+def hostile(tensors: dict[str, Tensor], config: dict[str, Any], draw: random.Random) -> dict[str, Tensor]:
+    """Some tensors with another shape, dtype or name, or gone; some settings with another value."""
+    found = dict(tensors)
+    for _ in range(draw.randint(1, 3)):
+        name = draw.choice([*tensors])
+        tensor = found.get(name, tensors[name])
+        kind = draw.choice(["shape", "dtype", "name", "gone", "numbers", "config", "config"])
+        if kind == "shape":
+            shape = [draw.choice([0, 1, 2, 3, 16, 40]) for _ in range(draw.randint(0, 4))]
+            found[name] = torch.zeros(shape).to(tensor.dtype)
+        elif kind == "dtype":
+            dtypes = (torch.float32, torch.int32, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.bool)
+            found[name] = tensor.float().to(draw.choice(dtypes))
+        elif kind == "name":
+            ends = (
+                "X.weight",
+                "X.weight_scale",
+                "X.scales",
+                "X.qweight",
+                "X.weight_packed",
+                "X.weight_blocks",
+                "X.k_scale",
+            )
+            found[draw.choice(ends)] = found.pop(name, tensor)
+        elif kind == "gone":
+            found.pop(name, None)
+        elif kind == "numbers" and tensor.numel():
+            raw = tensor.contiguous().flatten().view(torch.uint8).clone()
+            raw[draw.randrange(len(raw))] = draw.choice([0, 127, 128, 255])
+            found[name] = raw.view(tensor.dtype).reshape(tensor.shape)
+        else:
+            keys = (
+                "quant_method",
+                "bits",
+                "group_size",
+                "weight_block_size",
+                "config_groups",
+                "version",
+                "format",
+            )
+            config[draw.choice(keys)] = draw.choice(
+                [
+                    None,
+                    -1,
+                    0,
+                    4,
+                    10**30,
+                    1e400,
+                    "gptq",
+                    "awq",
+                    "fp8",
+                    [],
+                    [0, 0],
+                    [1, 32],
+                    {},
+                    {"a": {"weights": {"num_bits": 4}}},
+                ]
+            )
+    return found
+
+
+def check_hostile(tmp_path: Path, cases: int) -> None:
+    names = [*CONFIGS, "gptq", "blocks"]
+    goldens, refusals = load_file(GOLDENS / "quantised.safetensors"), 0
+    for seed in range(cases):
+        draw = random.Random(seed)
+        case = draw.choice(names)
+        tensors = {"gptq": GPTQ, "blocks": BLOCKS}.get(case) or {
+            n.removeprefix(f"{case}/"): t for n, t in goldens.items() if n.startswith(f"{case}/")
+        }
+        config = dict({"gptq": GPTQ_CONFIG, "blocks": FP8}.get(case) or CONFIGS[case])
+        folder = save(tmp_path / "in", hostile(tensors, config, draw), config)
+        try:
+            checkpoint = opened(folder)
+            for name in checkpoint.tensors:
+                assert len(read(checkpoint, name)) == prod(checkpoint.tensors[name].shape)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refusals += 1
+    assert cases / 4 < refusals < cases
+
+
+def test_what_does_not_fit_together_is_refused_in_one_line(tmp_path):
+    check_hostile(tmp_path, 200)
+
+
+@pytest.mark.slow
+def test_much_that_does_not_fit_together_is_refused_in_one_line(tmp_path):
+    check_hostile(tmp_path, 1000)
 
 
 def test_what_is_not_quantised_is_left_as_it_is(tmp_path):
