@@ -27,11 +27,12 @@ def carry(
     folder: Path,
     alignment: Alignment | None = None,
     layers: Sequence[int] | None = None,
+    quantised: bool = False,
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
     config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
-    no quantisation, of which nothing is left; the tokenizer knows the tokens that were added to it.
+    no quantisation unless the weights are `quantised` again; the tokenizer knows the tokens that were added to it.
 
     Raises:
         UserError: as `carried_files`.
@@ -40,7 +41,7 @@ def carry(
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
     config, dtype = read_config(donor), main_dtype(specs)
-    changed = _without(config, _QUANTISATION_KEYS)
+    changed = not quantised and _without(config, _QUANTISATION_KEYS)
     changed |= bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)
     if alignment:
         changed |= _replace(config, ("vocab_size",), alignment.rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -12,6 +12,8 @@ from mergeline.merging.algebra.slots import MASK_BYTES, Unit, View, block_elemen
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import Model
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.quantised.rounding import rows_together
+from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor
 from mergeline.merging.checkpoints.router import Router
 from mergeline.merging.checkpoints.task_adapters import TaskAdapter
 from mergeline.merging.checkpoints.vocabulary import Alignment
@@ -40,7 +42,7 @@ class Entry:
 
     sources: expert name -> tensor; empty where only the base's is used. bound: the method and parameters it is merged
     with. model: what the tensors of the output are. lacks: kinds of statistics that its method reads where there are
-    any, and of which there are none of it.
+    any, and of which there are none of it. form: the tensor to whose quantised format it is rounded.
     """
 
     action: Action
@@ -50,6 +52,16 @@ class Entry:
     bound: Bound | None = None
     model: Model | None = None
     lacks: tuple[str, ...] = ()
+    form: QuantisedTensor | None = None
+
+    @property
+    def parts(self) -> dict[str, TensorSpec]:
+        """What is written, by its names in the file."""
+        if self.form is None:
+            return {self.name: self.spec}
+        return {
+            part.name: TensorSpec(part.name, part.dtype, part.shape, part.nbytes) for part in self.form.parts
+        }
 
     @property
     def name(self) -> str:
@@ -99,6 +111,11 @@ class Entry:
     @property
     def peak_bytes(self) -> int:
         """Memory that merging it takes, without the imports."""
+        if (
+            self.form is not None
+        ):  # as it is without, and float32 copies of the rows that are rounded together
+            rows = 8 * 4 * min(rows_together(self.form) * (1, *self.spec.shape)[-1], prod(self.spec.shape))
+            return replace(self, form=None).peak_bytes + with_kept(rows)
         count, elements = len(self.sources), prod(self.spec.shape)
         if self.bound is None:
             return 4 * block_elements(1) * 8
@@ -194,7 +211,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(e.spec.nbytes for e in self.entries)
+        return sum(part.nbytes for e in self.entries for part in e.parts.values())
 
     @cached_property
     def peak_bytes(self) -> int:

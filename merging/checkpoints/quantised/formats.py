@@ -147,8 +147,7 @@ def dequantised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(found.formats.items()))
     first = found.firsts[min(found.formats)]
     notes = [
-        f"{len(found.tensors)} tensors are quantised ({kinds}; '{first}' first): dequantised as they are read; "
-        "the merge is not quantised, and its config.json has no quantization_config"
+        f"{len(found.tensors)} tensors are quantised ({kinds}; '{first}' first): dequantised as they are read"
     ]
     if activations:
         notes.append(

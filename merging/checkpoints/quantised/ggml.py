@@ -109,7 +109,7 @@ def as_transformers_has_it(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
         tensors[name] = _renamed(info, name) if plain else GGMLTensor(*place)
     notes = [
         f"is a GGUF file of {kind} ({', '.join(sorted(types))}): its tensors have the names of transformers, and are "
-        "dequantised as they are read; the merge is not quantised"
+        "dequantised as they are read"
     ]
     if derived:
         notes.append(f"{derived[0]} is left out: transformers computes it from its configuration")
