@@ -40,8 +40,9 @@ def carry(
     for name, path in carried_files(donor).items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
-    config, dtype = read_config(donor), main_dtype(specs)
-    changed = not quantised and _without(config, _QUANTISATION_KEYS)
+    written, dtype = read_config(donor), main_dtype(specs)
+    config = written if quantised else without_quantisation(written)
+    changed = config != written
     changed |= bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)
     if alignment:
         changed |= _replace(config, ("vocab_size",), alignment.rows)
@@ -82,16 +83,13 @@ def main_dtype(specs: Iterable[TensorSpec]) -> str | None:
     return max(elements, key=elements.__getitem__, default=None)
 
 
-def _without(config: dict[str, Any], keys: Sequence[str]) -> bool:
-    """Take keys out of the configuration and its parts; whether there was one."""
-    changed = False
-    for key in list(config):
-        if key in keys:
-            del config[key]
-            changed = True
-        elif isinstance(config[key], dict) and key.endswith("_config"):
-            changed |= _without(config[key], keys)
-    return changed
+def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and its parts, of weights that are not quantised."""
+    parts = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
+    return {
+        key: without_quantisation(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in parts.items()
+    }
 
 
 def _replace(config: dict[str, Any], keys: Sequence[str], new: Any) -> bool:

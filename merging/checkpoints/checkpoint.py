@@ -120,11 +120,16 @@ class Checkpoint:
         """The tensor `name`, in its stored dtype, as a fresh copy.
 
         Raises:
-            UserError: the file became shorter than its header said.
+            UserError: the file became shorter than its header said, or the tensor is of codes without their scales.
         """
         import torch
 
         info = self.tensors[name]
+        if info.dtype.startswith(("F8", GGUF_DTYPE)):
+            raise UserError(
+                f"{info.file}: tensor '{name}' is {info.dtype}: quantised weights are read by merging alone; merge the "
+                "checkpoint with `passthrough`, and take what that writes"
+            )
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         with open(info.file, "rb", buffering=0) as file:
             file.seek(info.start)

@@ -264,6 +264,9 @@ def _requantise(plan: Plan) -> Iterator[str]:
     if moved or plan.alignment or plan.stack:
         yield "requantise: the merge has other names, rows or layers than its base; leave requantise out"
         return
+    if plan.recipe.heads:
+        yield "requantise: heads go onto merges that are not quantised; leave one of the two out"
+        return
     if plan.donor != plan.base.path:
         yield "requantise: config.json must be that of the base, to say its format; name a folder as base, and donor"
         return

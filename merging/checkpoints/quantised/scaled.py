@@ -100,7 +100,7 @@ class ScaledTensor(QuantisedTensor):
     def codes(self, elements: Elements, first: int, last: int) -> Tensor:
         """The codes of rows as float32, (last - first, N)."""
         found = elements(self.parts[0], first * self.width, last * self.width)
-        return found.float().reshape(-1, self.width)
+        return floats(found, self.parts[0].dtype).reshape(-1, self.width)
 
     def _of_rows(self, elements: Elements, scale: TensorInfo, first: int, last: int) -> Tensor:
         """The scales of rows [first, last), (last - first, T)."""
@@ -117,9 +117,7 @@ def scales_of_rows(
         at += row // max(rows, 1) * grid.rows
     begin, end = (int(at.min()), int(at.max()) + 1) if len(at) else (0, 0)
     found = elements(scale, begin * grid.columns, end * grid.columns)
-    signed = scale.dtype.startswith("I")
-    values = found.float() if signed else floats(found, scale.dtype)
-    return values.reshape(-1, grid.columns)[at - begin]
+    return floats(found, scale.dtype).reshape(-1, grid.columns)[at - begin]
 
 
 def by_block(values_MN: Tensor, scale_MT: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:

@@ -433,3 +433,9 @@ def test_what_is_not_quantised_is_left_as_it_is(tmp_path):
     checkpoint = open_checkpoint(folder)
     view, notes = dequantised(checkpoint)
     assert view is checkpoint and notes == []
+
+
+def test_codes_are_not_taken_for_weights_where_scales_are_not_known(tmp_path):
+    checkpoint = open_checkpoint(save(tmp_path / "in", BLOCKS, FP8))
+    with refused("'X.weight' is F8_E4M3", "quantised weights are read by merging alone", "`passthrough`"):
+        checkpoint.read("X.weight")

@@ -177,6 +177,7 @@ def test_heads_of_a_quantised_expert_lie_beside_the_merge_in_bfloat16(family, tm
     merge({"method": "average", **family, "heads": ["model.layers.1.mlp.down_proj.*"]}, tmp_path / "out")
     [head] = load_file(tmp_path / "out" / "heads" / "b.safetensors").values()
     assert head.dtype == torch.bfloat16
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "heads" / "b.json").read_text())
     assert "bit-identical" in verify(tmp_path / "out")
 
 
@@ -322,6 +323,8 @@ def test_requantise_is_refused_where_it_cannot_be(family, tmp_path):
         compress({**recipe, "method": "tall_mask"}, tmp_path / "store")
     [problem] = make_plan({**recipe, "donor": "a"}).problems
     assert "requantise: config.json must be that of the base" in problem
+    [problem] = make_plan({**recipe, "heads": ["*.layers.1.*"]}).problems
+    assert "requantise: heads go onto merges that are not quantised" in problem
     state = load_file(tmp_path / "base" / WEIGHTS)
     scale = QUERY.removesuffix("weight") + "input_scale"
     save_file({**state, scale: torch.ones(1)}, tmp_path / "base" / WEIGHTS)
