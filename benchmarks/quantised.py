@@ -1,20 +1,22 @@
 """`python quantised.py WORK` merges a base and two experts of each quantised format, and the bfloat16 they are of.
 
-It prints a table for docs/formats.md: bytes an element, the relative Frobenius error of the merge against that of the
-bfloat16 originals, the peak memory of the process, and its CPU-seconds for a GB that is read. Weights are random:
-normal, with differences of a tenth of the base's size. They are rounded as each format does it plainly, with scales
-from the largest magnitude; calibrated quantisation is better than that. Needs 3 GB of disk, and `gguf`.
+It prints a table for docs/formats.md: bits an element; the relative Frobenius error of two merges, by `average` and by
+`ties`, against those of the bfloat16 originals; of `ties` the peak memory of the process and its CPU-seconds, but for
+its start, for a GB that is read; and the error of `average` that is written in the same format. Weights are random:
+normal, and an expert's differ from the base's by a tenth of their size. They are rounded as each format does it
+plainly, with scales from the largest magnitude; calibrated quantisation is better than that. Needs 1 GB, and `gguf`.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
-from measure import run
+from measure import Cost, run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -148,6 +150,7 @@ FORMATS: dict[str, Callable[[Tensor], Made]] = {
     "AWQ, groups of 128": awq,
 }
 GGUF = ("Q8_0", "Q4_0")
+REQUANTISED = ("FP8, blocks of 128 x 128", "FP8, scales of rows", "MXFP8", "MXFP4", "MXFP4, packed experts")
 OWN = {  # transformers' names, so that GGUF has its own of them
     i: (f"model.layers.{i}.mlp.up_proj", f"blk.{i}.ffn_up") for i in range(LAYERS)
 }
@@ -203,7 +206,7 @@ def make(work: Path, name: str) -> list[Path]:
     return paths
 
 
-def merge(paths: list[Path], out: Path) -> Any:
+def merge(paths: list[Path], out: Path, method: str, *options: str) -> Cost:
     base, *experts = paths
     given = [part for path in experts for part in ("--expert", f"e{path.stem}={path}")]
     command = [
@@ -212,41 +215,59 @@ def merge(paths: list[Path], out: Path) -> Any:
         "mergeline.flows.cli",
         "merge",
         "--method",
-        "ties",
+        method,
         "--base",
         base,
         *given,
     ]
-    return run([*command, "--out", out, "--workers", "1"])
+    cost = run([*command, "--out", out, "--workers", "1", *options])
+    if cost.failed:
+        raise SystemExit(f"{out}: {cost.failed}")
+    return cost
+
+
+def merged(out: Path) -> dict[str, Tensor]:
+    """The matrices of a merge, those of experts as one."""
+    found = load_file(out / "model.safetensors")
+    return {n: t.float() if t.ndim == 2 else t.float().mT.reshape(ROWS, COLUMNS) for n, t in found.items()}
+
+
+def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    squares = [((found[n] - t).square().sum(), t.square().sum()) for n, t in expected.items()]
+    return float((sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5)
 
 
 def main() -> None:
     work = Path(sys.argv[1])
-    expected: dict[str, Tensor] = {}
-    plain_cpu = 0.0
-    print(
-        "| format | bits an element | error of the merge | peak memory, MiB | CPU-s for 10^9 elements read |"
-    )
-    print("|---|---|---|---|---|")
+    tiny = [save(work / "tiny" / str(i), {"w": torch.ones(8, 8) * i}, {}) for i in range(3)]
+    begin = min(merge(tiny, work / "tiny" / f"out{i}", "average").cpu_s for i in range(3))
+    print("| format | bits | `average` | `ties` | peak memory, MiB | CPU-s a GB read | requantised |")
+    print("|---|---|---|---|---|---|---|")
+    expected: dict[str, dict[str, Tensor]] = {}
     for name in ("bfloat16", *FORMATS, *GGUF):
-        paths = make(work, name)
+        paths, place = make(work, name), work / name.replace(" ", "_")
         files = [
-            path for place in paths for path in ([place] if place.is_file() else place.glob("*.safetensors"))
+            path for given in paths for path in ([given] if given.is_file() else given.glob("*.safetensors"))
         ]
         size, elements = sum(path.stat().st_size for path in files), 3 * LAYERS * ROWS * COLUMNS
-        cost = merge(paths, work / f"out-{name.replace(' ', '_')}")
-        if cost.failed:
-            raise SystemExit(f"{name}: {cost.failed}")
-        found = load_file(work / f"out-{name.replace(' ', '_')}" / "model.safetensors")
-        if name == "mxfp4_experts" or "experts" in name:
-            found = {n: t.transpose(1, 2).reshape(ROWS, COLUMNS) for n, t in found.items()}
-        expected = expected or found
-        apart = sum((found[n].float() - t.float()).square().sum() for n, t in expected.items())
-        whole = sum(t.float().square().sum() for t in expected.values())
-        plain_cpu = plain_cpu or cost.cpu_s
-        error = float((apart / whole).sqrt())
-        figures = f"{8 * size / elements:.2f} | {error:.2%} | {cost.peak_mib:.0f} | {1e9 * cost.cpu_s / elements:.1f}"
+        errors = []
+        for method in ("average", "ties"):
+            cost = merge(paths, place / method, method)
+            found = merged(place / method)
+            expected.setdefault(method, found)
+            errors.append(f"{apart(found, expected[method]):.2%}")
+        again = ""
+        if name in REQUANTISED:
+            merge(paths, place / "again", "average", "--requantise")
+            again = (
+                f"{json.loads((place / 'again' / 'manifest.json').read_text())['requantised']['mean']:.2%}"
+            )
+        cpu = 1e9 * (cost.cpu_s - begin) / size
+        figures = (
+            f"{8 * size / elements:.2f} | {' | '.join(errors)} | {cost.peak_mib:.0f} | {cpu:.0f} | {again}"
+        )
         print(f"| {name} | {figures} |", flush=True)
+        shutil.rmtree(place)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def _scaled(reader: _Reader, info: TensorInfo) -> None:
     scale = next(
         (tensors[n] for n in (f"{name}_scale_inv", f"{name}_scale", of_blocks) if n in tensors), None
     )
-    if info.dtype == "I8" and scale is not None and scale.dtype != "F8_E8M0":
+    if info.dtype == "I8" and scale is not None and scale.dtype not in ("F8_E8M0", "U8"):
         zero = tensors.get(f"{name}_zero_point")
         _add_scaled(reader, info, scale, "INT8", zero)
     elif info.dtype in _8_BITS and scale is not None:

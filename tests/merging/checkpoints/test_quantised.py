@@ -142,6 +142,17 @@ def test_packed_experts_are_those_of_transformers(tmp_path):
     assert torch.equal(rounded, mxfp4.convert_moe_packed_tensors(blocks, scales))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_bytes_of_mxfp4_lie_beside_blocks_of_fp8(dtype, tmp_path):
+    conversion = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    draw = torch.Generator().manual_seed(0)
+    packed = torch.randint(-128, 128, (6, 48), dtype=torch.int8, generator=draw)
+    scale = torch.randint(110, 130, (6, 3), dtype=torch.uint8, generator=draw).view(dtype)
+    expected = conversion.Fp8Dequantize(None)._dequantize_one(packed, scale, output_dtype=torch.float32)
+    folder = save(tmp_path / "in", {"X.weight": packed, "X.weight_scale_inv": scale}, FP8)
+    check(folder, "X.weight", expected)
+
+
 def test_nvfp4_of_modelopt_multiplies_both_scales(tmp_path):
     draw = torch.Generator().manual_seed(0)
     packed = torch.randint(0, 256, (6, 16), dtype=torch.uint8, generator=draw)
