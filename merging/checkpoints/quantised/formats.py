@@ -47,7 +47,9 @@ _SIGNS = re.compile(
     r".*(\.qweight|\.qzeros|\.SCB|\.absmax|\.quant_map|\.quant_state\..*|_scale_inv|_packed|\.bitmask"
     r"|weight_(scale|scale_2|global_scale|zero_point|shape|g_idx|format))"
 )
+_ZEROS = ("I8", "F8_E4M3", "F32", "F16", "BF16")
 _8_BITS = ("F8_E4M3", "F8_E5M2")
+_CODES = ("U8", "I8", "I32")
 _MOST_READ = 4096  # bytes of a tensor that holds shapes or settings
 _NVFP4_GROUP = 16
 
@@ -183,6 +185,8 @@ def _refuse_unknown(reader: _Reader, left: Mapping[str, TensorInfo]) -> None:
             raise bad(info, f"is {info.dtype} without scales; {INSTEAD}")
         if _SIGNS.fullmatch(info.name):
             raise reader.refuse(f"is quantised (tensor '{info.name}') in a way that cannot be read")
+        if (reader.method or reader.found.tensors) and info.dtype in _CODES and info.name.endswith("weight"):
+            raise reader.refuse(f"is quantised ('{info.name}' is {info.dtype}) in a way that cannot be read")
     unknown = reader.method is not None and reader.method not in METHODS
     if unknown and not all(info.is_float for info in left.values()):
         raise reader.refuse(f"is quantised ({reader.method} in {CONFIG}), which cannot be read")
@@ -202,27 +206,24 @@ def _scaled(reader: _Reader, info: TensorInfo) -> None:
         (tensors[n] for n in (f"{name}_scale_inv", f"{name}_scale", of_blocks) if n in tensors), None
     )
     if info.dtype == "I8" and scale is not None and scale.dtype not in ("F8_E8M0", "U8"):
-        zero = tensors.get(f"{name}_zero_point")
-        _add_scaled(reader, info, scale, "INT8", zero)
+        _add_scaled(reader, info, scale, "INT8")
     elif info.dtype in _8_BITS and scale is not None:
-        _add_scaled(reader, info, scale, "FP8", None)
+        _add_scaled(reader, info, scale, "FP8")
 
 
-def _add_scaled(
-    reader: _Reader, info: TensorInfo, scale: TensorInfo, kind: str, zero: TensorInfo | None
-) -> None:
-    block = _block(reader)
+def _add_scaled(reader: _Reader, info: TensorInfo, scale: TensorInfo, kind: str) -> None:
+    block, zero = _block(reader), reader.tensors.get(f"{info.name}_zero_point")
     grid = grid_of(info, scale, info.shape, block)
-    if zero is not None and (zero.dtype != "I8" or zero.shape != scale.shape):
+    if zero is not None and (zero.dtype not in _ZEROS or zero.shape != scale.shape):
         raise bad(zero, f"is {zero.dtype} of shape {list(zero.shape)}, the scales have {list(scale.shape)}")
     if scale.dtype in ("U8", "F8_E8M0") and grid.block == (1, MX_GROUP):
         kind = "MXFP8"
     elif block:
         kind = f"{kind} in blocks of {block[0]} x {block[1]}"
-    parts = (info, scale)
+    parts = (info, scale, *([zero] if zero else []))
     reader.add(
         ScaledTensor(info.name, "BF16", info.shape, info.file, info.start, info.stop, parts, grid, zero=zero),
-        kind, zero,
+        kind,
     )  # fmt: skip
 
 
@@ -439,9 +440,9 @@ def _words(reader: _Reader, info: TensorInfo) -> None:
     inputs = info.shape[0] * per if gptq else info.shape[0]
     if not gptq and (bits != 4 or info.shape[1] * per != outputs):
         raise bad(info, f"words {list(info.shape)} do not fit scales {list(scales.shape)} in {bits} bits")
-    version = config.get("version", config.get("format", "gemm")) if not gptq else None
-    if version not in (None, "gemm", "GEMM", "auto_round:auto_awq", "auto_round:awq"):
-        raise bad(info, f"is AWQ in the version {version!r}; 'gemm' can be read; {INSTEAD}")
+    written = _layout(reader, gptq)
+    if not gptq and written not in ("gemm", "auto_round:auto_awq", "auto_round:awq"):
+        raise bad(info, f"is AWQ in the version {written!r}; 'gemm' can be read; {INSTEAD}")
     groups = _groups_of(info, scales, outputs, scales.shape[0], across=True)
     if zeros.shape != (groups, -(-outputs * bits // WORD)):
         raise bad(zeros, f"its shape {list(zeros.shape)} does not fit {groups} groups of {outputs} outputs")
@@ -463,10 +464,17 @@ def _words(reader: _Reader, info: TensorInfo) -> None:
     if not gptq:
         reader.add(AWQTensor(*place), "AWQ")
         return
-    written = str(config.get("checkpoint_format", config.get("format", "gptq"))).lower()
     if written not in ("gptq", "gptq_v2", "auto_round:auto_gptq", "auto_round:gptq"):
         raise bad(info, f"is GPTQ in the format {written!r}; 'gptq' and 'gptq_v2' can be read; {INSTEAD}")
     reader.add(GPTQTensor(*place, off=0 if written == "gptq_v2" else 1), "GPTQ")
+
+
+def _layout(reader: _Reader, gptq: bool) -> str:
+    """How words are laid out, in the words of the configuration."""
+    if reader.method == "auto-round":
+        return str(reader.config.get("packing_format")).lower()
+    keys, usual = (("checkpoint_format", "format"), "gptq") if gptq else (("version", "format"), "gemm")
+    return str(next((found for key in keys if (found := reader.config.get(key))), usual)).lower()
 
 
 def _groups_of(info: TensorInfo, scale: TensorInfo, outputs: int, groups: int, across: bool) -> int:

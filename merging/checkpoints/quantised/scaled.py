@@ -75,7 +75,7 @@ class ScaledTensor(QuantisedTensor):
 
     grid: Grid
     factor: float = 1.0
-    zero: TensorInfo | None = None
+    zero: TensorInfo | None = None  # the third of the parts, if there is one
 
     @property
     def width(self) -> int:

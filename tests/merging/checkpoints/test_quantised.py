@@ -281,6 +281,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, list[str]]] =
     "GPTQ of 3 bits": (GPTQ, {**GPTQ_CONFIG, "bits": 3}, ["names 3 bits", "2, 4 and 8"]),
     "GPTQ without configuration": (GPTQ, None, ["'X.qweight'", "no quantization_config"]),
     "GPTQ in another format": (GPTQ, {**GPTQ_CONFIG, "checkpoint_format": "marlin"}, ["'marlin'", "gptq_v2"]),
+    "words of AutoRound": (GPTQ, {**GPTQ_CONFIG, "quant_method": "auto-round"}, ["in the format 'none'"]),
+    "codes of no known format": (
+        {**BLOCKS, "Y.weight": torch.ones(4, 4, dtype=torch.int8)}, FP8, ["('Y.weight' is I8) in a way"],
+    ),
     "GPTQ of other groups": (GPTQ, {**GPTQ_CONFIG, "group_size": 32}, ["4 groups of 64 inputs", "[32]"]),
     "GPTQ without zeros": (without(GPTQ, "X.qzeros"), GPTQ_CONFIG, ["'X.qzeros' is not there"]),
     "GPTQ beside its weight": (
