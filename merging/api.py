@@ -17,7 +17,7 @@ from mergeline.merging.engine.output import opened, publish_all
 from mergeline.merging.engine.plan import Plan
 from mergeline.merging.engine.planning import Headers, make_plan
 from mergeline.merging.engine.sources import MemoryInputs, State, refuse_nonfinite
-from mergeline.merging.engine.work import MergeJob, Progress, run
+from mergeline.merging.engine.work import MergeJob, Progress, requantised, run
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 from mergeline.merging.methods.bound import bind
@@ -101,10 +101,11 @@ def merge_points(
     ) as (source, outputs, pool):  # fmt: skip
         found = [output.journal.facts for output in outputs]
         job = MergeJob(source, plans, [output.writer for output in outputs], found)
-        run(source, outputs, job.write, pool, progress, executor)
+        remembered = run(source, outputs, job.write, pool, progress, executor)
         for output in outputs:
             output.writer.finish()
-        return publish_all(outputs, source, device)
+        each = [requantised(remembered, i) for i in range(len(outputs))]
+        return publish_all(outputs, source, device, each=each)
 
 
 def merge_state_dicts(

@@ -25,6 +25,7 @@ EXTRAS = {
     "dask": ("distributed", "prefect_dask"),
     "ray": ("ray", "prefect_ray"),
     "sign": ("cryptography",),
+    "gguf": ("gguf",),
 }
 
 

@@ -22,6 +22,7 @@ from mergeline.merging.checkpoints.adapters import ADAPTER_WEIGHTS
 from mergeline.merging.checkpoints.checkpoint import DTYPES, is_pickle, open_checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG_FILES, INDEX, PICKLE_SUFFIXES, PROVENANCE, WEIGHTS
 from mergeline.merging.checkpoints.modules import MODULE_FILES, MODULES, parsed_modules, refuse_pickled
+from mergeline.merging.checkpoints.quantised.formats import refuse_unsupported
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import publish, read_object, staged, sync, user_errors, write_json
@@ -41,6 +42,7 @@ _SAFE_SUFFIXES = (".safetensors.index.json", ".safetensors")
 _PICKLE_NAMES = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PICKLE_SUFFIXES = (".bin.index.json", *PICKLE_SUFFIXES)
 
+_GGUF_SUFFIX = ".gguf"
 _PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize_mode")
 
 
@@ -58,7 +60,8 @@ def fetch(
         layout: `open_clip` renames and packs the tensors of transformers' CLIP classes; None keeps all names.
 
     Raises:
-        UserError: not found, no access, interrupted too often, damaged, quantised, a pickle, disk full.
+        UserError: not found, no access, interrupted too often, damaged, a pickle, disk full, quantised in a way that
+            cannot be read.
     """
     downloads = cache / f"{out.name}-{hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:8]}"
     with staged(out) as staging:
@@ -81,7 +84,8 @@ def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bo
     weights = _choose_weights(source, allow_pickle)
     configs = {name: _bring(source, name, downloads) for name in source.files if name in CONFIG_FILES}
     if "config.json" in configs:
-        _refuse_quantised(configs["config.json"], source.name)
+        config = read_object(configs["config.json"], named=f"{source.name}: config.json")
+        refuse_unsupported(config, source.name)
     is_pickle = weights.endswith(_PICKLE_SUFFIXES)
     index = _bring(source, weights, downloads) if weights.endswith(".index.json") else None
     shards = _shards(index, f"{source.name}: {weights}", is_pickle) if index else [weights]
@@ -98,7 +102,8 @@ def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bo
             _place(path, staging / name, downloads)
         _place(index, staging / INDEX, downloads)
     else:
-        name = ADAPTER_WEIGHTS if Path(weights).name == ADAPTER_WEIGHTS else WEIGHTS
+        own = Path(weights).name
+        name = own if own == ADAPTER_WEIGHTS or own.endswith(_GGUF_SUFFIX) else WEIGHTS
         _place(files[weights], staging / name, downloads)
 
 
@@ -128,10 +133,8 @@ def _choose_weights(source: Source, allow_pickle: bool) -> str:
             f"{source.name}: '{pickle}' is a pickle, which can run code when it is opened; convert it to "
             "safetensors, or allow it with --allow-pickle (in params.yaml: allow_pickle: true)"
         )
-    if any(name.lower().endswith(".gguf") for name in names):
-        raise UserError(
-            f"{source.name}: GGUF weights are quantised, they cannot be merged; take the original ones"
-        )
+    if found := _pick(names, (), (_GGUF_SUFFIX,), source.name):
+        return found
     raise UserError(
         f"{source.name}: no checkpoint there; expected {WEIGHTS}, {INDEX} or one *.safetensors file, "
         f"found {', '.join(names[:5]) or 'no files'}"
@@ -149,13 +152,6 @@ def _pick(names: list[str], preferred: tuple[str, ...], suffixes: tuple[str, ...
         if matching:
             return matching[0]
     return None
-
-
-def _refuse_quantised(config: Path, source: str) -> None:
-    settings = read_object(config, named=f"{source}: config.json")
-    if quantisation := settings.get("quantization_config"):
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-        raise UserError(f"{source}: quantised weights ({method}) cannot be merged; take the original ones")
 
 
 def _shards(index: Path, where: str, is_pickle: bool) -> list[str]:

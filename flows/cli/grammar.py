@@ -387,6 +387,11 @@ def _recipe(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="merge experts that are locked against it, as their owner permits",
     )
+    command.add_argument(
+        "--requantise",
+        action="store_true",
+        help="write what is quantised in the base (FP8, MXFP8, MXFP4) in its own format, with new scales",
+    )
 
 
 def _outside(command: argparse.ArgumentParser) -> None:

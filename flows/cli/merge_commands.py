@@ -28,7 +28,7 @@ def merge(args: argparse.Namespace) -> None:
     if args.json:
         print(text.as_json({"out": str(args.out), **manifest}))
     else:
-        print(f"{args.out}  {manifest['output']['digest']}")
+        print(f"{args.out}  {manifest['output']['digest']}", *text.requantised(manifest), sep="\n")
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -171,6 +171,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "vocabulary": args.vocabulary,
         "layout": args.layout,
         "allow_locked": args.allow_locked or None,
+        "requantise": args.requantise or None,
         "methods": [*written.get("methods", []), *args.methods] if args.methods else None,
     }
     chosen = {key: value for key, value in options.items() if value is not None}

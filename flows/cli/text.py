@@ -44,6 +44,15 @@ def as_json(value: Any, indent: int | None = 1) -> str:
     return json.dumps(value, indent=indent)
 
 
+def requantised(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What rounding to the base's quantised format changed, where it was."""
+    if found := manifest.get("requantised"):
+        yield (
+            f"requantised {found['tensors']} tensors: relative error {found['mean']:.2%} in the mean, "
+            f"{found['worst']:.2%} at most ({found['worst_tensor']})"
+        )
+
+
 def plan(summary: Mapping[str, Any]) -> Iterator[str]:
     """What a merge will do, of `merging.engine.plan.Plan.summary`."""
     tensors = summary["tensors"]

@@ -72,7 +72,7 @@ class AdaptedTensor(TensorInfo):
             self._last.block = block if first + step < prod(self.shape) else None
             parts.append(block[1][max(start - first, 0) : stop - first])
         if not parts:
-            return elements(self.base or self.up, 0, 0)
+            return (self.base or self.up).read(elements, 0, 0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def factors(self, elements: Callable[[TensorInfo, int, int], Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -114,7 +114,7 @@ class AdaptedTensor(TensorInfo):
             right_RN = elements(self.down, 0, prod(self.down.shape)).reshape(rank, width)
         adapted_MN = (left_MR.double() @ right_RN.double()).mul_(self.scaling)
         if self.base:
-            base = elements(self.base, first * width, last * width)
+            base = self.base.read(elements, first * width, last * width)
             adapted_MN += base.double().reshape(adapted_MN.shape)
         if self.magnitude:
             length_M = elements(self.magnitude, first, last).double()

@@ -45,6 +45,7 @@ _OTHER_WEIGHTS = (
 )
 # What Mergeline lays beside weights itself, or makes anew.
 _OURS = ("README.md", "manifest.json", PROVENANCE, "heads", "adapters", "__pycache__")
+_QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -54,11 +55,12 @@ def carry(
     folder: Path,
     alignment: Alignment | None = None,
     layers: Sequence[int] | None = None,
+    quantised: bool = False,
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
-    config.json names the dtype that most of the tensors have, the rows of the vocabulary, and the layers of a stack;
-    the tokenizer knows the tokens that were added to it.
+    config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
+    no quantisation unless the weights are `quantised` again; the tokenizer knows the tokens that were added to it.
 
     Raises:
         UserError: as `carried_files`.
@@ -67,9 +69,11 @@ def carry(
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
     specs = list(specs)
-    for prefix, config in configurations(donor).items():
+    for prefix, written in configurations(donor).items():
         own = [spec for spec in specs if spec.name.startswith(prefix) and (prefix or "/" not in spec.name)]
-        if (dtype := main_dtype(own)) and _replace(config, _DTYPE_KEYS, dtype):
+        config, dtype = written if quantised else without_quantisation(written), main_dtype(own)
+        changed = config != written
+        if changed | (bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)):
             _write(folder / prefix / CONFIG, config)
     config, changed = read_object(folder / CONFIG), False
     if alignment:
@@ -138,6 +142,15 @@ def main_dtype(specs: Iterable[TensorSpec]) -> str | None:
         if "float" in name:
             elements[name] = elements.get(name, 0) + prod(spec.shape)
     return max(elements, key=elements.__getitem__, default=None)
+
+
+def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and its parts, of weights that are not quantised."""
+    parts = {key: value for key, value in config.items() if key not in _QUANTISATION_KEYS}
+    return {
+        key: without_quantisation(value) if isinstance(value, dict) and key.endswith("_config") else value
+        for key, value in parts.items()
+    }
 
 
 def _replace(config: dict[str, Any], keys: Sequence[str], new: Any) -> bool:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
+from mergeline.merging.checkpoints import gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
 from mergeline.merging.checkpoints.components import component_folders
 from mergeline.merging.errors import UserError
@@ -23,9 +24,13 @@ from mergeline.merging.reading import open_regular, parsed_json, read_json, safe
 if TYPE_CHECKING:
     from torch import Tensor
 
-# safetensors name -> (torch name, bytes an element)
+GGUF_DTYPE = "GGUF_"  # before the type of blocks of a GGUF file, which are read as bytes
+
+# safetensors name, or that of a type of GGUF -> (torch name, bytes an element)
 DTYPES = {
+    **{f"{GGUF_DTYPE}{name}": ("uint8", 1) for name in gguf_header.PACKED},
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "F8_E8M0": ("uint8", 1),  # exponents, which torch before 2.7 has no dtype for
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
     "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1),
     "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
@@ -58,6 +63,11 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
+    @property
+    def read_as(self) -> str:
+        """The dtype of what `read` gives."""
+        return self.dtype
+
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         """Elements [start, stop), flattened; `elements` reads what is stored."""
         return elements(self, start, stop)
@@ -65,7 +75,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The headers of a checkpoint; `tensors` is sorted by name.
+    """The headers of a checkpoint; `tensors` is sorted by name. settings: of a GGUF file.
 
     A checkpoint with an `original` is a view of it: fewer tensors, other names, rows in another order, or what an
     adapter makes of its base.
@@ -75,6 +85,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     original: Checkpoint | None = field(default=None, kw_only=True)
+    settings: dict[str, Any] | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -98,11 +109,16 @@ class Checkpoint:
         """The tensor `name`, in its stored dtype, as a fresh copy.
 
         Raises:
-            UserError: the file became shorter than its header said.
+            UserError: the file became shorter than its header said, or the tensor is of codes without their scales.
         """
         import torch
 
         info = self.tensors[name]
+        if info.dtype.startswith(("F8", GGUF_DTYPE)):
+            raise UserError(
+                f"{info.file}: tensor '{name}' is {info.dtype}: quantised weights are read by merging alone; merge the "
+                "checkpoint with `passthrough`, and take what that writes"
+            )
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         with open(info.file, "rb", buffering=0) as file:
             file.seek(info.start)
@@ -179,7 +195,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         refuse_pickle(path)
-        _refuse_gguf(path)
+        if gguf_header.is_gguf(path):
+            return _open_gguf([path], path)
         tensors, metadata = _read_header(path)
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
@@ -208,12 +225,26 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def _refuse_gguf(path: Path) -> None:
-    with open_regular(path) as file:
-        if file.read(4) == b"GGUF":
-            raise UserError(
-                f"{path}: GGUF weights are quantised, they cannot be merged; take the original ones"
-            )
+def _open_gguf(files: list[Path], path: Path) -> Checkpoint:
+    """A GGUF file, or the parts of one that was split: its blocks as bytes."""
+    headers = [gguf_header.read_header(file) for file in files]
+    counts = [header.settings.get("split.count", 1) for header in headers]
+    if any(count != len(files) for count in counts):
+        found = ", ".join(file.name for file in files)
+        raise UserError(
+            f"{path}: {found} are not the {counts[0]} parts of one GGUF file; name one model, or its folder"
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in zip(files, headers):
+        for t in header.tensors:
+            if t.name in tensors:
+                raise UserError(f"{path}: the tensor '{t.name}' lies in two parts; keep one of them")
+            dtype, shape = t.type, t.shape
+            if dtype not in gguf_header.PLAIN:
+                dtype, rows = f"{GGUF_DTYPE}{t.type}", math.prod(t.shape[:-1])
+                shape = (*t.shape[:-1], (t.stop - t.start) // rows)
+            tensors[t.name] = TensorInfo(t.name, dtype, shape, file, t.start, t.stop)
+    return Checkpoint(path, dict(sorted(tensors.items())), settings=headers[0].settings)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -238,12 +269,12 @@ def _open_files(folder: Path) -> Checkpoint:
         if index.exists():
             return _open_sharded(folder, index)
     files = sorted(folder.glob("*.safetensors"))
-    files = [folder / f"{stem}.safetensors" for stem in STEMS if folder / f"{stem}.safetensors" in files][
-        :1
-    ] or files
-    for other in () if files else sorted([*folder.glob("*.gguf"), *folder.glob("pytorch_model*.bin")]):
+    known = [folder / f"{stem}.safetensors" for stem in STEMS]
+    files = [file for file in known if file in files][:1] or files
+    for other in () if files else sorted(folder.glob("pytorch_model*.bin")):
         refuse_pickle(other)
-        _refuse_gguf(other)
+    if not files and (parts := sorted(folder.glob("*.gguf"))):
+        return _open_gguf([safe_name(folder, part.name, folder) for part in parts], folder)
     if len(files) != 1:
         found = ", ".join(f.name for f in files) or "none"
         raise UserError(f"{folder}: needs {WEIGHTS}, {INDEX} or one *.safetensors file; found {found}")
@@ -327,7 +358,7 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad("malformed entry in the safetensors header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES or dtype.startswith(GGUF_DTYPE):
         raise bad(f"unknown dtype {dtype!r}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):

@@ -47,10 +47,14 @@ class GatheredTensor(TensorInfo):
         """About what is read for it."""
         return prod(self.shape) * DTYPES[self.dtype][1]
 
+    @property
+    def read_as(self) -> str:
+        return _common({source.read_as for source in self.sources})
+
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         width = prod(self.shape[1:])
         first, last = start // max(width, 1), -(-stop // max(width, 1))
-        dtype = getattr(torch, DTYPES[self.dtype][0])
+        dtype = getattr(torch, DTYPES[self.read_as][0])
         parts, row = [], first
         while row < last:
             end = row + 1
@@ -64,6 +68,11 @@ class GatheredTensor(TensorInfo):
         if not parts:
             return elements(self.sources[0], 0, 0).to(dtype)
         return torch.cat(parts)[start - first * width : stop - first * width]
+
+
+def _common(dtypes: set[str]) -> str:
+    """The dtype that rows of these have in one tensor."""
+    return next(iter(dtypes)) if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
@@ -214,8 +223,7 @@ def _gathered(
         if rows == list(range(info.shape[0])) and not any(whose):
             continue
         sources = tuple(checkpoints[o].tensors[name] for o in origins)
-        dtypes = {source.dtype for source in sources}
-        dtype = info.dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+        dtype = _common({source.dtype for source in sources})
         shape = (len(target), *info.shape[1:])
         tensors[name] = GatheredTensor(
             name, dtype, shape, info.file, info.start, info.stop, sources, tuple(whose), tuple(rows)

@@ -58,6 +58,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         json.dumps({"method": recipe["method"], "params": recipe["params"]}, indent=1, ensure_ascii=False),
         "```",
         "",
+        *_requantised(manifest.get("requantised")),
         *([f"{_seen(recipe['fitted'])}", ""] if recipe.get("fitted") else []),
         *_use(recipe),
         *(["`mergeline extract-expert` gives any of the experts back as a checkpoint.", ""] if store else []),
@@ -78,6 +79,17 @@ def _seen(fitted: dict[str, Any]) -> str:
     return words + (
         " Its test scores are of examples that it was fitted to." if found.split == "test" else ""
     )
+
+
+def _requantised(found: dict[str, Any] | None) -> list[str]:
+    """What rounding to the base's quantised format changed."""
+    if not found:
+        return []
+    return [
+        f"{found['tensors']} tensors are rounded to the base's quantised format, with new scales: a relative error of "
+        f"{found['mean']:.2%} in the mean, {found['worst']:.2%} at most (Frobenius, {_cell(found['worst_tensor'])}).",
+        "",
+    ]
 
 
 def _use(recipe: dict[str, Any]) -> list[str]:

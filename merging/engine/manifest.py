@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Iterable
 
 from mergeline.merging.canonical import canonical_json, text_digest
-from mergeline.merging.checkpoints.carried import carry
+from mergeline.merging.checkpoints.carried import carry, without_quantisation
 from mergeline.merging.checkpoints.checkpoint import content_digest, header_digest
 from mergeline.merging.checkpoints.companions import read_config, source_of
 from mergeline.merging.checkpoints.heads import write_head
@@ -164,7 +164,7 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
     """
     for expert, names in plan.heads.items():
         path = plan.recipe.experts[expert]
-        config = read_config(path) if path.is_dir() else {}
+        config = without_quantisation(read_config(path)) if path.is_dir() else {}
         write_head(folder, expert, {name: source.whole(expert, name) for name in names}, config)
     for task, adapter in plan.adapters.items():
         refuse_other_merge(adapter, manifest["output"]["digest"])
@@ -178,7 +178,8 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
         layers = plan.stack.layers if plan.stack else None
-        carry(plan.donor, [entry.spec for entry in plan.entries], folder, plan.alignment, layers)
+        specs = [entry.spec for entry in plan.entries]
+        carry(plan.donor, specs, folder, plan.alignment, layers, plan.recipe.requantise)
     (folder / CARD).write_text(model_card(manifest))
 
 

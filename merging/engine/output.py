@@ -94,6 +94,8 @@ def _refuse_companions(plan: Plan, out: Path, kind: Kind) -> None:
         raise UserError(
             "the recipe's router is for a compressed store: merge it alone, into a place of its own"
         )
+    if plan.recipe.requantise and kind != "merge":
+        raise UserError(f"requantise is for a merge, and {out} becomes none; leave it out")
     if plan.heads and kind != "merge":
         raise UserError(
             f"the recipe's heads lie beside a merge, and {out} becomes none; use `exclude` instead"
@@ -135,7 +137,7 @@ class Output:
 
     def parts_of(self, entry: Entry) -> Iterable[str]:
         """What is written of a tensor, by its names in the file."""
-        return self.layout.parts[entry.name] if self.layout else (entry.name,)
+        return self.layout.parts[entry.name] if self.layout else entry.parts
 
     def look(self, source: FileInputs, run: Run, found: dict[Any, Any]) -> None:
         """Look at the model as the method wants, unless the journal knows what was found, or another point does."""
@@ -145,16 +147,23 @@ class Output:
 
 
 def publish_all(
-    outputs: Sequence[Output], source: FileInputs, device: str, more: dict[str, Any] | None = None
+    outputs: Sequence[Output],
+    source: FileInputs,
+    device: str,
+    more: dict[str, Any] | None = None,
+    each: Sequence[dict[str, Any]] | None = None,
 ) -> list[Manifest]:
     """Give finished outputs their final names, with manifest, card and configurations beside the weights.
 
     more: what the manifest says of a compressed `store`, or of an `adapter`, which has a configuration of its own.
+    each: what the manifests of the outputs say besides.
 
     Raises:
         UserError: an input changed since its header was read; nothing is published then.
     """
     manifests = [make_manifest(o.plan, source, o.writer, o.out, device) | (more or {}) for o in outputs]
+    for manifest, own in zip(manifests, each or ()):
+        manifest |= own
     for output, manifest in zip(outputs, manifests):
         if not is_single(output.out):
             write_companions(output.plan, source, manifest, output.writer.folder)
@@ -189,7 +198,7 @@ def open_writer(
     plan: Plan, folder: Path, join: bool = False, layout: Layout | None = None
 ) -> CheckpointWriter:
     """The files in a staging folder; `join` only opens what another process made."""
-    specs = layout.specs if layout else [entry.spec for entry in plan.entries]
+    specs = layout.specs if layout else [part for entry in plan.entries for part in entry.parts.values()]
     metadata = layout.metadata if layout else checkpoint_metadata(plan)
     more: dict[str, Any] = {"file": layout.file} if layout else {"stems": plan.stems}
     return CheckpointWriter(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -14,6 +14,8 @@ from mergeline.merging.architecture import Model
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergeline.merging.checkpoints.companions import stem_of
 from mergeline.merging.checkpoints.components import configurations
+from mergeline.merging.checkpoints.quantised.rounding import rows_together
+from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor
 from mergeline.merging.checkpoints.router import Router
 from mergeline.merging.checkpoints.task_adapters import TaskAdapter
 from mergeline.merging.checkpoints.vocabulary import Alignment
@@ -42,7 +44,7 @@ class Entry:
 
     sources: expert name -> tensor; empty where only the base's is used. bound: the method and parameters it is merged
     with. model: what the tensors of the output are. lacks: kinds of statistics that its method reads where there are
-    any, and of which there are none of it.
+    any, and of which there are none of it. form: the tensor to whose quantised format it is rounded.
     """
 
     action: Action
@@ -52,6 +54,16 @@ class Entry:
     bound: Bound | None = None
     model: Model | None = None
     lacks: tuple[str, ...] = ()
+    form: QuantisedTensor | None = None
+
+    @property
+    def parts(self) -> dict[str, TensorSpec]:
+        """What is written, by its names in the file."""
+        if self.form is None:
+            return {self.name: self.spec}
+        return {
+            part.name: TensorSpec(part.name, part.dtype, part.shape, part.nbytes) for part in self.form.parts
+        }
 
     @property
     def name(self) -> str:
@@ -101,6 +113,11 @@ class Entry:
     @property
     def peak_bytes(self) -> int:
         """Memory that merging it takes, without the imports."""
+        if (
+            self.form is not None
+        ):  # as it is without, and float32 copies of the rows that are rounded together
+            rows = 8 * 4 * min(rows_together(self.form) * (1, *self.spec.shape)[-1], prod(self.spec.shape))
+            return replace(self, form=None).peak_bytes + with_kept(rows)
         count, elements = len(self.sources), prod(self.spec.shape)
         if self.bound is None:
             return 4 * block_elements(1) * 8
@@ -206,7 +223,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(e.spec.nbytes for e in self.entries)
+        return sum(part.nbytes for e in self.entries for part in e.parts.values())
 
     @cached_property
     def peak_bytes(self) -> int:

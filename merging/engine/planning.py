@@ -22,6 +22,9 @@ from mergeline.merging.checkpoints.companions import read_config
 from mergeline.merging.checkpoints.components import component_folders
 from mergeline.merging.checkpoints.layouts import one_layout
 from mergeline.merging.checkpoints.modules import module_notes
+from mergeline.merging.checkpoints.quantised.formats import dequantised
+from mergeline.merging.checkpoints.quantised.rounding import is_plain_rounding
+from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import without_tied_head
@@ -37,10 +40,8 @@ from mergeline.merging.recipes.recipe import Recipe
 from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, values_of
 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
-# What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
 _FEW = 6  # names in a sentence
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_QUANTISED = (".qweight", ".qzeros", ".absmax", ".quant_map", ".SCB", ".weight_packed", ".weight_scale")
 
 
 class Headers:
@@ -88,6 +89,8 @@ def make_plan(recipe: Recipe | Mapping[str, Any], headers: Headers | None = None
         _find_donor(plan)
     if not plan.problems:
         _stack_layers(plan) if recipe.stack else _match_tensors(plan, headers)
+    if not plan.problems:
+        _say_what_is_written(plan)
     return plan
 
 
@@ -115,9 +118,10 @@ def _open(plan: Plan, headers: Headers) -> None:
         **({"base": plan.recipe.base} if plan.recipe.base else {}),
     }.items():
         try:
-            checkpoint = without_tied_head(headers.open(path))
+            checkpoint, notes = dequantised(headers.open(path))
+            checkpoint = without_tied_head(checkpoint)
             plan.stamps |= headers.stamps[path]
-            plan.problems += _quantised(name, checkpoint)
+            plan.warnings += [f"{name}: {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
             continue
@@ -306,19 +310,62 @@ def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:
         plan.warnings += plan.alignment.notes
 
 
-def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:
-    """A sentence if the checkpoint holds fp8 or packed integer weights, which cannot be merged as they are."""
-    for info in checkpoint.tensors.values():
-        if info.dtype.startswith("F8"):
-            yield f"{name}: tensor '{info.name}' is {info.dtype}; merge a float16 or wider copy"
-            return
-        if info.name.endswith(_QUANTISED):
-            yield f"{name}: is quantised (tensor '{info.name}'); merge the float16 or wider model it was made from"
-            return
-    config = read_config(checkpoint.path).get("quantization_config") if checkpoint.path.is_dir() else None
-    if isinstance(config, dict) and not all(info.is_float for info in checkpoint.tensors.values()):
-        kind = config.get("quant_method") or "quantization_config"
-        yield f"{name}: is quantised ({kind} in config.json); merge the float16 or wider model it was made from"
+def _say_what_is_written(plan: Plan) -> None:
+    """Have what is quantised in the base rounded to its format again, if the recipe says so; sentences on either."""
+    if plan.recipe.requantise:
+        plan.problems += _requantise(plan)
+    elif any(
+        isinstance(info, QuantisedTensor) for c in plan.checkpoints.values() for info in c.tensors.values()
+    ):
+        plan.warnings.append("what is written is not quantised: its config.json has no quantization_config")
+
+
+def _requantise(plan: Plan) -> Iterator[str]:
+    """Marks what is written in the base's own format; a sentence if that cannot be done."""
+    forms = {
+        n: t for n, t in (plan.base.tensors if plan.base else {}).items() if isinstance(t, QuantisedTensor)
+    }
+    if not forms or plan.base is None:
+        yield "requantise: the base is not quantised, so that it has no format to write; leave requantise out"
+        return
+    other = next((name for name, form in forms.items() if not is_plain_rounding(form)), None)
+    if other:
+        yield (
+            f"requantise: '{other}' of the base is in a format that is no plain rounding; FP8, MXFP8 and MXFP4 can be "
+            "written: leave requantise out, and quantise the merge with what quantised the base"
+        )
+        return
+    moved = next((name for name, form in forms.items() if form.name != name), None)
+    if moved or plan.alignment or plan.stack:
+        yield "requantise: the merge has other names, rows or layers than its base; leave requantise out"
+        return
+    if plan.recipe.heads:
+        yield "requantise: heads go onto merges that are not quantised; leave one of the two out"
+        return
+    if plan.donor != plan.base.path:
+        yield "requantise: config.json must be that of the base, to say its format; name a folder as base, and donor"
+        return
+    scales = plan.base.stored.tensors.keys() - plan.base.tensors.keys() - {
+        part.name for form in forms.values() for part in form.parts
+    }  # fmt: skip
+    if scales:
+        yield (
+            f"requantise: the base has scales of quantised activations ('{min(scales)}'), which are another's in a "
+            "merge; leave requantise out"
+        )
+        return
+    entries: list[Entry] = []
+    for entry in plan.entries:
+        form = forms.get(entry.name)
+        if form is not None and entry.action == "copy" and not entry.sources:  # the base's own codes
+            entries += [_entry(plan, "copy", part.name, {}, part) for part in form.parts]
+        else:
+            entries.append(replace(entry, form=form))
+    plan.entries = sorted(entries, key=lambda entry: entry.name)
+    plan.warnings.append(
+        f"requantise: {sum(entry.form is not None for entry in entries)} tensors are rounded to the base's format as "
+        "they are written, with new scales; the card has the error"
+    )
 
 
 def _stack_layers(plan: Plan) -> None:

@@ -264,7 +264,8 @@ class FileInputs(_Source, Files):
         """A tensor as it is stored (raises UserError for NaN or Inf)."""
         value = self.raw(origin, name, 0, self.length(origin, name))
         refuse_nonfinite(origin, name, value)
-        return value.reshape(self._info(origin, name).shape)
+        info = self._info(origin, name)
+        return value.to(getattr(torch, DTYPES[info.dtype][0])).reshape(info.shape)
 
     def checkpoint_digest(self, origin: str) -> str:
         """The digest of a whole checkpoint, of which everything was read."""

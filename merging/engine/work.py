@@ -7,18 +7,20 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from mergeline.merging.canonical import canonical_json
-from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorWriter
-from mergeline.merging.engine.blocks import merged_blocks, rounded, torch_dtype
+from mergeline.merging.checkpoints.writer import CheckpointWriter
+from mergeline.merging.engine.blocks import merged_blocks
 from mergeline.merging.engine.machine import keep_freed_memory, one_thread
 from mergeline.merging.engine.manifest import identity
 from mergeline.merging.engine.output import Output, open_writer
 from mergeline.merging.engine.plan import Entry, Plan
 from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.engine.sinks import sink_of
 from mergeline.merging.engine.sources import FileInputs
 
+REQUANTISED = "requantised"  # what is remembered of a tensor, and what a manifest has of all
 _UNIT_BYTES = 1 << 28  # what another process reads for one unit of work
 # What a unit of work is sent as: recipes, identities, staging folders and what looks found, then the device.
 Address = tuple[list[tuple[dict[str, Any], str, str, Any]], str]
@@ -118,22 +120,35 @@ class MergeJob:
     def write(self, entry: Entry) -> Finished:
         """Merge, or copy, one tensor."""
         entries = [entries[entry.name] for entries in self.entries]
-        sinks = [writer.open(entry.name) for writer in self.writers]
+        sinks = [sink_of(writer, entry) for writer, entry in zip(self.writers, entries)]
         if entry.action == "merge":
             found = [found_for(entry, found) for entry, found in zip(entries, self.found)]
             bounds = [entry.bound for entry in entries if entry.bound]
             for i, block in merged_blocks(self.source.view(entry), bounds, found):
-                sinks[i].append(rounded(block, entries[i].spec))
+                sinks[i].append(block)
         else:
-            self._copy(entries, sinks)
-        hashes = [{entry.name: sink.close()} for sink in sinks]
-        return Finished(entry.name, hashes, hashes_read(self.source, entry))
+            for block in self.source.copied(list(entry.origins), entry.name, entry.action == "largest"):
+                for sink in sinks:
+                    sink.append(block)
+        hashes = [sink.close() for sink in sinks]
+        errors = [sink.error for sink in sinks]
+        remembered = {REQUANTISED: errors} if any(errors) else {}
+        return Finished(entry.name, hashes, hashes_read(self.source, entry), remembered)
 
-    def _copy(self, entries: Sequence[Entry], sinks: Sequence[TensorWriter]) -> None:
-        first = entries[0]
-        for block in self.source.copied(list(first.origins), first.name, first.action == "largest"):
-            for entry, sink in zip(entries, sinks):
-                sink.append(block if block.dtype == torch_dtype(entry.spec) else rounded(block, entry.spec))
+
+def requantised(remembered: Mapping[str, Mapping[str, Any]], output: int) -> dict[str, Any]:
+    """What requantising changed in one of the outputs: relative Frobenius errors; empty if nothing was."""
+    errors = {}
+    for name, of in remembered.items():
+        if found := of.get(REQUANTISED, {}) and of[REQUANTISED][output]:
+            errors[name] = (found[0] / found[1]) ** 0.5 if found[1] else 0.0
+    if not errors:
+        return {}
+    worst = max(sorted(errors), key=errors.__getitem__)
+    mean = sum(errors[name] for name in sorted(errors)) / len(errors)
+    return {
+        REQUANTISED: {"tensors": len(errors), "mean": mean, "worst": errors[worst], "worst_tensor": worst}
+    }
 
 
 def found_for(entry: Entry, found: Any) -> Any:

@@ -170,6 +170,8 @@ class Recipe(BaseModel):
     (`merging.checkpoints.router`). Both are made by learned methods.
 
     `allow_locked` merges experts that are locked against it (`merging.engine.mergelock`), as their owner must permit.
+
+    `requantise` writes what is quantised in the base in the base's own format, where that is a plain rounding.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -197,6 +199,7 @@ class Recipe(BaseModel):
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
     allow_locked: bool = False
+    requantise: bool = False
     methods: list[Path] = []
     fitted: Fitted | None = None
     adapters: dict[str, Path] = {}
@@ -206,6 +209,7 @@ class Recipe(BaseModel):
     def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         late = {
             "allow_locked": False,
+            "requantise": False,
             "keep": {},
             "heads": [],
             "running_statistics": "average",
@@ -272,6 +276,7 @@ class Recipe(BaseModel):
             "donor",
             "vocabulary",
             "allow_locked",
+            "requantise",
             "fitted",
         )
         return self.model_dump(mode="json", include=set(named))

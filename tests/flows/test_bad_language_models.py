@@ -107,7 +107,7 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         lambda folder: packed(folder, "hqq", "W_q", "scale", "zero"),
         ["is quantised", "hqq in config.json"],
     ),
-    "GGUF": (gguf_alone, ["model.Q4_K_M.gguf", "GGUF weights are quantised", "take the original ones"]),
+    "GGUF": (gguf_alone, ["model.Q4_K_M.gguf", "GGUF of version 0", "convert it again"]),
     "a pickle": (pickle_alone, ["pytorch_model.bin", "a pickle checkpoint", "--allow-pickle"]),
     "an adapter of another base, by name": (
         lambda folder: lora(folder, "org/other"),

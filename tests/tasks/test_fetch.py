@@ -220,13 +220,14 @@ def test_link_out_of_the_folder_is_refused_unless_named(tmp_path, bring):
         ({"notes.txt": b""}, "no checkpoint there.*found notes.txt"),
         ({"a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS}, "several checkpoints .*name one"),
         ({"model.safetensors": WEIGHTS[:-1]}, r"mine: model.safetensors: truncated"),
-        ({"model.Q4_K.gguf": b"GGUF"}, "GGUF weights are quantised"),
+        ({"model.Q4_K.gguf": b"GGUF"}, "mine: model.Q4_K.gguf: malformed GGUF header"),
+        ({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}, "several checkpoints .*name one"),
         (
             {
                 "model.safetensors": WEIGHTS,
-                "config.json": b'{"quantization_config": {"quant_method": "gptq"}}',
+                "config.json": b'{"quantization_config": {"quant_method": "hqq"}}',
             },
-            r"quantised weights \(gptq\)",
+            r"mine: is quantised \(hqq in config.json\), which cannot be read",
         ),
         ({"model.safetensors": WEIGHTS, "config.json": b"{"}, "config.json: is not valid JSON"),
         ({"pytorch_model.bin": b"", "notes.txt": b""}, r"'pytorch_model.bin' is a pickle.*--allow-pickle"),

@@ -1,0 +1,144 @@
+"""Tensors of GGUF files under the names, and in the layout, that transformers has: what llama.cpp did is undone.
+
+The `gguf` package has the names of architectures and reads the blocks; what is changed beside the names is what
+llama.cpp's convert_hf_to_gguf.py changes: the rows of Llama's queries and keys, and 1 that is added to Gemma's norms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Iterator, Mapping
+
+from mergeline.merging.checkpoints.checkpoint import GGUF_DTYPE, Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.gguf_header import elements_of
+from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, bad
+from mergeline.merging.errors import UserError
+from mergeline.merging.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# `general.architecture` -> the classes of transformers that these are.
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+_PERMUTED, _SHIFTED = ("llama",), ("gemma", "gemma2", "gemma3")
+_WHOLE = ("model.embed_tokens", "model.norm", "lm_head")
+_OF_LAYERS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
+    "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+_DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+_MOST_LAYERS, _MOST_HEADS = 1 << 12, 1 << 16
+
+
+@dataclass(frozen=True)
+class GGMLTensor(QuantisedTensor):
+    """Rows of blocks, as the `gguf` package reads them.
+
+    heads: in how many groups of rows those of a half of each head alternate with those of the other, 0 if they do not.
+    less: what is subtracted.
+    """
+
+    type: str
+    heads: int = 0
+    less: float = 0.0
+
+    @property
+    def width(self) -> int:
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def step(self) -> int:
+        return self.shape[0] // self.heads if self.heads else 1
+
+    def rows(self, elements: Elements, first: int, last: int) -> Tensor:
+        info = self.parts[0]
+        if info.dtype.startswith(GGUF_DTYPE):
+            from gguf import GGMLQuantizationType, quants
+
+            width = info.shape[-1]
+            code = elements(info, first * width, last * width).reshape(-1, width).numpy()
+            values = torch.from_numpy(quants.dequantize(code, GGMLQuantizationType[self.type]))
+        else:
+            values = elements(info, first * self.width, last * self.width).float()
+        if self.heads:
+            values = values.reshape(-1, self.step // 2, 2, self.width).transpose(1, 2)
+        return values.reshape(-1) - self.less if self.less else values.reshape(-1)
+
+
+def as_transformers_has_it(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """A view of a GGUF file with the names of transformers, and sentences on what it is.
+
+    Raises:
+        UserError: the package `gguf` is missing, an architecture that is not known, tensors that it does not have.
+    """
+    settings = checkpoint.settings or {}
+    kind = settings.get("general.architecture")
+    experts = " with experts" if settings.get(f"{kind}.expert_count") else ""
+    if kind not in ARCHITECTURES or experts:
+        raise UserError(
+            f"{checkpoint.path}: is a GGUF file of the architecture {kind!r}{experts}, which cannot be read; known are "
+            f"{', '.join(ARCHITECTURES)}; merge the original weights"
+        )
+    names = _names(checkpoint, kind, _number(checkpoint, settings, f"{kind}.block_count", _MOST_LAYERS))
+    count = f"{kind}.attention.head_count"
+    heads = {"q_proj": _number(checkpoint, settings, count, _MOST_HEADS)}
+    heads["k_proj"] = _number(
+        checkpoint, {f"{count}_kv": heads["q_proj"], **settings}, f"{count}_kv", _MOST_HEADS
+    )
+    tensors: dict[str, TensorInfo] = {}
+    derived, types = [], set()
+    for info in checkpoint.tensors.values():
+        if info.name in _DERIVED:
+            derived.append(info.name)
+            continue
+        stem, _, end = info.name.rpartition(".")
+        if stem not in names or end not in ("weight", "bias"):
+            raise bad(info, f"{kind} has no such tensor in transformers; merge the original weights")
+        name = f"{names[stem]}.{end}"
+        packed = info.dtype.startswith(GGUF_DTYPE)
+        type = info.dtype.removeprefix(GGUF_DTYPE)
+        shape = (*info.shape[:-1], elements_of(type, info.shape[-1])) if packed else info.shape
+        of = heads.get(name.split(".")[-2], 0) if kind in _PERMUTED else 0
+        if of and (of < 0 or not shape or shape[0] % (2 * of)):
+            raise bad(info, f"{shape[:1]} rows are not those of {of} heads; download it again")
+        less = 1.0 if kind in _SHIFTED and name.endswith("norm.weight") else 0.0
+        types |= {type}
+        place = name, "BF16", shape, info.file, info.start, info.stop, (info,), type, of, less
+        plain = not packed and not of and not less
+        tensors[name] = _renamed(info, name) if plain else GGMLTensor(*place)
+    notes = [
+        f"is a GGUF file of {kind} ({', '.join(sorted(types))}): its tensors have the names of transformers, and are "
+        "dequantised as they are read"
+    ]
+    if derived:
+        notes.append(f"{derived[0]} is left out: transformers computes it from its configuration")
+    return checkpoint.view(tensors), notes
+
+
+def _renamed(info: TensorInfo, name: str) -> TensorInfo:
+    return TensorInfo(name, info.dtype, info.shape, info.file, info.start, info.stop)
+
+
+def _number(checkpoint: Checkpoint, settings: Mapping[str, Any], key: str, most: int) -> int:
+    value = settings.get(key)
+    if type(value) is not int or not 0 < value <= most:
+        raise UserError(f"{checkpoint.path}: names {value!r} as {key}; download it again")
+    return value
+
+
+def _names(checkpoint: Checkpoint, kind: str, layers: int) -> dict[str, str]:
+    """transformers' name of each module of GGUF, as the package has them of the architecture."""
+    try:
+        from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+    except ModuleNotFoundError:
+        raise UserError(f"{checkpoint.path}: gguf is not installed; pip install 'mergeline[gguf]'") from None
+    known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+    table = get_tensor_name_map(MODEL_ARCH(known[kind]), layers)
+    return {own: name for name in _candidates(layers) if (own := table.get_name(name)) is not None}
+
+
+def _candidates(layers: int) -> Iterator[str]:
+    yield from _WHOLE
+    for layer in range(layers):
+        yield from (f"model.layers.{layer}.{name}" for name in _OF_LAYERS)
