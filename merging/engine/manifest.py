@@ -170,7 +170,14 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
         layers = plan.stack.layers if plan.stack else None
-        carry(plan.donor, [entry.spec for entry in plan.entries], folder, plan.alignment, layers)
+        carry(
+            plan.donor,
+            [entry.spec for entry in plan.entries],
+            folder,
+            plan.alignment,
+            layers,
+            plan.untied is not None,
+        )
     (folder / CARD).write_text(model_card(manifest))
 
 

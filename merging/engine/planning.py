@@ -15,14 +15,14 @@ from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import RUNNING_STATISTICS, Model, Role, describe
 from mergeline.merging.canonical import canonical_json, text_digest
-from mergeline.merging.checkpoints.adapters import adapt, compose, is_adapter, is_bare
+from mergeline.merging.checkpoints.adapters import adapt, compose, is_adapter, is_bare, unties
 from mergeline.merging.checkpoints.carried import carried_files
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
 from mergeline.merging.checkpoints.modules import module_notes, unlike_modules
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
-from mergeline.merging.checkpoints.tied import without_tied_head
+from mergeline.merging.checkpoints.tied import TiedHead, tied_head, untied, without_tied_head
 from mergeline.merging.checkpoints.vocabulary import align
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
@@ -157,17 +157,18 @@ def _adapt(plan: Plan) -> None:
     """Let experts that are adapters stand for the base as they change it."""
     adapters = {name: c for name, c in plan.experts.items() if is_adapter(c)}
     delta = plan.method is not None and plan.method.delta
-    if adapters and not plan.recipe.base and delta:
-        plan.problems.append(f"'{next(iter(adapters))}' is a PEFT adapter: name the base that it adds to")
-    elif adapters and not plan.recipe.base:
-        plan.warnings.append(
-            f"'{next(iter(adapters))}' is an adapter: without a base its factors are merged as they are; name the base"
+    if adapters and not plan.recipe.base:
+        plan.problems.append(
+            f"'{next(iter(adapters))}' is an adapter: name the base that it adds to; `mergeline extract-lora` makes "
+            "one adapter of several"
         )
+    tied = _untie(plan, adapters) if plan.base else None
     for name, adapter in adapters.items():
         if plan.base is None:
             continue
         try:
-            plan.experts[name] = adapt(plan.base, adapter)
+            plan.experts[name], notes = adapt(plan.base, adapter, tied, plan.recipe.packing)
+            plan.warnings += [f"'{name}': {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
     for name, factors in plan.experts.items():
@@ -176,6 +177,32 @@ def _adapt(plan: Plan) -> None:
                 plan.experts[name] = compose(plan.base, factors)
             except UserError as error:
                 plan.problems.append(f"{name}: {error}")
+
+
+def _untie(plan: Plan, adapters: Mapping[str, Checkpoint]) -> TiedHead | None:
+    """What is tied in the base; where an adapter unties it, every checkpoint gets an output matrix of its own."""
+    assert plan.base is not None
+    try:
+        tied = tied_head(plan.base) if adapters else None
+    except UserError as error:
+        plan.problems.append(f"base: {error}")
+        return None
+    untying = []
+    for name, adapter in adapters.items():
+        try:
+            untying += [name] if tied and unties(adapter, tied) else []
+        except UserError:
+            continue  # `adapt` says what is wrong
+    if tied and untying:
+        plan.base = untied(plan.base, tied)
+        others = {name: c for name, c in plan.experts.items() if name not in adapters}
+        plan.experts |= {name: untied(c, tied) for name, c in others.items()}
+        plan.untied = tied.head
+        plan.warnings.append(
+            f"'{untying[0]}' gives the embedding or the output matrix values of its own, which are one in the base: "
+            f"the merge has '{tied.head}' beside '{tied.embedding}', and tie_word_embeddings: false"
+        )
+    return tied
 
 
 def _find_donor(plan: Plan) -> None:
