@@ -15,7 +15,15 @@ from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import RUNNING_STATISTICS, Model, Role, describe
 from mergeline.merging.canonical import canonical_json, text_digest
-from mergeline.merging.checkpoints.adapters import adapt, compose, is_adapter, is_bare, unties
+from mergeline.merging.checkpoints.adapters import (
+    ADAPTER_CONFIG,
+    adapt,
+    alone,
+    compose,
+    is_adapter,
+    is_bare,
+    unties,
+)
 from mergeline.merging.checkpoints.carried import carried_files
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
@@ -94,9 +102,9 @@ def _resolve_method(plan: Plan) -> None:
     except UserError as error:
         plan.problems.append(str(error))
         return
-    plan.problems += plan.method.misuses(
-        plan.params, count, plan.recipe.base is not None, plan.recipe.statistics
-    )
+    # of adapters alone, what they add is merged, and no more is needed
+    has_base = plan.recipe.base is not None or _only_adapters(plan.recipe)
+    plan.problems += plan.method.misuses(plan.params, count, has_base, plan.recipe.statistics)
     plan.warnings += plan.method.warnings(plan.params, count)
 
 
@@ -157,11 +165,16 @@ def _adapt(plan: Plan) -> None:
     """Let experts that are adapters stand for the base as they change it."""
     adapters = {name: c for name, c in plan.experts.items() if is_adapter(c)}
     delta = plan.method is not None and plan.method.delta
+    if (
+        adapters
+        and not plan.recipe.base
+        and _only_adapters(plan.recipe)
+        and len(adapters) == len(plan.experts)
+    ):
+        _merge_alone(plan)
+        return
     if adapters and not plan.recipe.base:
-        plan.problems.append(
-            f"'{next(iter(adapters))}' is an adapter: name the base that it adds to; `mergeline extract-lora` makes "
-            "one adapter of several"
-        )
+        plan.problems.append(f"'{next(iter(adapters))}' is an adapter: name the base that it adds to")
     tied = _untie(plan, adapters) if plan.base else None
     for name, adapter in adapters.items():
         if plan.base is None:
@@ -177,6 +190,30 @@ def _adapt(plan: Plan) -> None:
                 plan.experts[name] = compose(plan.base, factors)
             except UserError as error:
                 plan.problems.append(f"{name}: {error}")
+
+
+def _only_adapters(recipe: Recipe) -> bool:
+    """Whether all experts are folders of adapters, and there is no base."""
+    paths = [path if path.is_dir() else path.parent for path in recipe.experts.values()]
+    return not recipe.base and bool(paths) and all((path / ADAPTER_CONFIG).is_file() for path in paths)
+
+
+def _merge_alone(plan: Plan) -> None:
+    """Let adapters without a base stand for what they add, which can become an adapter alone."""
+    plan.adapter_only = True
+    if plan.method is not None and not plan.bound.gives_factors:
+        plan.problems.append(
+            f"{plan.method.id} of adapters without a base: name the base that they add to (weighted sums, core_space "
+            "and knots need none)"
+        )
+        return
+    try:
+        plan.experts = alone(plan.experts)
+        plan.warnings.append(
+            "adapters without a base become one adapter, by `mergeline extract-lora`; or name the base"
+        )
+    except UserError as error:
+        plan.problems.append(str(error))
 
 
 def _untie(plan: Plan, adapters: Mapping[str, Checkpoint]) -> TiedHead | None:
@@ -230,7 +267,8 @@ def _find_donor(plan: Plan) -> None:
     except UserError as error:
         plan.problems.append(f"{name or next(iter(known))}: {error}")
         return
-    _align(plan, known, name or next(iter(known)))
+    if not plan.adapter_only:
+        _align(plan, known, name or next(iter(known)))
 
 
 def _other_architectures(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]:

@@ -7,7 +7,7 @@ read what PEFT writes; `bare` reads files of nothing but factors.
 from mergeline.merging.checkpoints.adapters.bare import compose, composed, is_bare
 from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.adapters.names import PREFIX
-from mergeline.merging.checkpoints.adapters.peft import ADAPTER_WEIGHTS, adapt, is_adapter, unties
+from mergeline.merging.checkpoints.adapters.peft import ADAPTER_WEIGHTS, adapt, alone, is_adapter, unties
 from mergeline.merging.checkpoints.adapters.tensor import AdaptedTensor, added_rank
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "AdaptedTensor",
     "adapt",
     "added_rank",
+    "alone",
     "compose",
     "composed",
     "is_adapter",

@@ -79,9 +79,16 @@ class AdapterConfig:
         return otherwise
 
     def lora_scaling(self, module: str, rank: int) -> float:
-        """What the product of LoRA's factors is multiplied with."""
+        """What LoRA's product is multiplied with. module: its name, or that of a parameter that is wrapped."""
         alpha = self.of_module("alpha_pattern", module, self.values["lora_alpha"])
         return alpha / (sqrt(rank) if self.flag("use_rslora") else rank)
+
+    def pattern_name(self, module: str) -> str:
+        """What patterns match of a module: itself, or its weight, where PEFT wraps that (`target_parameters`)."""
+        targets = self.values.get("target_parameters")
+        weight = f"{module}.weight"
+        wrapped = isinstance(targets, list) and any(f".{weight}".endswith(f".{target}") for target in targets)
+        return weight if wrapped else module
 
     def misfit(self, what: str) -> UserError:
         """What is said of an adapter that is for another base."""

@@ -15,12 +15,13 @@ from mergeline.merging.checkpoints.adapters.config import (
 )
 from mergeline.merging.checkpoints.adapters.names import PREFIX, BaseNames, Parts, parts_of
 from mergeline.merging.checkpoints.adapters.packed import Packing, adapt_experts
-from mergeline.merging.checkpoints.adapters.tensor import Update, adapted
+from mergeline.merging.checkpoints.adapters.tensor import AdaptedTensor, Update, adapted
 from mergeline.merging.checkpoints.adapters.updates import (
     Added,
     Factor,
     Hadamard,
     Kronecker,
+    Nothing,
     Product,
     Reflected,
     Rotated,
@@ -131,6 +132,46 @@ def adapt(
     return Adapted(adapter.view(tensors), notes)
 
 
+def alone(adapters: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """What LoRA adapters add to a base that is not there: products of factors, under PEFT's names of the modules.
+
+    An adapter that does not change a module which another changes adds nothing to it.
+
+    Raises:
+        UserError: another kind than LoRA, or what is no product of factors; the base is needed for it.
+    """
+    found = {name: _products(adapter) for name, adapter in adapters.items()}
+    every = {name: info for tensors in found.values() for name, info in tensors.items()}
+    for tensors in found.values():
+        for name in every.keys() - tensors.keys():
+            like, at = every[name], next(iter(tensors.values()))
+            nothing = Nothing((like.shape[0], prod(like.shape[1:])), at.update.parts[0], like.transposed)
+            tensors[name] = adapted(name, None, like.shape, nothing, like.module, like.is_embedding)
+    return {name: adapters[name].view(tensors) for name, tensors in found.items()}
+
+
+def _products(adapter: Checkpoint) -> dict[str, AdaptedTensor]:
+    config = read_adapter_config(adapter.folder)
+    parts = parts_of(adapter, config.kind)
+    flags = [key for key in ("use_dora", "lora_bias", "target_parameters") if config.flag(key)]
+    also = next(iter([*flags, *parts.whole, *(f"{module} (tokens)" for module in parts.tokens)]), None)
+    if config.kind != "LORA" or also or not parts.modules:
+        what = f"type {config.kind}" if config.kind != "LORA" else f"'{also}'" if also else "no factors"
+        raise UserError(f"{config.path}: has {what}, which cannot be merged without a base; name the base")
+    found = {}
+    for module, sides in parts.modules.items():
+        embedding = "embedding_A" in sides
+        down, up = (sides.get(f"embedding_{side}" if embedding else side) for side in "AB")
+        transposed = embedding or config.flag("fan_in_fan_out")
+        if not down or not up or not up.shape or not down.shape:
+            raise UserError(f"{config.path}: module '{module}' lacks one of its factors; download it again")
+        shape = (*down.shape[1:], up.shape[0]) if transposed else (up.shape[0], *down.shape[1:])
+        like = replace(up, name=f"{module}.weight", shape=shape)
+        update = _lora(like, module, sides, config, transposed)
+        found[like.name] = adapted(like.name, None, shape, update, module, embedding)
+    return found
+
+
 def _refuse_shared(base: Checkpoint, parts: Parts, names: BaseNames, config: AdapterConfig) -> None:
     """Raises UserError for a change of an embedding that modules share of which PEFT changes one alone."""
     for key in (*(f"{module}.weight" for module in parts.modules), *parts.whole):
@@ -224,7 +265,7 @@ def _lora(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, t
     update = Added(
         Factor.of(left, transposed),
         Factor.of(right, transposed),
-        config.lora_scaling(module, rank),
+        config.lora_scaling(config.pattern_name(module), rank),
         transposed,
     )
     return WithMagnitude(update, info, magnitude) if magnitude else update

@@ -127,6 +127,33 @@ class _NoProduct:
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """What an adapter adds to a tensor that it does not change, where there is no base: nothing."""
+
+    shape: tuple[int, int]  # (M, N)
+    like: TensorInfo  # where something is read, of which nothing is taken
+    transposed: bool = False
+
+    row_axes = 1
+    least_rows = 1
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.like,)
+
+    @property
+    def rank(self) -> int | None:
+        return 0
+
+    def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
+        return torch.zeros(last - first, self.shape[1], dtype=torch.float64)
+
+    def factors(self, elements: Elements) -> tuple[Tensor, Tensor] | None:
+        none = torch.zeros(self.shape[0], 0, dtype=torch.float64)
+        return none, torch.zeros(0, self.shape[1], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class WithMagnitude(_NoProduct):
     """DoRA (Liu et al. 2024): what LoRA makes of the base, each output with a norm of its own.
 

@@ -168,7 +168,7 @@ def test_a_factor_that_is_missing_or_not_finite(family, tmp_path):
 def test_an_adapter_without_a_base_is_refused(family, tmp_path):
     """Factors would be merged one by one, which is no merge of what they add."""
     _, lora, _ = family
-    with refused("'lora' is an adapter", "name the base", "extract-lora"):
+    with refused("without a base", "name the base", "extract-lora"):
         merge({"method": "average", "experts": {"lora": lora}}, tmp_path / "out")
 
 
@@ -193,7 +193,7 @@ def test_methods_that_merge_factors_get_those_that_peft_has(model, tmp_path):
         "params": {"inner": "task_arithmetic", "scale": 1.0},
         "experts": {"lora": tmp_path / "lora"},
     }
-    with refused("'lora' is an adapter", "name the base"):
+    with refused("without a base", "name the base"):
         merge(recipe, tmp_path / "out")
     with patch.object(
         decompositions, "singular_triplets"
