@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping, Sequence
 
 from mergeline.merging.algebra import decompositions, linear
+from mergeline.merging.architecture import Role, in_memory, memory_name
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.adapters import (
     ADAPTER_CONFIG,
@@ -38,7 +39,7 @@ from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.engine.work import Finished, Progress, found_for, hashes_read, run
 from mergeline.merging.errors import UserError
-from mergeline.merging.files import json_bytes
+from mergeline.merging.files import json_bytes, read_object
 from mergeline.merging.lazy import torch
 from mergeline.merging.methods.bound import Bound
 from mergeline.merging.recipes.recipe import Recipe
@@ -46,12 +47,22 @@ from mergeline.merging.recipes.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+Rank = int | float | Literal["cat"] | None
+# Mixtures whose experts PEFT 0.21 packs as transformers 5 does, from factors of each (not those of Qwen2-MoE, whose
+# factors it leaves out silently); it takes modules of these names for experts' there.
+_PACKED_BY_PEFT = (
+    "mixtral", "minimax", "qwen3_moe", "qwen3_next", "afmoe", "deepseek_v2", "deepseek_v3", "dots1",
+    "glm4_moe", "hunyuan_v1_moe", "flex_olmo", "olmoe", "cohere2_moe", "solar_open", "longcat_flash",
+)  # fmt: skip
+_NAMES_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_GROUPED = ("resnext", "regnet", "seresnext", "efficientnet", "mobilenet", "convnext")
+
 
 def extract_lora(
     recipe: Recipe | Mapping[str, Any] | Plan,
     out: str | os.PathLike,
     *,
-    rank: int | float | None = None,
+    rank: Rank = None,
     modules_to_save: Sequence[str] = (),
     device: str = "cpu",
     memory: int | None = None,
@@ -64,10 +75,13 @@ def extract_lora(
 
     out: a folder that PEFT reads, or a `*.safetensors` file of bare factors, `NAME.lora_A` and `NAME.lora_B`.
     rank: a number of directions, or as a float a share of min(M, N) of each matrix, as CART counts it; no matrix gets
-        more than it has, or than the adapters have that it is made of. None: all of them, where they are known.
+        more than it has, or than the adapters have that it is made of. None: all of them, where they are known. "cat":
+        of adapters alone, their factors one after the other, as PEFT's `combination_type="cat"`: exact, and their ranks
+        add up. Adapters without a base are merged so.
     modules_to_save: shell patterns of names of modules that a folder keeps whole, if no factors are made of them.
 
-    Factors are made of the weights of linear layers in numbered blocks, and of what any expert is an adapter of.
+    Factors are made of the weights of linear layers and convolutions in numbered blocks, and of what any expert is an
+    adapter of. Modules have the names that transformers 5 gives them, which may not be those of the base's files.
     Modules that an adapter itself keeps whole are kept whole. Everything else is left out. Factors are float32, or the
     recipe's dtype, with a scaling of 1.
 
@@ -118,20 +132,26 @@ class _Factors:
 class _Layout:
     """What an adapter of a plan will hold, from headers alone (raises UserError if it cannot be made)."""
 
-    def __init__(self, plan: Plan, rank: int | float | None, modules_to_save: tuple[str, ...], bare: bool):
+    def __init__(self, plan: Plan, rank: Rank, modules_to_save: tuple[str, ...], bare: bool):
         self.plan, self.bare = plan, bare
+        if plan.adapter_only and not bare and rank is None:
+            rank = "cat"
+        self.cat = rank == "cat"
         self.settings = {"rank": rank, "modules_to_save": list(modules_to_save)}
         self.file = WEIGHTS if bare else ADAPTER_WEIGHTS
         self.base = _checked_base(plan, rank, modules_to_save, bare)
-        self._model = read_config(self.base.folder)
+        self._model = read_config(self.base.folder) if self.base else {}
+        # Those of adapters without a base are PEFT's already.
+        self._named = {} if bare or not self.base else self._model
         self._causal = plan.model is not None and plan.model.causal
         self.factors: dict[str, _Factors] = {}
         for entry in plan.entries:
             if self.changes(entry) and self._is_decomposed(entry):
                 self.factors[entry.name] = self._factors_of(entry, rank)
+        self._even_experts()
         if not self.factors:
             raise UserError(
-                "no matrix of a linear layer in a numbered block is merged: nothing to make a LoRA of"
+                "no matrix of a linear layer or convolution in a numbered block is merged: nothing to make a LoRA of"
             )
         self.saved = [] if bare else self._saved(modules_to_save)
         self.parts = {entry.name: self._parts(entry) for entry in plan.entries}
@@ -152,8 +172,29 @@ class _Layout:
         """Whether factors are made of it: PEFT has them of a module's `weight` alone."""
         if not (len(entry.spec.shape) == 2 if self.bare else entry.name.endswith(".weight")):
             return False
-        adapted = any(isinstance(info, AdaptedTensor) for info in entry.sources.values())
-        return adapted or len(entry.header.matrices("block_linear", False)) == 1
+        if self._is_expert(entry.name) and self._model.get("model_type") not in _PACKED_BY_PEFT:
+            return False
+        if any(isinstance(info, AdaptedTensor) for info in entry.sources.values()):
+            return True
+        if len(entry.spec.shape) > 2 and self._has_groups():
+            return False
+        return len(entry.header.matrices("block_linear", not self.bare)) == 1
+
+    def _is_expert(self, name: str) -> bool:
+        """Whether it is a single expert's, where transformers packs all of them."""
+        return in_memory(name, self._named).expert is not None
+
+    def _even_experts(self) -> None:
+        """Give all experts the rank of the largest, as PEFT can pack them alone; zeros fill the others."""
+        experts = {name: factors for name, factors in self.factors.items() if self._is_expert(name)}
+        most = max((factors.rank for factors in experts.values()), default=0)
+        self.factors |= {name: replace(factors, rank=most) for name, factors in experts.items()}
+        self._expert_rank = most
+
+    def _has_groups(self) -> bool:
+        """Whether convolutions are of groups, of which PEFT's factors have another shape."""
+        kind = f"{self._model.get('model_type')} {self._model.get('architecture')}".lower()
+        return any(word in kind for word in _GROUPED)
 
     def _saved(self, patterns: Sequence[str]) -> list[str]:
         """The modules that are kept whole: as asked for, or because an adapter among the experts does.
@@ -176,7 +217,8 @@ class _Layout:
 
     def _is_tied(self, entry: Entry) -> bool:
         """Whether it is an embedding that is the output matrix, too."""
-        headless = self._causal and not any(name.endswith("lm_head.weight") for name in self.base.tensors)
+        base = self.base.tensors if self.base else {}
+        headless = self._causal and not any(name.endswith("lm_head.weight") for name in base)
         return (
             headless and len(entry.spec.shape) == 2 and entry.spec.shape[0] == self._model.get("vocab_size")
         )
@@ -190,10 +232,15 @@ class _Layout:
             for name, info in entry.sources.items()
         )
 
-    def _factors_of(self, entry: Entry, rank: int | float | None) -> _Factors:
+    def _factors_of(self, entry: Entry, rank: Rank) -> _Factors:
         ranks = [added_rank(info, entry.base) for info in entry.sources.values()]
         known = [rank for rank in ranks if rank is not None]
         exact = _bound(entry).gives_factors and len(known) == len(ranks)
+        if self.cat and not exact:
+            raise UserError(
+                f"'{entry.name}' is no weighted sum of adapters, whose factors could stand one after the other: give a "
+                "number as rank"
+            )
         if rank is None and not exact:
             raise UserError(
                 f"the rank of what {self.plan.recipe.method} adds to '{entry.name}' is not known: "
@@ -201,15 +248,21 @@ class _Layout:
             )
         rows, columns = entry.spec.shape[0], prod(entry.spec.shape[1:])
         asked = linear.rank_of(rank, (rows, columns)) if isinstance(rank, float) else rank
-        most = min(rows, columns, *([sum(known)] if exact else []))
+        asked = None if isinstance(asked, str) else asked
+        most = sum(known) if self.cat else min(rows, columns, *([sum(known)] if exact else []))
         adapted = next((i for i in entry.sources.values() if isinstance(i, AdaptedTensor)), None)
         return _Factors(
-            module=adapted and adapted.module or _module(entry),
+            module=self._peft_name(adapted and adapted.module or _module(entry)),
             rank=most if asked is None else min(asked, most),
             exact=exact,
             transposed=not self.bare and (adapted.transposed if adapted else entry.header.role.transposed),
             embedding=adapted is not None and adapted.is_embedding,
         )
+
+    def _peft_name(self, module: str) -> str:
+        """What a module is called in the model; experts that are packed there keep the names that PEFT knows."""
+        place = in_memory(f"{module}.weight", self._named)
+        return module if place.expert is not None else place.name.removesuffix(".weight")
 
     def _parts(self, entry: Entry) -> dict[str, TensorSpec]:
         """What is written of a tensor, A before B."""
@@ -217,7 +270,7 @@ class _Layout:
         if factors is None:
             if _module(entry) not in self.saved or not self.changes(entry):
                 return {}
-            name = PREFIX + spec.name
+            name = PREFIX + memory_name(spec.name, self._named)
             return {name: TensorSpec(name, spec.dtype, spec.shape, spec.nbytes)}
         if self.bare:
             names = [f"{spec.name}.lora_{side}" for side in "AB"]
@@ -249,21 +302,25 @@ class _Layout:
 
     def config(self) -> dict[str, Any]:
         """`adapter_config.json`, with alpha = rank everywhere: a scaling of 1."""
-        ranks = {factors.module: factors.rank for factors in self.factors.values()}
-        usual = Counter(ranks.values()).most_common(1)[0][0]
+        modules = {f.module: f.rank for name, f in self.factors.items() if not self._is_parameter(name, f)}
+        parameters = {
+            f"{f.module}.weight": f.rank for name, f in self.factors.items() if self._is_parameter(name, f)
+        }
+        ranks = modules | parameters
+        usual = self._expert_rank or Counter(ranks.values()).most_common(1)[0][0]
         differ = {f"^{module}": rank for module, rank in sorted(ranks.items()) if rank != usual}
-        base = self.base.path
         linear = [f for f in self.factors.values() if not f.embedding]
         return {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM" if self._causal else None,
-            "base_model_name_or_path": hub_id(source_of(base)) or (str(base) if base.is_dir() else None),
+            "base_model_name_or_path": self._base_name(),
             "r": usual,
             "lora_alpha": usual,
             "rank_pattern": differ,
             "alpha_pattern": differ,
-            "target_modules": sorted(ranks),
-            "modules_to_save": self.saved or None,
+            "target_modules": sorted(modules),
+            **({"target_parameters": sorted(parameters)} if parameters else {}),
+            "modules_to_save": [self._peft_name(module) for module in self.saved] or None,
             "fan_in_fan_out": any(factors.transposed for factors in linear),
             "bias": "none",
             "lora_dropout": 0.0,
@@ -272,6 +329,23 @@ class _Layout:
             "init_lora_weights": True,
             "inference_mode": True,
         }
+
+    def _is_parameter(self, name: str, factors: _Factors) -> bool:
+        """Whether PEFT wraps a weight, not its module: a router's, and what it would take for an expert's."""
+        if self._is_expert(name) or not self._named:
+            return False
+        is_router = self.plan.model is not None and self.plan.model.tensors[name].role is Role.ROUTER
+        last = factors.module.rpartition(".")[2]
+        return is_router or self._expert_rank > 0 and last in _NAMES_OF_EXPERTS
+
+    def _base_name(self) -> str | None:
+        """What the adapter is for; of adapters without a base what all of them say."""
+        if self.base is None:
+            said = [read_object(c.folder / ADAPTER_CONFIG) for c in self.plan.experts.values()]
+            names = [config.get("base_model_name_or_path") for config in said]
+            return names[0] if isinstance(names[0], str) and len(set(map(str, names))) == 1 else None
+        base = self.base.path
+        return hub_id(source_of(base)) or (str(base) if base.is_dir() else None)
 
     def held(self, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """How much of the update is in the adapter, for the manifest."""
@@ -293,13 +367,17 @@ class _Layout:
         }
 
 
-def _checked_base(
-    plan: Plan, rank: int | float | None, modules_to_save: Sequence[str], bare: bool
-) -> Checkpoint:
-    """The base of a plan that an adapter can be made of (raises UserError if none can)."""
-    if plan.base is None:
+def _checked_base(plan: Plan, rank: Rank, modules_to_save: Sequence[str], bare: bool) -> Checkpoint | None:
+    """The base of a plan that an adapter can be made of, None of adapters alone (raises UserError if none can)."""
+    if plan.base is None and not plan.adapter_only:
         raise UserError("an adapter adds to a base: name it (--base, `base:`)")
-    if rank is not None and (isinstance(rank, bool) or not rank > 0 or isinstance(rank, float) and rank > 1):
+    if isinstance(rank, str) and rank != "cat":
+        raise UserError(f"rank '{rank}': give a number from 1 on, a share above 0 and up to 1.0, or cat")
+    if (
+        rank is not None
+        and not isinstance(rank, str)
+        and (isinstance(rank, bool) or not rank > 0 or isinstance(rank, float) and rank > 1)
+    ):
         raise UserError(f"rank {rank}: give a number from 1 on, or a share above 0 and up to 1.0")
     if plan.alignment:
         raise UserError("the vocabularies differ, and an adapter has the base's alone; align them first")
@@ -340,10 +418,17 @@ def _write(
     facts = found_for(entry, facts)
     if factors is None:
         return _write_whole(entry, source, writer, parts, facts)
-    u_MK, s_K, v_NK, of = (_recompressed if factors.exact else _decomposed)(
-        entry, source, facts, factors.rank
-    )
-    left_MK, right_KN = decompositions.balanced(u_MK, s_K, v_NK)
+    if layout.cat:
+        left_MK, right_KN = _factors_of(entry, source, facts)
+        lacking = factors.rank - len(right_KN)
+        left_MK = torch.nn.functional.pad(left_MK, (0, lacking))
+        right_KN = torch.nn.functional.pad(right_KN, (0, 0, 0, lacking))
+        of = held = float(((left_MK.T @ left_MK) * (right_KN @ right_KN.T)).sum())
+    else:
+        make = _recompressed if factors.exact else _decomposed
+        u_MK, s_K, v_NK, of = make(entry, source, facts, factors.rank)
+        left_MK, right_KN = decompositions.balanced(u_MK, s_K, v_NK)
+        held = float(s_K.square().sum())
     if factors.transposed:
         left_MK, right_KN = right_KN.T, left_MK.T
     hashes = {}
@@ -351,7 +436,7 @@ def _write(
         sink = writer.open(name)
         sink.append(rounded(factor, spec))
         hashes[name] = sink.close()
-    return hashes, {"of": of, "held": float(s_K.square().sum())}
+    return hashes, {"of": of, "held": held}
 
 
 def _write_whole(
@@ -393,12 +478,17 @@ def _decomposed(entry: Entry, source: FileInputs, facts: Any, rank: int) -> Trip
     return *decompositions.triplets(tau_MN, q_RK), float(flat.square().sum())
 
 
-def _recompressed(entry: Entry, source: FileInputs, facts: Any, rank: int) -> Triplets:
-    """The same of a merge of factors, which is not formed; zeros beyond the rank that it has."""
+def _factors_of(entry: Entry, source: FileInputs, facts: Any) -> tuple[Tensor, Tensor]:
+    """(M, L) and (L, N), whose product is what a merge of factors adds."""
     view, bound = source.view(entry), _bound(entry)
     look = bound.look_at_tensor(view, facts)
     [x] = view.blocks("tensor")
-    u_ML, s_L, v_NL = decompositions.recompressed(*bound.as_factors(x, facts, look))
+    return bound.as_factors(x, facts, look)
+
+
+def _recompressed(entry: Entry, source: FileInputs, facts: Any, rank: int) -> Triplets:
+    """The same of a merge of factors, which is not formed; zeros beyond the rank that it has."""
+    u_ML, s_L, v_NL = decompositions.recompressed(*_factors_of(entry, source, facts))
     lacking = max(rank - len(s_L), 0)
     u_MK, s_K, v_NK = (torch.nn.functional.pad(part, (0, lacking))[..., :rank] for part in (u_ML, s_L, v_NL))
     return u_MK, s_K, v_NK, float(s_L.square().sum())

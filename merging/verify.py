@@ -7,7 +7,7 @@ import json
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -66,7 +66,7 @@ class _Output(BaseModel):
 class _Adapter(BaseModel):
     """How an adapter was made."""
 
-    rank: int | float | None
+    rank: int | float | Literal["cat"] | None
     modules_to_save: list[str]
 
 

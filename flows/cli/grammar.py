@@ -488,7 +488,7 @@ def _adapter(command: argparse.ArgumentParser) -> None:
         "--rank",
         type=values.rank,
         metavar="R",
-        help="directions of each matrix, or a share of them such as 0.04",
+        help="directions of each matrix, or a share of them such as 0.04; cat: the factors of adapters as they are",
     )
     command.add_argument(
         "--modules-to-save",

@@ -65,15 +65,15 @@ def count(text: str) -> int:
     return int(text)
 
 
-def rank(text: str) -> int | float:
-    """A number of directions (a whole number), or a share of them.
+def rank(text: str) -> int | float | str:
+    """A number of directions (a whole number), or a share of them; `cat`, all that adapters have.
 
     Raises:
         argparse.ArgumentTypeError: it is no number.
     """
     found = _json_or_text(text)
-    if type(found) not in (int, float):
-        raise argparse.ArgumentTypeError(f"'{text}' is no rank; write 16, or a share such as 0.04")
+    if type(found) not in (int, float) and text != "cat":
+        raise argparse.ArgumentTypeError(f"'{text}' is no rank; write 16, a share such as 0.04, or cat")
     return found
 
 

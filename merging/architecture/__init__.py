@@ -2,12 +2,12 @@
 
 from mergeline.merging.architecture import describe
 
-`tensors` says what can be said of a tensor, `rows` how architectures name theirs, `model` reads a model with both, and
-`axes` finds the dimensions that move together.
+`tensors` says what can be said of a tensor, `rows` how architectures name theirs, `model` reads a model with both,
+`axes` finds the dimensions that move together, and `renames` knows what names on disk become in memory.
 """
 
 from mergeline.merging.architecture.model import Model, describe, describe_all, layer_counts, layer_of
-from mergeline.merging.architecture.renames import InMemory, disk_name, in_memory
+from mergeline.merging.architecture.renames import InMemory, disk_name, in_memory, memory_name, on_disk
 from mergeline.merging.architecture.rows import Pattern, Row, register
 from mergeline.merging.architecture.tensors import (
     RUNNING_STATISTICS,
@@ -38,6 +38,9 @@ __all__ = [
     "is_matrix",
     "kind_of",
     "layer_counts",
+    "in_memory",
     "layer_of",
+    "memory_name",
+    "on_disk",
     "register",
 ]

@@ -56,11 +56,13 @@ def carry(
     alignment: Alignment | None = None,
     layers: Sequence[int] | None = None,
     quantised: bool = False,
+    untied: bool = False,
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
     config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
-    no quantisation unless the weights are `quantised` again; the tokenizer knows the tokens that were added to it.
+    no quantisation unless the weights are `quantised` again, and says whether the output matrix is no longer the
+    embedding (`untied`); the tokenizer knows the tokens that were added to it.
 
     Raises:
         UserError: as `carried_files`.
@@ -87,6 +89,9 @@ def carry(
         kinds = config.get("layer_types")
         if isinstance(kinds, list) and max(layers) < len(kinds):
             config["layer_types"] = [kinds[layer] for layer in layers]
+    if untied:
+        _replace(config, ("tie_word_embeddings",), False)
+        config["tie_word_embeddings"], changed = False, True
     if changed:
         _write(folder / CONFIG, config)
 

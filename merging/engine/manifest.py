@@ -178,8 +178,12 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
         layers = plan.stack.layers if plan.stack else None
-        specs = [entry.spec for entry in plan.entries]
-        carry(plan.donor, specs, folder, plan.alignment, layers, plan.recipe.requantise)
+        specs, quantised, untied = (
+            [e.spec for e in plan.entries],
+            plan.recipe.requantise,
+            plan.untied is not None,
+        )
+        carry(plan.donor, specs, folder, plan.alignment, layers, quantised, untied)
     (folder / CARD).write_text(model_card(manifest))
 
 

@@ -96,6 +96,10 @@ def _refuse_companions(plan: Plan, out: Path, kind: Kind) -> None:
         )
     if plan.recipe.requantise and kind != "merge":
         raise UserError(f"requantise is for a merge, and {out} becomes none; leave it out")
+    if plan.adapter_only and kind != "adapter":
+        raise UserError(
+            f"{out}: adapters without a base become one adapter, by `mergeline extract-lora`; or name the base"
+        )
     if plan.heads and kind != "merge":
         raise UserError(
             f"the recipe's heads lie beside a merge, and {out} becomes none; use `exclude` instead"

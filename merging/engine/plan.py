@@ -156,6 +156,8 @@ class Plan:
     donor: Path | None = None  # the folder whose configuration and tokenizer are carried over
     alignment: Alignment | None = None  # of vocabularies that differ
     stack: Stack | None = None  # of ranges of layers
+    adapter_only: bool = False  # of adapters without a base, which can become nothing else
+    untied: str | None = None  # an output matrix of its own, of a base whose embedding is it
     adapters: dict[str, TaskAdapter] = field(default_factory=dict)  # that lie beside the merge, by task
     router: Router | None = None  # that lies beside a store
     heads: dict[str, list[str]] = field(default_factory=dict)  # that lie beside the merge: expert -> tensors

@@ -15,7 +15,15 @@ from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import RUNNING_STATISTICS, Model, Role, describe_all
 from mergeline.merging.canonical import canonical_json, text_digest
-from mergeline.merging.checkpoints.adapters import adapt, compose, is_adapter, is_bare
+from mergeline.merging.checkpoints.adapters import (
+    ADAPTER_CONFIG,
+    adapt,
+    alone,
+    compose,
+    is_adapter,
+    is_bare,
+    unties,
+)
 from mergeline.merging.checkpoints.carried import carried_files, left_out
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
@@ -27,7 +35,7 @@ from mergeline.merging.checkpoints.quantised.rounding import is_plain_rounding
 from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
-from mergeline.merging.checkpoints.tied import without_tied_head
+from mergeline.merging.checkpoints.tied import TiedHead, tied_head, untied, without_tied_head
 from mergeline.merging.checkpoints.vocabulary import align
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
@@ -102,9 +110,9 @@ def _resolve_method(plan: Plan) -> None:
     except UserError as error:
         plan.problems.append(str(error))
         return
-    plan.problems += plan.method.misuses(
-        plan.params, count, plan.recipe.base is not None, plan.recipe.statistics
-    )
+    # of adapters alone, what they add is merged, and no more is needed
+    has_base = plan.recipe.base is not None or _only_adapters(plan.recipe)
+    plan.problems += plan.method.misuses(plan.params, count, has_base, plan.recipe.statistics)
     plan.warnings += plan.method.warnings(plan.params, count)
 
 
@@ -169,17 +177,23 @@ def _adapt(plan: Plan) -> None:
     """Let experts that are adapters stand for the base as they change it."""
     adapters = {name: c for name, c in plan.experts.items() if is_adapter(c)}
     delta = plan.method is not None and plan.method.delta
-    if adapters and not plan.recipe.base and delta:
-        plan.problems.append(f"'{next(iter(adapters))}' is a PEFT adapter: name the base that it adds to")
-    elif adapters and not plan.recipe.base:
-        plan.warnings.append(
-            f"'{next(iter(adapters))}' is an adapter: without a base its factors are merged as they are; name the base"
-        )
+    if (
+        adapters
+        and not plan.recipe.base
+        and _only_adapters(plan.recipe)
+        and len(adapters) == len(plan.experts)
+    ):
+        _merge_alone(plan)
+        return
+    if adapters and not plan.recipe.base:
+        plan.problems.append(f"'{next(iter(adapters))}' is an adapter: name the base that it adds to")
+    tied = _untie(plan, adapters) if plan.base else None
     for name, adapter in adapters.items():
         if plan.base is None:
             continue
         try:
-            plan.experts[name] = adapt(plan.base, adapter)
+            plan.experts[name], notes = adapt(plan.base, adapter, tied, plan.recipe.packing)
+            plan.warnings += [f"'{name}': {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
     for name, factors in plan.experts.items():
@@ -251,6 +265,56 @@ def _convert(plan: Plan) -> None:
     plan.warnings += found.notes
 
 
+def _only_adapters(recipe: Recipe) -> bool:
+    """Whether all experts are folders of adapters, and there is no base."""
+    paths = [path if path.is_dir() else path.parent for path in recipe.experts.values()]
+    return not recipe.base and bool(paths) and all((path / ADAPTER_CONFIG).is_file() for path in paths)
+
+
+def _merge_alone(plan: Plan) -> None:
+    """Let adapters without a base stand for what they add, which can become an adapter alone."""
+    plan.adapter_only = True
+    if plan.method is not None and not plan.bound.gives_factors:
+        plan.problems.append(
+            f"{plan.method.id} of adapters without a base: name the base that they add to (weighted sums, core_space "
+            "and knots need none)"
+        )
+        return
+    try:
+        plan.experts = alone(plan.experts)
+        plan.warnings.append(
+            "adapters without a base become one adapter, by `mergeline extract-lora`; or name the base"
+        )
+    except UserError as error:
+        plan.problems.append(str(error))
+
+
+def _untie(plan: Plan, adapters: Mapping[str, Checkpoint]) -> TiedHead | None:
+    """What is tied in the base; where an adapter unties it, every checkpoint gets an output matrix of its own."""
+    assert plan.base is not None
+    try:
+        tied = tied_head(plan.base) if adapters else None
+    except UserError as error:
+        plan.problems.append(f"base: {error}")
+        return None
+    untying = []
+    for name, adapter in adapters.items():
+        try:
+            untying += [name] if tied and unties(adapter, tied) else []
+        except UserError:
+            continue  # `adapt` says what is wrong
+    if tied and untying:
+        plan.base = untied(plan.base, tied)
+        others = {name: c for name, c in plan.experts.items() if name not in adapters}
+        plan.experts |= {name: untied(c, tied) for name, c in others.items()}
+        plan.untied = tied.head
+        plan.warnings.append(
+            f"'{untying[0]}' gives the embedding or the output matrix values of its own, which are one in the base: "
+            f"the merge has '{tied.head}' beside '{tied.embedding}', and tie_word_embeddings: false"
+        )
+    return tied
+
+
 def _find_donor(plan: Plan) -> None:
     """The named donor; or else the base, or the first expert where there is no base, if it is a folder."""
     known = plan.checkpoints
@@ -276,7 +340,8 @@ def _find_donor(plan: Plan) -> None:
     except UserError as error:
         plan.problems.append(f"{name or next(iter(known))}: {error}")
         return
-    _align(plan, known, name or next(iter(known)))
+    if not plan.adapter_only:
+        _align(plan, known, name or next(iter(known)))
 
 
 def _left_out(donor: Path) -> Iterator[str]:

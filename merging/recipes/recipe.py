@@ -198,6 +198,7 @@ class Recipe(BaseModel):
     # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
+    packing: Literal["peft", "unsloth"] = "peft"  # how LoRA's factors of packed experts lie
     allow_locked: bool = False
     requantise: bool = False
     methods: list[Path] = []
@@ -208,6 +209,7 @@ class Recipe(BaseModel):
     @model_serializer(mode="wrap")
     def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         late = {
+            "packing": "peft",
             "allow_locked": False,
             "requantise": False,
             "keep": {},
@@ -275,6 +277,7 @@ class Recipe(BaseModel):
             "shard_size",
             "donor",
             "vocabulary",
+            "packing",
             "allow_locked",
             "requantise",
             "fitted",

@@ -29,6 +29,24 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**LLAMA, num_key_value_heads=2, num_local_experts=4)
+    return transformers.MixtralForCausalLM(config)
+
+
+def save_any(model: Any, folder: Path, config: Any, seed: int = 1) -> Any:
+    """Give a model an adapter of any kind with random weights and save it; the model that PEFT wrapped."""
+    torch.manual_seed(seed)
+    adapted = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter).mul_(0.2))
+    adapted.save_pretrained(folder)
+    return adapted
+
+
 def save_adapter(model: Any, folder: Path, seed: int = 1, **config: Any) -> dict[str, torch.Tensor]:
     """Give a model a random adapter and save it; what PEFT makes of the two."""
     torch.manual_seed(seed)

@@ -63,7 +63,7 @@ def test_an_adapter_is_what_peft_merges(model, config, tmp_path):
 
 def test_any_pieces_give_the_same_bits(family, monkeypatch):
     base, lora, _ = family
-    monkeypatch.setattr("mergeline.merging.checkpoints.adapters._BLOCK", 64)
+    monkeypatch.setattr("mergeline.merging.checkpoints.adapters.tensor._BLOCK", 64)
     plan = make_plan({"method": "average", "base": base, "experts": {"lora": lora}})
     name = "model.layers.0.mlp.down_proj.weight"
     with FileInputs(plan) as source:
@@ -110,7 +110,11 @@ def edited(path: Path, **change: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"peft_type": "LOHA"}, ["LOHA", "LORA alone"]),
+        ({"peft_type": "BOFT"}, ["BOFT", "LORA, LOHA", "merge it with PEFT"]),
+        ({"peft_type": "PREFIX_TUNING"}, ["PREFIX_TUNING", "adds inputs", "cannot be merged"]),
+        ({"alora_invocation_tokens": [1, 2]}, ["aLoRA", "cannot be merged"]),
+        ({"kasa_config": {}, "use_bdlora": {"nblocks": 2}}, ["use_bdlora", "BD-LoRA"]),
+        ({"use_qalora": True}, ["use_qalora", "with PEFT first"]),
         (
             {"init_lora_weights": "pissa_niter_4"},
             ["pissa_niter_4", "path_initial_model_for_weight_conversion"],
@@ -161,9 +165,11 @@ def test_a_factor_that_is_missing_or_not_finite(family, tmp_path):
         merge(recipe, tmp_path / "out")
 
 
-def test_an_adapter_without_a_base_is_told(family):
+def test_an_adapter_without_a_base_is_refused(family, tmp_path):
+    """Factors would be merged one by one, which is no merge of what they add."""
     _, lora, _ = family
-    assert "name the base" in make_plan({"method": "average", "experts": {"lora": lora}}).warnings[0]
+    with refused("without a base", "name the base", "extract-lora"):
+        merge({"method": "average", "experts": {"lora": lora}}, tmp_path / "out")
 
 
 @pytest.mark.parametrize("where", ["", "adapter_model.safetensors"])
@@ -187,7 +193,7 @@ def test_methods_that_merge_factors_get_those_that_peft_has(model, tmp_path):
         "params": {"inner": "task_arithmetic", "scale": 1.0},
         "experts": {"lora": tmp_path / "lora"},
     }
-    with refused("'lora' is a PEFT adapter", "name the base"):
+    with refused("without a base", "name the base"):
         merge(recipe, tmp_path / "out")
     with patch.object(
         decompositions, "singular_triplets"

@@ -1,0 +1,26 @@
+"""Adapters as experts: the base as an adapter changes it, computed block by block as it is read.
+
+`tensor` is a tensor of the base with an update, and `updates` is what kinds of adapters add to it. `config` and `peft`
+read what PEFT writes; `bare` reads files of nothing but factors.
+"""
+
+from mergeline.merging.checkpoints.adapters.bare import compose, composed, is_bare
+from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG
+from mergeline.merging.checkpoints.adapters.names import PREFIX
+from mergeline.merging.checkpoints.adapters.peft import ADAPTER_WEIGHTS, adapt, alone, is_adapter, unties
+from mergeline.merging.checkpoints.adapters.tensor import AdaptedTensor, added_rank
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "PREFIX",
+    "AdaptedTensor",
+    "adapt",
+    "added_rank",
+    "alone",
+    "compose",
+    "composed",
+    "is_adapter",
+    "is_bare",
+    "unties",
+]
