@@ -9,6 +9,7 @@ from typing import Iterable, Mapping, NamedTuple
 from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import INDEX, Checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG, TOKENIZER
+from mergeline.merging.checkpoints.remote import refuse_changed_remotes
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import sha256_of
 
@@ -54,7 +55,7 @@ def _digest(file: Path, stamp: Stamp) -> str:
 
 
 def refuse_changed(before: Mapping[Path, Stamp]) -> None:
-    """Raises UserError if a file is no longer what it was.
+    """Raises UserError if a file is no longer what it was, or what its header is of where it lies.
 
     A new time of change alone, by which tools that set the time of modification back are found out, does not count
     where the number of links is another one, too: a cache that took up the file, or gave it to somebody else.
@@ -68,3 +69,4 @@ def refuse_changed(before: Mapping[Path, Stamp]) -> None:
             raise UserError(
                 f"{file}: was changed while it was read, so nothing was written; run again once it is complete"
             )
+    refuse_changed_remotes(before)
