@@ -22,7 +22,7 @@ from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGH
 from mergeline.merging.checkpoints.checkpoint import CONFIG_FILES, INDEX, MAX_HEADER, WEIGHTS
 from mergeline.merging.checkpoints.companions import CONFIG, PROVENANCE, TOKENIZER
 from mergeline.merging.checkpoints.modules import MODULES
-from mergeline.merging.checkpoints.remote import REMOTE, register
+from mergeline.merging.checkpoints.remote import AHEAD_BYTES, REMOTE, register
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import json_bytes, publish, read_object, staged, user_errors
 from mergeline.tasks.fetch import bring, choose_weights, held, module_files_of, shards_of
@@ -45,7 +45,6 @@ _FIRST_BYTES = (
 )  # of a file of weights: a shard's header is in them, or one more question brings the rest
 _LARGEST_COMPANION = 100_000_000
 _AT_ONCE = 8  # headers
-_AHEAD = 1 << 23  # read of a tensor at once where it is read from one end to the other
 _MOST_AT_ONCE = 1 << 25
 _WINDOWS = 64  # of a thread, each of a tensor that is being read
 
@@ -210,6 +209,17 @@ def _companion(found: Source, name: str, staging: Path) -> Path:
 # --------------------------------------------------------------------------------------- data
 
 
+def streamed(where: str) -> Path:
+    """The folder of headers of what a URI, or `org/name`, names; this process may read its data.
+
+    Raises:
+        UserError: as `locate` and `remote_headers`.
+    """
+    remote = remote_headers(locate(where), where, companions=True)
+    let_data_be_read(remote)
+    return remote.folder
+
+
 def let_data_be_read(remote: Remote) -> None:
     """Let this process read the data of a remote checkpoint, wherever it has the headers."""
     register(remote.folder, _Data(remote))
@@ -261,7 +271,7 @@ class _Data:
             left = len(view) - done
             assert at + left <= tensor[1], "nobody reads past a tensor"
             goes_on = at == tensor[0] or (window is not None and at == window.stop)
-            count = min(max(left, _AHEAD if goes_on else 0), tensor[1] - at, _MOST_AT_ONCE)
+            count = min(max(left, AHEAD_BYTES if goes_on else 0), tensor[1] - at, _MOST_AT_ONCE)
             if count <= left:
                 self._files[file].read_into(view[done : done + count], at)
                 window = _Window(at + count, memoryview(b""))
@@ -308,17 +318,19 @@ class _Ranges:
                 with asked.part(start + done, start + len(view)) as part:
                     if (part.size, part.version) != self._known:
                         raise _Changed
+                    if isinstance(self.file, HttpFile) and part.moved and asked is self.file:
+                        self._moved = self._at(self.file, part.moved)
                     for chunk in part.chunks:
                         chunk = chunk[: len(view) - done]
                         view[done : done + len(chunk)] = chunk
                         done += len(chunk)
-                    if isinstance(self.file, HttpFile) and part.moved and asked is self.file:
-                        self._moved = self._at(self.file, part.moved)
             except UserError:
                 if asked is self.file:
                     raise
                 self._moved = None  # an address that is signed holds for a while
                 raise Transient(f"{self.file.where}: moved again", wait=0) from None
+            if done < len(view) and not isinstance(self.file, HttpFile):
+                raise _Changed  # file systems give all that there is
             if done < len(view):
                 raise Transient(f"{self.file.where}: cut off at byte {start + done}")
 

@@ -98,4 +98,8 @@ class Inputs:
             for name, checkpoint in plan.checkpoints.items()
             if checkpoint.folder in self.sources
         }
-        return {"sources": sources, "network": {"bytes": TRAFFIC.bytes, "answers": TRAFFIC.answers}}
+        return {
+            "sources": sources,
+            "network": {"bytes": TRAFFIC.bytes, "answers": TRAFFIC.answers},
+            "bytes_over_network": plan.bytes_over_network,
+        }

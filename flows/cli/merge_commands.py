@@ -120,11 +120,12 @@ def extract_lora(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     from mergeline.merging.verify import verify
+    from mergeline.tasks.remote import streamed
 
     _load(args.methods)
     outcome = {"out": str(args.out)}
     try:
-        said = verify(args.out, args.public_key, again=not args.no_merge)
+        said = verify(args.out, args.public_key, again=not args.no_merge, bring=streamed)
     except UserError as error:
         if args.json:
             print(text.as_json({**outcome, "verified": False, "problem": str(error)}))

@@ -57,6 +57,7 @@ def plan(summary: Mapping[str, Any]) -> Iterator[str]:
         yield printable(f"source     {name}: {source}")
     if network := summary.get("network"):
         yield f"network    {size(network['bytes'])} in {network['answers']} answers brought the headers"
+        yield f"--no-cache about {size(summary['bytes_over_network'])} would come over the network"
     for kind in ("warnings", "problems"):
         for line in summary[kind]:
             yield printable(f"{kind[:-1]:10} {line}")

@@ -56,7 +56,11 @@ class AdaptedTensor(TensorInfo):
     @property
     def nbytes(self) -> int:
         """What is read for it."""
-        return sum(part.nbytes for part in (self.base, self.down, self.up, self.magnitude) if part)
+        return self.bytes_in(lambda file: True)
+
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        parts = (self.base, self.down, self.up, self.magnitude)
+        return sum(part.bytes_in(counts) for part in parts if part)
 
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         rank, width = self.down.shape[0], prod(self.shape[1:])

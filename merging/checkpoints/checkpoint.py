@@ -70,6 +70,10 @@ class TensorInfo:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        """About what is read for it from the files that count."""
+        return self.nbytes if counts(self.file) else 0
+
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         """Elements [start, stop), flattened; `elements` reads what is stored."""
         return elements(self, start, stop)

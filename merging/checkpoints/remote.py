@@ -15,6 +15,7 @@ from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
 
 REMOTE = "remote.json"
+AHEAD_BYTES = 1 << 23  # that are held of a tensor which is read over the network from one end to the other
 
 
 class Data(Protocol):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from mergeline.merging.architecture import describe
@@ -46,6 +48,13 @@ class GatheredTensor(TensorInfo):
     def nbytes(self) -> int:
         """About what is read for it."""
         return prod(self.shape) * DTYPES[self.dtype][1]
+
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        rows = Counter(self.whose)
+        return sum(
+            rows[i] * source.bytes_in(counts) // max(source.shape[0], 1)
+            for i, source in enumerate(self.sources)
+        )
 
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         width = prod(self.shape[1:])

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import signal
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import pytest
 import torch
@@ -14,6 +20,7 @@ from hub_server import Fault, Hub, Sparse, running_hub
 from safetensors.torch import save
 
 from mergeline.merging.checkpoints import remote as registry
+from mergeline.merging.files import JOURNAL
 from mergeline.tasks import remote, sources
 
 CONFIG = b'{"model_type": "llama"}'
@@ -117,7 +124,11 @@ def here(hub: Hub, tmp_path: Path) -> list[str]:
 
 
 def data_bytes(hub: Hub) -> int:
-    return sum(seen.sent for seen in hub.bodies("/cdn/") if "safetensors" in seen.path)
+    """The bytes of weights that went out, without those that headers are looked for in."""
+    first = f"bytes=0-{remote._FIRST_BYTES - 1}"
+    return sum(
+        seen.sent for seen in hub.bodies("/cdn/") if "safetensors" in seen.path and seen.range != first
+    )
 
 
 # Plans
@@ -129,6 +140,8 @@ def test_a_plan_reads_headers_alone_and_says_what_the_local_one_says(hub, here, 
     commits = {name: f"hf://org/{name}@{hub.commit(f'org/{name}')}" for name in NAMES}
     assert told.pop("sources") == commits
     assert told.pop("network")["bytes"] == hub.sent
+    assert told.pop("bytes_over_network") == local["bytes_read"]
+    assert told.pop("peak_bytes") > local.pop("peak_bytes")  # what is read ahead
     assert told == local
     assert not hub.bodies("README")
 
@@ -250,3 +263,256 @@ def test_a_path_that_is_mistyped_is_told_as_one(hub, mergeline):
     outcome = mergeline("plan", "--method=average", "--expert=a=experts/none", "--expert=b=org/b")
     assert outcome.code == 2
     assert "a: experts/none: no such file or folder, and as a repository: hf://experts/none" in outcome.out
+
+
+# Data over the network
+
+
+def merged(mergeline, out: Path, *options: object) -> dict:
+    outcome = mergeline("merge", *options, "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "cart", "lines(dare(ties))"])
+def test_a_merge_over_the_network_is_bit_identical_and_keeps_no_copy(hub, here, mergeline, tmp_path, method):
+    here[0] = f"--method={method}"
+    local = merged(mergeline, tmp_path / "local", *here)
+    hub.seen.clear()
+    there = merged(mergeline, tmp_path / "there", *family(method), "--no-cache")
+    assert there["output"] == local["output"]
+    assert (tmp_path / "there" / "config.json").read_bytes() == CONFIG
+    for name, origin in there["recipe"]["experts"].items():
+        pinned = f"hf://org/{name}@{hub.commit(f'org/{name}')}"
+        assert origin == {**local["recipe"]["experts"][name], "path": pinned, "source": pinned}
+        assert pinned in (tmp_path / "there" / "README.md").read_text()
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert kept < 3 * 1000
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "most"),
+    [("average", 1, 1), ("ties", 1, 1), ("breadcrumbs", 1, 1), ("cart", 1, 1.7), ("ram", 0.5, 1)],
+)
+def test_the_plan_says_about_how_many_bytes_come_over_the_network(
+    hub, mergeline, tmp_path, method, least, most
+):
+    told = json.loads(mergeline("plan", *family(method), "--json").out)
+    merged(mergeline, tmp_path / "out", *family(method), "--no-cache")
+    assert least <= data_bytes(hub) / told["bytes_over_network"] <= most
+
+
+def test_an_adapter_over_the_network_is_merged_as_a_local_one(hub, here, mergeline, tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    factors = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(2, 48),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(64, 2),
+    }
+    config = {"peft_type": "LORA", "lora_alpha": 2, "r": 2, "base_model_name_or_path": "org/base"}
+    files = {
+        "adapter_model.safetensors": save(factors),
+        "adapter_config.json": json.dumps(config).encode(),
+    }
+    hub.repositories["org/a"] = files
+    for file in (tmp_path / "here" / "a").iterdir():
+        file.unlink()
+    for file_name, body in files.items():
+        (tmp_path / "here" / "a" / file_name).write_bytes(body)
+    local = merged(mergeline, tmp_path / "local", *here)
+    told = json.loads(mergeline("plan", *family(), "--json").out)
+    hub.seen.clear()
+    there = merged(mergeline, tmp_path / "there", *family(), "--no-cache")
+    assert there["output"] == local["output"]
+    assert data_bytes(hub) == pytest.approx(told["bytes_over_network"], rel=0.02)
+    hub.repositories["org/a"]["adapter_config.json"] = json.dumps(
+        config | {"base_model_name_or_path": "org/other"}
+    ).encode()
+    assert "was trained on 'org/other', the base is 'org/base'" in mergeline("plan", *family()).out
+
+
+def test_shards_are_read_over_the_network(hub, here, mergeline, tmp_path):
+    tensors = weights(1)
+    names = list(tensors)
+    parts = {"model-1.safetensors": names[:2], "model-2.safetensors": names[2:]}
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    hub.repositories["org/a"] = {
+        **{file: save({name: tensors[name] for name in part}) for file, part in parts.items()},
+        "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+        "config.json": CONFIG,
+    }
+    local = merged(mergeline, tmp_path / "local", *here)
+    there = merged(mergeline, tmp_path / "there", *family(), "--no-cache")
+    assert there["output"]["digest"] == local["output"]["digest"]
+    del hub.repositories["org/a"]["model-2.safetensors"]
+    assert "'model-2.safetensors' is missing" in mergeline("plan", *family()).out
+
+
+def test_connections_that_break_are_asked_for_the_rest(hub, here, mergeline, tmp_path):
+    local = merged(mergeline, tmp_path / "local", *here)
+    merged(mergeline, tmp_path / "other", *family("average"), "--no-cache")
+    hub.faults = [Fault("/cdn/", drop_after=5000), Fault("/cdn/", status=403), Fault("/cdn/", status=503)]
+    there = merged(mergeline, tmp_path / "there", *family(), "--no-cache", "--workers=1")
+    assert there["output"] == local["output"] and not hub.faults
+
+
+def test_the_token_goes_no_further_than_the_hub(hub, mergeline, tmp_path):
+    hub.private = True
+    merged(mergeline, tmp_path / "out", *family(), "--no-cache")
+    assert {seen.authorization for seen in hub.seen if "127.0.0.1" in seen.host} == {"Bearer hf_secret"}
+    assert {seen.authorization for seen in hub.seen if "localhost" in seen.host} == {None}
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"hf_secret" not in written and b"signature=" not in written
+
+
+# What changes meanwhile
+
+
+def web_family(hub: Hub) -> list[str]:
+    for i, name in enumerate(NAMES):
+        hub.web[f"{name}.safetensors"] = save(weights(i))
+    web = f"{hub.endpoint}/web"
+    experts = [f"--expert={name}={web}/{name}.safetensors" for name in NAMES[1:]]
+    return ["--method=task_arithmetic", f"--base={web}/base.safetensors", *experts]
+
+
+def test_a_file_of_a_web_server_that_changes_while_it_is_read_is_noticed(hub, mergeline, tmp_path):
+    from mergeline.merging.engine import output
+
+    options = web_family(hub)
+    out = tmp_path / "out"
+    merged(mergeline, out, *options, "--no-cache")
+    before = (out / "model.safetensors").read_bytes()
+
+    class Changing(output.FileInputs):
+        def stored(self, *place):
+            hub.web["a.safetensors"] = save(weights(9))
+            return super().stored(*place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "FileInputs", Changing)
+        outcome = mergeline("merge", *options, "--out", out, "--no-cache")
+    assert outcome.code == 2 and "a.safetensors: was changed while it was read" in outcome.err
+    assert (out / "model.safetensors").read_bytes() == before
+    again = merged(mergeline, out, *options, "--no-cache")
+    assert again["recipe"]["experts"]["a"]["path"] == f"{hub.endpoint}/web/a.safetensors"
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+@pytest.fixture
+def memory(hub: Hub) -> Iterator[Any]:
+    import fsspec
+
+    filesystem = fsspec.filesystem("memory")
+    for name in NAMES:
+        for file, body in hub.repositories[f"org/{name}"].items():
+            filesystem.pipe(f"/{name}/{file}", body)
+    yield filesystem
+    filesystem.rm("/", recursive=True)
+
+
+def test_other_file_systems_are_read_in_parts(hub, here, memory, mergeline, tmp_path):
+    local = merged(mergeline, tmp_path / "local", *here)
+    options = family(prefix="memory://")
+    told = json.loads(mergeline("plan", *options, "--json").out)
+    assert told["sources"]["a"] == "memory://a" and told["network"]["bytes"] < 3 * 5000
+    there = merged(mergeline, tmp_path / "there", *options, "--no-cache")
+    assert there["output"] == local["output"]
+
+
+def test_a_file_of_another_file_system_that_changes_is_noticed(hub, memory, mergeline, tmp_path):
+    from mergeline.merging.engine import output
+
+    class Changing(output.FileInputs):
+        def stored(self, *place):
+            memory.pipe("/a/model.safetensors", save(weights(9)))
+            return super().stored(*place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "FileInputs", Changing)
+        outcome = mergeline("merge", *family(prefix="memory://"), "--no-cache", "--out", tmp_path / "out")
+    assert outcome.code == 2 and "was changed while it was read" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# Afterwards
+
+
+def test_verify_reads_again_what_was_read_over_the_network(hub, mergeline, tmp_path):
+    out = tmp_path / "out"
+    merged(mergeline, out, *family(), "--no-cache")
+    commit = hub.commit("org/a")
+    hub.seen.clear()
+    outcome = mergeline("verify", out)
+    assert outcome.code == 0 and "bit-identical" in outcome.out
+    assert f"hf://org/a@{commit} was read over the network" in outcome.out
+    assert data_bytes(hub) < 3 * len(hub.repositories["org/a"]["model.safetensors"])
+    assert mergeline("verify", out, "--no-merge").code == 0
+    hub.repositories["org/a"] = repository(8)
+    outcome = mergeline("verify", out)
+    assert outcome.code == 2 and f"hf://org/a@{commit}: no such revision" in outcome.err
+
+
+def test_verify_notices_another_file_at_the_same_address(hub, mergeline, tmp_path):
+    merged(mergeline, tmp_path / "out", *web_family(hub), "--no-cache")
+    assert mergeline("verify", tmp_path / "out").code == 0
+    hub.web["a.safetensors"] = save(weights(9))
+    outcome = mergeline("verify", tmp_path / "out")
+    assert outcome.code == 2
+    assert f"{hub.endpoint}/web/a.safetensors: is no longer the 'a' that was read for it" in outcome.err
+
+
+def test_verify_brings_a_commit_that_is_no_longer_here(hub, mergeline, tmp_path):
+    merged(mergeline, tmp_path / "out", *family(prefix="org/"))
+    shutil.rmtree(tmp_path / "cache")
+    outcome = mergeline("verify", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert f"hf://org/a@{hub.commit('org/a')} was read over the network" in outcome.out
+
+
+def test_headers_are_never_read_for_data(hub, mergeline, tmp_path):
+    from safetensors import SafetensorError, safe_open
+
+    from mergeline.merging import merge
+    from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+    from mergeline.merging.errors import UserError
+
+    folder = remote.remote_headers(sources.locate("hf://org/a"), "hf://org/a").folder
+    headers = open_checkpoint(folder)
+    assert headers.nbytes == sum(tensor.nbytes for tensor in weights(1).values())
+    for read in (headers.digest, lambda: headers.read("model.norm.weight")):
+        with pytest.raises(UserError, match="hf://org/a@.*: its headers alone are here.*--no-cache"):
+            read()
+    with pytest.raises(UserError, match="its headers alone are here"):
+        merge({"method": "average", "experts": {"a": folder}}, tmp_path / "out")
+    with pytest.raises(SafetensorError):
+        safe_open(folder / "model.safetensors", framework="pt")
+
+
+@pytest.mark.slow
+def test_a_merge_that_was_killed_reads_the_rest_alone(hub, mergeline, tmp_path):
+    tensors, size = 12, 4 * 64 * 1024
+    for i, name in enumerate(NAMES):
+        made = torch.Generator().manual_seed(i)
+        state = {f"layers.{n:02}.weight": torch.randn(64, 1024, generator=made) for n in range(tensors)}
+        hub.repositories[f"org/{name}"] = {"model.safetensors": save(state), "config.json": CONFIG}
+    out = tmp_path / "out"
+    options = [*family(), "--no-cache", "--workers", "1"]
+    command = [sys.executable, "-m", "mergeline.flows.cli", "merge", *options, "--out", str(out)]
+    hub.pause = 0.05
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as running:
+        journal = tmp_path / ".out.partial" / JOURNAL
+        deadline = time.monotonic() + 60
+        while not journal.exists() or journal.read_text().count('"tensor"') < 4:
+            assert running.poll() is None and time.monotonic() < deadline, running.communicate()
+            time.sleep(0.02)
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    done = journal.read_text().count('"tensor"')
+    assert 4 <= done < tensors
+    hub.pause = 0.0
+    hub.seen.clear()
+    there = merged(mergeline, out, *options)
+    assert data_bytes(hub) == 3 * size * (tensors - done)
+    monolithic = merged(mergeline, tmp_path / "once", *options)
+    assert monolithic["output"]["digest"] == there["output"]["digest"]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from time import sleep
 from urllib.parse import unquote, urlsplit
 
 _PIECE = 1 << 16  # of a body that is written at once
@@ -70,6 +71,7 @@ class Hub:
     repositories: dict[str, dict[str, Body]] = field(default_factory=dict)
     web: dict[str, Body] = field(default_factory=dict)
     private: bool = False  # whoever brings no token is turned away
+    pause: float = 0.0  # seconds before an answer with bytes of weights
     ranges: bool = True  # parts of files are sent where they are asked for
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
@@ -122,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = next((fault for fault in self.hub.faults if fault.path in path), Fault(""))
         if self.fault in self.hub.faults:
             self.hub.faults.remove(self.fault)
+        if self.hub.pause and path.endswith(".safetensors"):
+            sleep(self.hub.pause)
         if self.fault.status:
             self.answer(self.fault.status, self.fault.headers)
         elif path.startswith("/web/"):

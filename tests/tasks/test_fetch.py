@@ -249,7 +249,8 @@ def test_refused_folders(tmp_path, bring, files, message):
         ("http://127.0.0.1:9/", "name a file"),
     ],
 )
-def test_refused_sources(bring, source, message):
+def test_refused_sources(bring, source, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         bring(source)
 
