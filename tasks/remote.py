@@ -100,8 +100,13 @@ def remote_headers(found: Source, where: str, companions: bool = False) -> Remot
                     with staged(out) as own:
                         shutil.copytree(staging, own, dirs_exist_ok=True)
                         _finish(found, files, own, out, companions)
-    known = read_object(held(out) / REMOTE)["files"]
-    located = {name: (_remote(found, of), of, size, version) for name, (of, size, version) in known.items()}
+    try:
+        known = read_object(held(out) / REMOTE)["files"]
+        located = {
+            name: (_remote(found, of), of, size, version) for name, (of, size, version) in known.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{out / REMOTE}: was damaged; remove the folder") from None
     return Remote(out, found.pinned or found.name, where, located, is_pinned=found.revision is not None)
 
 
@@ -154,7 +159,11 @@ def _bytes(file: RemoteFile, start: int, stop: int) -> tuple[bytes, int, str]:
 
     def attempt() -> tuple[bytes, int, str]:
         with file.part(start, stop) as part:
-            data = b"".join(part.chunks)
+            data = b""
+            for chunk in part.chunks:
+                data += chunk
+                if len(data) >= stop - start:
+                    break
             if len(data) < min(stop, part.size) - start:
                 raise Transient(f"{file.where}: cut off after {len(data)} bytes")
             return data[: stop - start], part.size, part.version

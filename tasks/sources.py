@@ -28,7 +28,7 @@ from mergeline.merging.checkpoints.checkpoint import safe_name
 from mergeline.merging.checkpoints.companions import is_repository
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import user_errors
-from mergeline.merging.reading import sha256_of
+from mergeline.merging.reading import parsed_json, sha256_of
 from mergeline.tasks.credentials import scrubbed, without_credentials
 from mergeline.tasks.extras import missing
 
@@ -186,7 +186,8 @@ class FsspecFile(RemoteFile):
 
     @contextmanager
     def part(self, start: int, stop: int) -> Iterator[Part]:
-        assert self.size is not None, "a listing says it"
+        if self.size is None:
+            raise NoParts(f"{self.where}: the file system does not say its size; fetch the whole checkpoint")
         stop = min(stop, self.size)
         with _fsspec_errors(self.where):
             data = self.filesystem.cat_file(self.path, start=start, end=stop) if start < stop else b""
@@ -508,14 +509,13 @@ def _hub_listing(
     """The commit of a revision, and its files: path -> {"size": bytes, "lfs": {"sha256": ...}}."""
     url = f"{endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
     with http_get(url, where, token) as answer:
-        listing = answer.json()
-        TRAFFIC.add(len(answer.content))
+        text = answer.content
+    TRAFFIC.add(len(text))
     try:
-        commit, siblings = (
-            str(listing["sha"]),
-            {str(entry["rfilename"]): entry for entry in listing["siblings"]},
-        )
-    except (KeyError, TypeError):
+        listing = parsed_json(text)
+        commit = str(listing["sha"])
+        siblings = {str(entry["rfilename"]): _checked(entry) for entry in listing["siblings"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: the Hub's answer is no list of files") from None
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         raise UserError(f"{where}: the Hub's answer names no commit")
@@ -523,6 +523,15 @@ def _hub_listing(
         if path.is_absolute() or ".." in path.parts or "\\" in str(path):
             raise UserError(f"{where}: lists the file '{path}'; only names inside the repository are allowed")
     return commit, siblings
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a listing (raises KeyError, TypeError or AttributeError if it is none)."""
+    lfs = entry.get("lfs") or {}
+    for value, kind in ((entry.get("size"), int), (entry.get("blobId"), str), (lfs.get("sha256"), str)):
+        if value is not None and type(value) is not kind:
+            raise TypeError
+    return entry
 
 
 def _fsspec(source: str, scheme: str) -> Source:

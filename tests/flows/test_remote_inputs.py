@@ -17,9 +17,17 @@ from typing import Any, Iterator
 import pytest
 import torch
 from hub_server import Fault, Hub, Sparse, running_hub
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from s3_server import running_s3
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from mergeline.merging import merge
 from mergeline.merging.checkpoints import remote as registry
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.engine import output
+from mergeline.merging.errors import UserError
 from mergeline.merging.files import JOURNAL
 from mergeline.tasks import remote, sources
 
@@ -376,8 +384,6 @@ def web_family(hub: Hub) -> list[str]:
 
 
 def test_a_file_of_a_web_server_that_changes_while_it_is_read_is_noticed(hub, mergeline, tmp_path):
-    from mergeline.merging.engine import output
-
     options = web_family(hub)
     out = tmp_path / "out"
     merged(mergeline, out, *options, "--no-cache")
@@ -419,9 +425,31 @@ def test_other_file_systems_are_read_in_parts(hub, here, memory, mergeline, tmp_
     assert there["output"] == local["output"]
 
 
-def test_a_file_of_another_file_system_that_changes_is_noticed(hub, memory, mergeline, tmp_path):
-    from mergeline.merging.engine import output
+def test_s3_is_read_in_parts(hub, here, mergeline, tmp_path, monkeypatch):
+    local = merged(mergeline, tmp_path / "local", *here)
+    with running_s3("models") as bucket:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S3CR3T")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in NAMES:
+            for file, body in hub.repositories[f"org/{name}"].items():
+                bucket.objects[f"{name}/{file}"] = body
+        options = family(prefix="s3://models/")
+        told = json.loads(mergeline("plan", *options, "--json").out)
+        assert told["sources"]["a"] == "s3://models/a"
+        assert bucket.sent < 3 * (remote._FIRST_BYTES + 100)
+        bucket.sent = 0
+        there = merged(mergeline, tmp_path / "there", *options, "--no-cache")
+        assert there["output"] == local["output"]
+        assert bucket.sent < 1.1 * told["bytes_over_network"] + 3 * remote._FIRST_BYTES
+        assert "bit-identical" in mergeline("verify", tmp_path / "there").out
+        bucket.objects["a/model.safetensors"] = save(weights(9))
+        assert "is no longer the 'a'" in mergeline("verify", tmp_path / "there").err
+        assert "s3://models/none: not found" in mergeline("plan", *options, "--expert=c=s3://models/none").out
 
+
+def test_a_file_of_another_file_system_that_changes_is_noticed(hub, memory, mergeline, tmp_path):
     class Changing(output.FileInputs):
         def stored(self, *place):
             memory.pipe("/a/model.safetensors", save(weights(9)))
@@ -470,9 +498,7 @@ def test_verify_brings_a_commit_that_is_no_longer_here(hub, mergeline, tmp_path)
 
 
 def test_headers_are_never_read_for_data(hub, mergeline, tmp_path):
-    from safetensors import SafetensorError, safe_open
 
-    from mergeline.merging import merge
     from mergeline.merging.checkpoints.checkpoint import open_checkpoint
     from mergeline.merging.errors import UserError
 
@@ -516,3 +542,52 @@ def test_a_merge_that_was_killed_reads_the_rest_alone(hub, mergeline, tmp_path):
     assert data_bytes(hub) == 3 * size * (tensors - done)
     monolithic = merged(mergeline, tmp_path / "once", *options)
     assert monolithic["output"]["digest"] == there["output"]["digest"]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "rfilename": st.sampled_from(
+            ["model.safetensors", "config.json", "../x", "model.safetensors.index.json"]
+        )
+        | JUNK
+    },
+    optional={"size": JUNK | st.integers(0, 3000), "blobId": JUNK, "lfs": JUNK | st.just({"sha256": 3})},
+)
+LISTINGS = st.one_of(
+    JUNK,
+    st.fixed_dictionaries(
+        {"sha": st.just("a" * 40) | JUNK, "siblings": st.lists(ENTRIES | JUNK, max_size=4) | JUNK}
+    ),
+)
+RANGES = st.one_of(
+    st.from_regex(r"bytes (\d{1,5}-\d{1,5}|\*)/(\d{1,30}|\*)", fullmatch=True),
+    st.text(st.characters(codec="latin-1", exclude_characters="\r\n"), max_size=9),
+)
+FAULTS = st.one_of(
+    st.builds(lambda listing: Fault("/api/", body=json.dumps(listing).encode()), LISTINGS),
+    st.builds(lambda told: Fault("/cdn/", headers={"Content-Range": told}), RANGES),
+    st.builds(lambda body: Fault("/cdn/", body=body), st.binary(max_size=40)),
+    st.builds(lambda sent: Fault("/cdn/", truncate=sent), st.integers(0, 600)),
+    st.builds(lambda body: Fault("/config.json", body=body), st.binary(max_size=9)),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(FAULTS, min_size=1, max_size=3), at=st.integers(0, 496))
+def test_fuzzed_answers(faults, at, hub, tmp_path):
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    body = bytearray(save(weights(1)))
+    body[at] ^= 1 << at % 8
+    hub.repositories["org/a"] = {"model.safetensors": bytes(body), "config.json": CONFIG}
+    hub.faults = faults
+    try:
+        open_checkpoint(remote.remote_headers(sources.locate("hf://org/a"), "hf://org/a").folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith(".partial")]

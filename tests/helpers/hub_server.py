@@ -48,7 +48,7 @@ class Fault:
 
     path: str
     status: int | None = None  # answer with this status and no body
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)  # in place of those of the answer
     drop_after: int | None = None  # close the connection after so many bytes of the body
     truncate: int | None = None  # send so many bytes, and say that these are all
     body: bytes | None = None  # send these bytes
@@ -154,7 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
                 sibling["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 134}
             siblings.append(sibling)
         document = {"id": repository, "sha": self.hub.commit(repository), "siblings": siblings}
-        self.answer(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+        body = json.dumps(document).encode() if self.fault.body is None else self.fault.body
+        self.answer(200, {"Content-Type": "application/json"}, body)
 
     def resolve(self, repository: str, commit: str, name: str) -> None:
         body = self.hub.repositories.get(repository, {}).get(name)
@@ -188,7 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, headers: dict[str, str] | None = None, body: Body = b"") -> None:
         body = body if self.fault.truncate is None else body[: self.fault.truncate]
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+        for name, value in (
+            {"Content-Length": str(len(body))} | (headers or {}) | self.fault.headers
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         last = len(body) if self.fault.drop_after is None else min(self.fault.drop_after, len(body))
