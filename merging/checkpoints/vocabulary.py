@@ -49,6 +49,12 @@ class GatheredTensor(TensorInfo):
         """About what is read for it."""
         return prod(self.shape) * DTYPES[self.dtype][1]
 
+    @property
+    def runs(self) -> int:
+        """How many stretches of rows it is read in."""
+        steps = zip(self.whose, self.whose[1:], self.rows, self.rows[1:])
+        return 1 + sum(whose != after or row + 1 != next_row for whose, after, row, next_row in steps)
+
     def bytes_in(self, counts: Callable[[Path], bool]) -> int:
         rows = Counter(self.whose)
         return sum(

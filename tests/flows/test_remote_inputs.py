@@ -310,6 +310,41 @@ def test_the_plan_says_about_how_many_bytes_come_over_the_network(
     assert least <= data_bytes(hub) / told["bytes_over_network"] <= most
 
 
+def test_other_commands_of_a_recipe_read_over_the_network(hub, here, mergeline, tmp_path):
+    def made(command: str, options: list[str], *more: str) -> dict[str, bytes]:
+        out = tmp_path / "out"
+        outcome = mergeline(command, *options, *more, "--out", out)
+        assert outcome.code == 0, outcome.err
+        found = {path.name: path.read_bytes() for path in out.rglob("*.safetensors")}
+        shutil.rmtree(out)
+        return found
+
+    for command, more in (("extract-lora", ["--rank=4"]), ("sweep", ["--grid=scale=0.3,0.5"])):
+        assert made(command, here, *more) == made(command, family(), *more, "--no-cache")
+    here[0] = "--method=emr"
+    assert made("compress", here) == made("compress", family("emr"), "--no-cache")
+    assert not list((tmp_path / "cache").glob("checkpoints/*"))
+
+
+def test_tokens_with_other_ids_are_told_to_be_many_questions(hub, mergeline):
+    tokens = 1200
+
+    def model(ids: list[int], seed: int) -> dict[str, bytes | Sparse]:
+        vocab = {f"t{id}": row for row, id in enumerate(ids)}
+        state = {"model.embed_tokens.weight": torch.full((tokens, 2), float(seed))} | weights(seed)
+        return repository(seed) | {
+            "model.safetensors": save(state),
+            "tokenizer.json": json.dumps({"model": {"vocab": vocab}}).encode(),
+        }
+
+    for seed, name in enumerate(NAMES):
+        order = range(tokens) if name != "b" else range(tokens - 1, -1, -1)
+        hub.repositories[f"org/{name}"] = model(list(order), seed)
+    told = mergeline("plan", *family()).out
+    assert "'b': 'model.embed_tokens.weight' lies in 1200 pieces" in told
+    assert "'a': 'model.embed" not in told
+
+
 def test_an_adapter_over_the_network_is_merged_as_a_local_one(hub, here, mergeline, tmp_path):
     name = "model.layers.0.mlp.up_proj"
     factors = {

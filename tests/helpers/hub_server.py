@@ -86,8 +86,8 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def commit(self, repository: str) -> str:
-        names_and_bytes = repr(sorted(self.repositories[repository].items())).encode()
-        return hashlib.sha1(names_and_bytes).hexdigest()
+        files = sorted((name, _sha256(body)) for name, body in self.repositories[repository].items())
+        return hashlib.sha1(repr(files).encode()).hexdigest()
 
     def bodies(self, path: str) -> list[Seen]:
         """The requests whose path holds `path`."""
