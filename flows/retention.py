@@ -22,7 +22,7 @@ from mergeline.flows.cli import text
 from mergeline.flows.server import announced_server, prefect_settings
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import staged, staging_of
-from mergeline.tasks.places import CACHED_CHECKPOINTS, CACHED_DOWNLOADS, user_cache
+from mergeline.tasks.places import CACHED_CHECKPOINTS, CACHED_DOWNLOADS, CACHED_HEADERS, user_cache
 from mergeline.tasks.schema import Retention
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ _CACHES = {
     "unfinished downloads": "downloads/*",
     "results of Prefect's tasks": "prefect/storage/*",
 }
-_USER_CACHES = {"checkpoints": f"{CACHED_CHECKPOINTS}/*", "unfinished downloads": f"{CACHED_DOWNLOADS}/*"}
+_USER_CACHES = {
+    "checkpoints": f"{CACHED_CHECKPOINTS}/*",
+    "headers of checkpoints": f"{CACHED_HEADERS}/*",
+    "unfinished downloads": f"{CACHED_DOWNLOADS}/*",
+}
 # Where processes that were killed leave `.NAME.partial`, seen from the workspace.
 _STAGING = (
     "build", "build/*", "build/fits/*", "build/fits/*/*", ".mergeline", ".mergeline/costs", ".mergeline/evaluations/*",
@@ -77,7 +81,7 @@ def clean(
     with workspace.lock() if workspace else nullcontext():
         database, said = _clean_database(workspace.state, age, size, dry_run) if workspace else (0, [])
         gone = [
-            *_leftovers([user_cache() / CACHED_CHECKPOINTS]),
+            *_leftovers(user_cache() / kept for kept in (CACHED_CHECKPOINTS, CACHED_HEADERS)),
             *(_leftovers_of(workspace) if workspace else ()),
         ]
         kept = [*_cached_by_user(), *(_cached(workspace.state) if workspace else ())]

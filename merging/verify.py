@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,6 +16,7 @@ from mergeline.merging.api import merge
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import header_digest, open_checkpoint
+from mergeline.merging.checkpoints.companions import hub_id
 from mergeline.merging.checkpoints.heads import HEADS
 from mergeline.merging.checkpoints.router import ROUTER
 from mergeline.merging.checkpoints.task_adapters import ADAPTERS, adapter_path
@@ -29,12 +31,39 @@ from mergeline.merging.methods.contract import catalogue
 from mergeline.merging.reading import open_regular, parsed_json, sha256_of
 from mergeline.merging.signature import check_signature
 
+Bring = Callable[[str], Path]  # makes of a URI a folder of headers whose data can be read
+
 _FEW = 5  # names in a sentence
+_COMMIT = re.compile(r"hf://[^/@]+/[^/@]+@[0-9a-f]{40,64}(/|$)")
 
 
 class _Origin(BaseModel):
-    path: str
+    path: str  # from where the manifest lies; or a URI
     digest: str
+    source: str | None = None
+
+
+class _Inputs:
+    """Where what was read for a merge lies now."""
+
+    def __init__(self, folder: Path, bring: Bring | None):
+        self._folder, self._bring = folder, bring
+
+    def remote(self, origin: _Origin) -> str | None:
+        """The URI of what is read over the network: what was so before, and what is no longer here, of a commit."""
+        if "://" in origin.path:
+            return origin.path
+        known = self._bring and origin.source and _COMMIT.match(origin.source)
+        return origin.source if known and not (self._folder / origin.path).exists() else None
+
+    def at(self, origin: _Origin) -> Path:
+        """The path of a checkpoint, or of the folder of headers that stands for it."""
+        source = self.remote(origin)
+        if source is None:
+            return self._folder / origin.path
+        if self._bring is None:
+            raise UserError(f"{source}: was read over the network; check the files alone (--no-merge)")
+        return self._bring(source)
 
 
 class _Lineage(BaseModel):
@@ -99,23 +128,21 @@ class _Manifest(_Written):
     store: dict[str, Any] | None = None  # of a compressed store
     adapter: _Adapter | None = None
 
-    def make_again(self, folder: Path, place: Path) -> Manifest:
+    def make_again(self, folder: Path, inputs: _Inputs, place: Path) -> Manifest:
         """Merge into `place`; the manifest lies in `folder`."""
         recipe = self.recipe
-        inputs = {
+        read = {
             **recipe.model_dump(exclude={"methods"}),
-            "base": recipe.base and folder / recipe.base.path,
-            "experts": {name: folder / origin.path for name, origin in recipe.experts.items()},
-            "statistics": {
-                kind: [folder / o.path for o in files] for kind, files in recipe.statistics.items()
-            },
+            "base": recipe.base and inputs.at(recipe.base),
+            "experts": {name: inputs.at(origin) for name, origin in recipe.experts.items()},
+            "statistics": {kind: [*map(inputs.at, files)] for kind, files in recipe.statistics.items()},
             # Both lie in the folder itself, and are as the manifest says.
             "adapters": {task: adapter_path(folder, task) for task in recipe.adapters},
             "router": recipe.router and folder / ROUTER,
         }
         if self.adapter:
-            return extract_lora(inputs, place, **self.adapter.model_dump(), device=self.device)
-        return (compress if self.store else merge)(inputs, place, device=self.device)
+            return extract_lora(read, place, **self.adapter.model_dump(), device=self.device)
+        return (compress if self.store else merge)(read, place, device=self.device)
 
 
 class _Expert(_Written):
@@ -123,12 +150,12 @@ class _Expert(_Written):
 
     extracted: _Extracted
 
-    def make_again(self, folder: Path, place: Path) -> Manifest:
+    def make_again(self, folder: Path, inputs: _Inputs, place: Path) -> Manifest:
         """Extract into `place`; the manifest lies in `folder`."""
         asked = self.extracted
-        base = folder / asked.base.path if asked.base else None
+        base = inputs.at(asked.base) if asked.base else None
         return extract_expert(
-            folder / asked.store.path, asked.expert, place, base=base, shard_size=asked.shard_size
+            inputs.at(asked.store), asked.expert, place, base=base, shard_size=asked.shard_size
         )
 
 
@@ -149,13 +176,13 @@ class _Export(_Written):
 
     exported: _Exported
 
-    def make_again(self, folder: Path, place: Path) -> Manifest:
+    def make_again(self, folder: Path, inputs: _Inputs, place: Path) -> Manifest:
         """Export into `place`; the manifest lies in `folder`."""
         asked = self.exported
-        return export_task(folder / asked.merge.path, asked.task, place, shard_size=asked.shard_size)
+        return export_task(inputs.at(asked.merge), asked.task, place, shard_size=asked.shard_size)
 
 
-def verify(out: Path, public_key: Path | None = None, again: bool = True) -> str:
+def verify(out: Path, public_key: Path | None = None, again: bool = True, bring: Bring | None = None) -> str:
     """Check the files of `out` against its manifest, its inputs against their digests, and merge once more; or, for an
     expert of a store, extract it once more.
 
@@ -163,7 +190,8 @@ def verify(out: Path, public_key: Path | None = None, again: bool = True) -> str
     every value of the manifest but versions and paths, which nothing can prove. Returns a sentence, which names
     what was not covered: files that the manifest does not list, versions that are not those of the new merge.
 
-    public_key: who must have signed the manifest. again: whether to merge once more, for which the inputs must be here.
+    public_key: who must have signed the manifest. again: whether to merge once more, for which the inputs must be here,
+    or be read over the network: what a merge read there, and commits of the Hub that are no longer here. `bring` does.
 
     Raises:
         UserError: no manifest, a signature that is missing or another's, files, inputs or methods that changed, or a
@@ -189,16 +217,25 @@ def verify(out: Path, public_key: Path | None = None, again: bool = True) -> str
         origins, what = manifest.extracted.origins, "what its store gives back"
     _check_output(out, manifest)
     folder = out if out.is_dir() else out.parent
+    inputs = _Inputs(folder, bring)
     for name, origin in origins:
-        if open_checkpoint(folder / origin.path).digest() != origin.digest:
-            raise UserError(
-                f"{folder / origin.path}: is no longer the '{name}' that was read for it ({origin.digest})"
-            )
+        # What is remote is read once, by the new merge.
+        if not inputs.remote(origin) and open_checkpoint(inputs.at(origin)).digest() != origin.digest:
+            raise _other_input(str(folder / origin.path), name, origin)
     with _scratch(out) as scratch:
         place = scratch / f"again{out.suffix if out.is_file() else ''}"
-        made = manifest.make_again(folder, place)
+        made = manifest.make_again(folder, inputs, place)
+        read = _Lineage.model_validate(made["recipe"]).origins if isinstance(manifest, _Manifest) else []
+        for (name, origin), (_, now) in zip(origins, read):
+            if now.digest != origin.digest:
+                raise _other_input(inputs.remote(origin) or origin.path, name, origin)
         notes = [*signed, *_compared(out, manifest, written, place, made), *_uncovered(out, manifest)]
-    return "; ".join([f"{out}: bit-identical to {what} ({manifest.output.digest})", *notes])
+    over = [f"{source} was read over the network" for _, o in origins if (source := inputs.remote(o))]
+    return "; ".join([f"{out}: bit-identical to {what} ({manifest.output.digest})", *over, *notes])
+
+
+def _other_input(where: str, name: str, origin: _Origin) -> UserError:
+    return UserError(f"{where}: is no longer the '{name}' that was read for it ({origin.digest})")
 
 
 def _read(path: Path) -> tuple[Manifest, _Manifest | _Expert | _Export]:
@@ -296,6 +333,14 @@ def _compared(out: Path, manifest: _Written, written: Manifest, place: Path, mad
     for told, derived in zip(_origins(left), _origins(right)):
         if "source" in told and "source" not in derived:
             yield f"its source {told.pop('source')} is not proved: {CARD} and the manifest name it alone"
+            other_card = True
+        elif (
+            told.get("source") != derived.get("source")
+            and (model := hub_id(told.get("source")))
+            and not _COMMIT.match(told["source"])
+            and model == hub_id(derived.get("source"))
+        ):
+            yield f"its source {told.pop('source')} is, as a later Mergeline says it, {derived.pop('source')}"
             other_card = True
     if manifest.files is None:
         right.pop("files")

@@ -20,17 +20,23 @@ from typing import TYPE_CHECKING, Mapping
 
 from mergeline.merging.checkpoints.adapters import ADAPTER_WEIGHTS
 from mergeline.merging.checkpoints.checkpoint import DTYPES, is_pickle, open_checkpoint
-from mergeline.merging.checkpoints.companions import CONFIG_FILES, INDEX, PICKLE_SUFFIXES, PROVENANCE, WEIGHTS
+from mergeline.merging.checkpoints.companions import (
+    CONFIG_FILES,
+    INDEX,
+    PICKLE_SUFFIXES,
+    PROVENANCE,
+    WEIGHTS,
+    is_repository,
+)
 from mergeline.merging.checkpoints.modules import MODULE_FILES, MODULES, parsed_modules, refuse_pickled
 from mergeline.merging.checkpoints.quantised.formats import refuse_unsupported
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import publish, read_object, staged, sync, user_errors, write_json
 from mergeline.merging.reading import safe_name, sha256_of
-from mergeline.tasks.credentials import without_credentials
 from mergeline.tasks.places import CACHED_CHECKPOINTS, CACHED_DOWNLOADS, user_cache
 from mergeline.tasks.private import private_folder, private_umask
-from mergeline.tasks.sources import LocalFile, Source, download, locate
+from mergeline.tasks.sources import LocalFile, Source, download, locate, pinned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +58,8 @@ def fetch(
     """Make `out` the checkpoint that `source` names, in place of what stood there.
 
     Args:
-        source: a path, `file:...`, `hf://org/name[@revision][/file-or-folder]`, `open_clip://arch/tag`,
-            http(s), or any other URL that fsspec knows.
+        source: a path, `file:...`, `hf://org/name[@revision][/file-or-folder]`, `org/name` where there is no such
+            path, `open_clip://arch/tag`, http(s), or any other URL that fsspec knows.
         out: the folder; it appears whole or not at all, and is the same bytes for the same source.
         cache: a folder for unfinished downloads, which a later call goes on with.
         allow_pickle: convert weights that exist only as a pickle (read with `weights_only`).
@@ -66,31 +72,31 @@ def fetch(
     downloads = cache / f"{out.name}-{hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:8]}"
     with staged(out) as staging:
         if source.startswith("open_clip://"):
-            revision = None
+            name, revision = source, None
             _from_open_clip(source, staging)
         else:
             found = locate(source)
-            revision = found.revision
+            name, revision = found.name, found.revision
             _from_files(found, staging, downloads, allow_pickle)
         if layout == "open_clip":
-            _convert_layout(staging, without_credentials(source))
-        _write_provenance(staging, without_credentials(source), revision)
+            _convert_layout(staging, name)
+        _write_provenance(staging, name, revision)
         publish(staging, out)
     shutil.rmtree(downloads, ignore_errors=True)
 
 
 def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bool) -> None:
     """Fill `staging` with weights and configuration files; all of them are here before the first is moved."""
-    weights = _choose_weights(source, allow_pickle)
-    configs = {name: _bring(source, name, downloads) for name in source.files if name in CONFIG_FILES}
+    weights = choose_weights(source, allow_pickle)
+    configs = {name: bring(source, name, downloads) for name in source.files if name in CONFIG_FILES}
     if "config.json" in configs:
         config = read_object(configs["config.json"], named=f"{source.name}: config.json")
         refuse_unsupported(config, source.name)
     is_pickle = weights.endswith(_PICKLE_SUFFIXES)
-    index = _bring(source, weights, downloads) if weights.endswith(".index.json") else None
-    shards = _shards(index, f"{source.name}: {weights}", is_pickle) if index else [weights]
-    files = {name: _bring(source, name, downloads) for name in shards}
-    configs |= _module_files(source, configs, downloads)
+    index = bring(source, weights, downloads) if weights.endswith(".index.json") else None
+    shards = shards_of(index, f"{source.name}: {weights}", is_pickle) if index else [weights]
+    files = {name: bring(source, name, downloads) for name in shards}
+    configs |= module_files_of(source, configs, downloads)
 
     for name, path in configs.items():
         (staging / name).parent.mkdir(exist_ok=True)
@@ -107,7 +113,7 @@ def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bo
         _place(files[weights], staging / name, downloads)
 
 
-def _module_files(source: Source, configs: Mapping[str, Path], downloads: Path) -> dict[str, Path]:
+def module_files_of(source: Source, configs: Mapping[str, Path], downloads: Path) -> dict[str, Path]:
     """What lies in the sub-folders that a modules.json names: "1_Pooling/config.json" and such -> where it is here."""
     if MODULES not in configs or not source.below:
         return {}
@@ -118,11 +124,12 @@ def _module_files(source: Source, configs: Mapping[str, Path], downloads: Path) 
             refuse_pickled([*inside.files], module, source.name)
             for name in MODULE_FILES:
                 if name in inside.files:
-                    found[f"{module.folder}/{name}"] = _bring(inside, name, downloads)
+                    found[f"{module.folder}/{name}"] = bring(inside, name, downloads)
     return found
 
 
-def _choose_weights(source: Source, allow_pickle: bool) -> str:
+def choose_weights(source: Source, allow_pickle: bool) -> str:
+    """The name of the file of weights, or of an index of them (raises UserError: none, several, a pickle, GGUF)."""
     names = [source.chosen] if source.chosen else list(source.files)
     if safe := _pick(names, _SAFE_NAMES, _SAFE_SUFFIXES, source.name):
         return safe
@@ -154,7 +161,8 @@ def _pick(names: list[str], preferred: tuple[str, ...], suffixes: tuple[str, ...
     return None
 
 
-def _shards(index: Path, where: str, is_pickle: bool) -> list[str]:
+def shards_of(index: Path, where: str, is_pickle: bool = False) -> list[str]:
+    """The files that an index names (raises UserError: it is none, or names files elsewhere)."""
     weight_map = read_object(index, named=where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{where} is not a shard index: it has no weight_map")
@@ -166,7 +174,7 @@ def _shards(index: Path, where: str, is_pickle: bool) -> list[str]:
     return names
 
 
-def _bring(source: Source, name: str, downloads: Path) -> Path:
+def bring(source: Source, name: str, downloads: Path) -> Path:
     """Where the file lies on this machine: as it is, or downloaded."""
     file = source.file(name)
     if not isinstance(file, LocalFile):
@@ -290,25 +298,35 @@ def _write_provenance(staging: Path, source: str, revision: str | None) -> None:
 
 
 def local_checkpoint(where: str, *, allow_pickle: bool = False) -> Path:
-    """A path as it is; what a URI names, or a pickle that is allowed, as a folder in the user's cache.
+    """A path as it is; what a URI or `org/name` names, or a pickle that is allowed, as a folder in the user's cache.
 
-    A pinned revision is fetched once, a pickle converted once while its file stays as it is. The cache is its owner's
+    A commit of the Hub is fetched once, a pickle converted once while its file stays as it is. The cache is its owner's
     alone; what this process was told of there, `mergeline gc` keeps until it ends.
 
     Raises:
         UserError: as `fetch`.
     """
-    if "://" not in where and not where.startswith("file:"):
+    if is_here(where):
         path = Path(where)
         return _converted(path) if allow_pickle and _is_pickle(path) else path
-    out = _cached(where)
-    pinned = (read_object(out / PROVENANCE).get("revision") or "\0") in where
-    if not pinned:
+    where = pinned(where)
+    out = cached(where)
+    if not is_fetched(where):
         _fetch_into_cache(where, out, allow_pickle)
-    return _held(out)
+    return held(out)
 
 
-def _cached(key: str) -> Path:
+def is_here(where: str) -> bool:
+    """Whether a name is a path, and nothing that has to be brought."""
+    return "://" not in where and not where.startswith("file:") and not is_repository(where, Path(where))
+
+
+def is_fetched(where: str) -> bool:
+    """Whether the user's cache has what a pinned URI names, whole."""
+    return (read_object(cached(where) / PROVENANCE).get("revision") or "\0") in where
+
+
+def cached(key: str) -> Path:
     """The folder of a checkpoint in the user's cache."""
     return user_cache() / CACHED_CHECKPOINTS / hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
 
@@ -323,7 +341,7 @@ def _fetch_into_cache(source: str, out: Path, allow_pickle: bool) -> None:
 _HANDLES: list[int] = []  # of folders that are in use until the process ends
 
 
-def _held(out: Path) -> Path:
+def held(out: Path) -> Path:
     """A folder of the user's cache, locked against its removal, and marked as used now."""
     with user_errors(out):
         _HANDLES.append(os.open(out, os.O_RDONLY))
@@ -344,7 +362,7 @@ def _converted(path: Path) -> Path:
     """A pickle, or a folder of them, as safetensors: where it was put."""
     files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
     stats = [(file.name, s.st_size, s.st_mtime_ns, s.st_ino) for file in files for s in [file.stat()]]
-    out = _cached(f"{path.resolve()} {stats}")
+    out = cached(f"{path.resolve()} {stats}")
     if not (out / PROVENANCE).exists():
         _fetch_into_cache(str(path.resolve()), out, allow_pickle=True)
-    return _held(out)
+    return held(out)

@@ -27,4 +27,5 @@ def user_cache() -> Path:
     return (named if named.is_absolute() else Path.home() / ".cache") / "mergeline"
 
 
-CACHED_CHECKPOINTS, CACHED_DOWNLOADS = "checkpoints", "downloads"  # in the user's cache
+# In the user's cache.
+CACHED_CHECKPOINTS, CACHED_HEADERS, CACHED_DOWNLOADS = "checkpoints", "headers", "downloads"

@@ -1,7 +1,8 @@
 """Where checkpoints come from: local files, the Hugging Face Hub, web servers, and whatever fsspec knows.
 
-`locate` lists the files of a source without reading them; `download` brings one of them here. A download goes
-on where an earlier one was cut off, and is checked for size and SHA-256 (where the source states them).
+`locate` lists the files of a source without reading them; `download` brings one of them here, and `RemoteFile.part`
+some bytes of one. A download goes on where an earlier one was cut off, and is checked for size and SHA-256 (where the
+source states them). `TRAFFIC` counts what comes over the wire.
 
 The Hub is spoken to directly, because huggingface_hub (2.4) neither resumes what another process began nor
 checks hashes. Its settings are honoured: HF_ENDPOINT, HF_TOKEN or the saved login, HF_HUB_OFFLINE.
@@ -14,24 +15,27 @@ import hashlib
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from threading import Lock, local
 from time import sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from mergeline.merging.checkpoints.companions import is_repository
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import user_errors
-from mergeline.merging.reading import safe_name, sha256_of
+from mergeline.merging.reading import parsed_json, safe_name, sha256_of
 from mergeline.tasks.credentials import scrubbed, without_credentials
 from mergeline.tasks.extras import missing
 
 if TYPE_CHECKING:
-    from requests import Response
+    from requests import Response, Session
 
 ATTEMPTS = 6  # failures in a row, without a new byte, before giving up
+_FEW_ATTEMPTS = 2  # where the name may be that of a path, mistyped
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubled for every further one
 LONGEST_WAIT_SECONDS = 300.0  # the Hub counts requests over windows of five minutes
 TIMEOUT_SECONDS = (10, 60)  # to connect; between two pieces of an answer
@@ -44,6 +48,25 @@ _NOT_FOUND = {
     "EntryNotFound": "no such file",
 }
 T = TypeVar("T")
+
+
+class Traffic:
+    """How many bytes came over the wire, in how many answers."""
+
+    def __init__(self) -> None:
+        self.bytes = self.answers = 0
+        self._lock = Lock()
+
+    def add(self, bytes: int, answers: int = 0) -> None:
+        with self._lock:
+            self.bytes, self.answers = self.bytes + bytes, self.answers + answers
+
+
+TRAFFIC = Traffic()  # of this process
+
+
+class NoParts(UserError):
+    """The server sends whole files alone."""
 
 
 class Transient(Exception):
@@ -60,13 +83,40 @@ class LocalFile:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Bytes of a remote file, as they come; size: of the whole file. version: differs whenever its bytes may differ.
+
+    moved: the URL that answered where the one that was asked led elsewhere.
+    """
+
+    chunks: Iterator[bytes]
+    size: int
+    version: str
+    moved: str | None = None
+
+
+@dataclass(frozen=True)
 class RemoteFile:
-    """A file elsewhere. `where` names it to people; `version` differs whenever its bytes may differ."""
+    """A file elsewhere. `where` names it to people; `version` differs whenever its bytes may differ.
+
+    content: tells files of the same bytes, wherever they lie, where the source states something that does.
+    """
 
     where: str
     version: str = ""
     size: int | None = None
     sha256: str | None = None
+    content: str | None = None
+
+    def part(self, start: int, stop: int) -> AbstractContextManager[Part]:
+        """The bytes [start, stop) of the file, or those of them that it has.
+
+        Raises:
+            Transient: the server is busy, or the connection failed, now or between two chunks.
+            NoParts: the server sends the whole file instead; none of it is read.
+            UserError: there is no such file, or no access to it.
+        """
+        raise NotImplementedError
 
     def append(self, partial: Path) -> None:
         """Add to the existing file `partial` the bytes that it lacks.
@@ -82,6 +132,24 @@ class RemoteFile:
 class HttpFile(RemoteFile):
     url: str = field(default="", repr=False)  # may carry a signature
     token: str | None = field(default=None, repr=False)
+
+    @contextmanager
+    def part(self, start: int, stop: int) -> Iterator[Part]:
+        wanted = {"Range": f"bytes={start}-{stop - 1}"}
+        with http_get(self.url, self.where, self.token, wanted, kept=True) as answer:
+            headers = answer.headers
+            told = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", headers.get("Content-Range", ""))
+            length = headers.get("Content-Length", "")
+            if answer.status_code == 200 and not (start == 0 and length.isdigit() and int(length) <= stop):
+                raise NoParts(
+                    f"{self.where}: the server sends no parts of files (it ignores Range); fetch the whole checkpoint"
+                )
+            if answer.status_code != 200 and (not told or told[1] not in (None, str(start))):
+                raise Transient(f"{self.where}: the server sent another part than was asked for")
+            size = int(told[2] if told else length)
+            version = self.version or headers.get("ETag", "") or headers.get("Last-Modified", "")
+            chunks = iter(()) if answer.status_code == 416 else answer.iter_content(_CHUNK)
+            yield Part(_counted(chunks), size, version, answer.url if answer.history else None)
 
     def append(self, partial: Path) -> None:
         have, etag_file = partial.stat().st_size, partial.with_suffix(".etag")
@@ -99,7 +167,7 @@ class HttpFile(RemoteFile):
                 if not resumed:
                     new = answer.headers.get("ETag", "")
                     etag_file.write_text("" if new.startswith("W/") else new)
-                for chunk in answer.iter_content(_CHUNK):
+                for chunk in _counted(answer.iter_content(_CHUNK)):
                     file.write(chunk)
         _require_whole(partial, self.size or (int(total) if total.isdigit() else None), self.where)
 
@@ -115,9 +183,23 @@ class FsspecFile(RemoteFile):
     filesystem: Any = None
     path: str = ""
 
+    @contextmanager
+    def part(self, start: int, stop: int) -> Iterator[Part]:
+        if self.size is None:
+            raise NoParts(f"{self.where}: the file system does not say its size; fetch the whole checkpoint")
+        stop = min(stop, self.size)
+        with _fsspec_errors(self.where):
+            data = self.filesystem.cat_file(self.path, start=start, end=stop) if start < stop else b""
+        TRAFFIC.add(0, answers=1)
+        if len(data) > stop - start:
+            raise NoParts(
+                f"{self.where}: the file system sends no parts of files; fetch the whole checkpoint"
+            )
+        yield Part(_counted([data]), self.size, self.version)
+
     def append(self, partial: Path) -> None:
         with open(partial, "ab") as file:
-            for chunk in self._chunks(file.tell()):
+            for chunk in _counted(self._chunks(file.tell())):
                 file.write(chunk)
         _require_whole(partial, self.size, self.where)
 
@@ -128,11 +210,18 @@ class FsspecFile(RemoteFile):
                 yield chunk
 
 
+def _counted(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    for chunk in chunks:
+        TRAFFIC.add(len(chunk))
+        yield chunk
+
+
 @dataclass(frozen=True)
 class Source:
     """The files of one folder, by plain name, sorted.
 
-    name: what the user wrote, without credentials.
+    name: what the user wrote, without credentials; `org/name` stands for the repository of the Hub.
+    pinned: a name for the same bytes for ever, as far as there is one: of the Hub with the commit.
     chosen: the file that was named; None if it was the folder.
     revision: the commit that the name stands for, if there is one.
     sibling: makes the file of another name in a folder that cannot be listed.
@@ -145,6 +234,7 @@ class Source:
     revision: str | None = None
     sibling: Callable[[str], RemoteFile] | None = None
     below: Callable[[str], Source] | None = None
+    pinned: str = ""
 
     def file(self, name: str) -> LocalFile | RemoteFile:
         """The file `name` (raises UserError: missing, or a link out of the folder that nobody named)."""
@@ -159,13 +249,16 @@ class Source:
 def locate(source: str) -> Source:
     """List the files of a path, `file:...`, `hf://org/name[@revision][/path]`, http(s) or any fsspec URL.
 
+    `org/name`, where there is no such path, is the repository of the Hub.
+
     Raises:
         UserError: unknown scheme, nothing there, no access, or file names that lead elsewhere.
     """
     scheme = re.match(r"(file(?=:)|[A-Za-z][\w+.-]*(?=://|::))", source)
     match scheme and scheme[0].lower():
         case None:
-            return _local(source, Path(source).expanduser())
+            path = Path(source).expanduser()
+            return _repository(source) if is_repository(source, path) else _local(source, path)
         case "file":
             return _local(source, Path(unquote(re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", source))))
         case "hf":
@@ -174,6 +267,18 @@ def locate(source: str) -> Source:
             return _web(source)
         case other:
             return _fsspec(source, other)
+
+
+def pinned(source: str) -> str:
+    """A URI of the Hub, or `org/name`, with the commit that it stands for now; anything else as it is.
+
+    Raises:
+        UserError: no such repository, no access.
+    """
+    if re.match(r"hf://[^@/]+/[^@/]+@[0-9a-f]{40}(/|$)", source):
+        return source
+    hub = source.startswith("hf://") or is_repository(source, Path(source).expanduser())
+    return locate(source).pinned if hub else source
 
 
 def download(file: RemoteFile, folder: Path) -> Path:
@@ -195,7 +300,9 @@ def download(file: RemoteFile, folder: Path) -> Path:
     return partial
 
 
-def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+def patiently(
+    action: Callable[[], T], progress: Callable[[], int] = lambda: 0, attempts: int = ATTEMPTS
+) -> T:
     """`action()`, repeated after Transient failures with exponential back-off and jitter.
 
     A failure after which `progress()` is further than ever is not counted.
@@ -207,9 +314,9 @@ def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) 
         except Transient as error:
             failures = 1 if progress() > furthest else failures + 1
             furthest = max(furthest, progress())
-            if failures == ATTEMPTS:
+            if failures == attempts:
                 raise UserError(
-                    f"{error}; gave up after {ATTEMPTS} attempts, run again to continue"
+                    f"{error}; gave up after {attempts} attempts, run again to continue"
                 ) from None
             wait = error.wait
             if wait is None:
@@ -221,11 +328,16 @@ def patiently(action: Callable[[], T], progress: Callable[[], int] = lambda: 0) 
 
 @contextmanager
 def http_get(
-    url: str, where: str, token: str | None = None, headers: dict[str, str] | None = None
+    url: str,
+    where: str,
+    token: str | None = None,
+    headers: dict[str, str] | None = None,
+    kept: bool = False,
 ) -> Iterator[Response]:
     """A streamed answer with status 200, 206 or 416; every other outcome is Transient or a UserError.
 
-    The messages hold `where`, not the URL, which may carry a signature; the causes, which do, are cut off.
+    kept: this thread's connections stay open for its next question. The messages hold `where`, not the URL, which may
+    carry a signature; the causes, which do, are cut off.
     """
     import requests
 
@@ -235,19 +347,31 @@ def http_get(
         return request
 
     try:
-        with requests.get(
+        with (_session() if kept else requests).get(
             url,
             headers={"Accept-Encoding": "identity"} | (headers or {}),
             auth=authorise if token else None,
             stream=True,
             timeout=TIMEOUT_SECONDS,
         ) as answer:
+            TRAFFIC.add(0, answers=1 + len(answer.history))
             _check_status(answer, where)
             yield answer
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
         raise Transient(f"{where}: the connection failed ({type(error).__name__})") from None
     except requests.RequestException as error:
         raise UserError(f"{where}: no valid answer from the server ({type(error).__name__})") from None
+
+
+_KEPT = local()
+
+
+def _session() -> Session:
+    import requests
+
+    if not hasattr(_KEPT, "session"):
+        _KEPT.session = requests.Session()
+    return _KEPT.session
 
 
 def _check_status(answer: Response, where: str) -> None:
@@ -293,11 +417,16 @@ def _verify(file: RemoteFile, partial: Path) -> None:
         raise UserError(f"{file.where}: {problem}; the download was thrown away, try again")
 
 
+def _repository(source: str) -> Source:
+    try:
+        return _hub(f"hf://{source}", _FEW_ATTEMPTS)
+    except UserError as error:
+        raise UserError(f"{source}: no such file or folder, and as a repository: {error}") from None
+
+
 def _local(source: str, path: Path) -> Source:
     if not path.exists():
-        like_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
-        hint = f"; a repository of the Hub is written hf://{source}" if like_the_hub else ""
-        raise UserError(f"{source}: no such file or folder{hint}")
+        raise UserError(f"{source}: no such file or folder")
     folder = path if path.is_dir() else path.parent
     if not os.access(path, os.R_OK) or not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{source}: cannot be read; check the permissions")
@@ -331,7 +460,7 @@ def _web(source: str) -> Source:
     return Source(without_credentials(source), {name: sibling(name)}, chosen=name, sibling=sibling)
 
 
-def _hub(source: str) -> Source:
+def _hub(source: str, attempts: int = ATTEMPTS) -> Source:
     from huggingface_hub import constants, get_token
 
     parsed = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?", source)
@@ -345,13 +474,16 @@ def _hub(source: str) -> Source:
         raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it, or name a local folder")
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     token = get_token()
-    commit, siblings = patiently(lambda: _hub_listing(endpoint, repository, revision, where, token))
+    commit, siblings = patiently(
+        lambda: _hub_listing(endpoint, repository, revision, where, token), attempts=attempts
+    )
 
     def hub_file(path: str) -> HttpFile:
         url = f"{endpoint}/{repository}/resolve/{commit}/{quote(path)}"
         entry = siblings[path]
         sha256 = (entry.get("lfs") or {}).get("sha256")
-        return HttpFile(f"{where}/{path}", commit, entry.get("size"), sha256, url=url, token=token)
+        content = sha256 or entry.get("blobId")
+        return HttpFile(f"{where}/{path}", commit, entry.get("size"), sha256, content, url=url, token=token)
 
     chosen = inside if inside in siblings else None
     folder = inside.rpartition("/")[0] if chosen else inside
@@ -366,7 +498,8 @@ def _hub(source: str) -> Source:
     files = files_of(folder)
     if not files:
         raise UserError(f"{where}: there is no '{inside}' in this repository{did_you_mean(inside, siblings)}")
-    return Source(source, files, chosen and chosen.rpartition("/")[2], commit, below=below)
+    pinned = "/".join(filter(None, (f"hf://{repository}@{commit}", inside)))
+    return Source(source, files, chosen and chosen.rpartition("/")[2], commit, below=below, pinned=pinned)
 
 
 def _hub_listing(
@@ -375,13 +508,13 @@ def _hub_listing(
     """The commit of a revision, and its files: path -> {"size": bytes, "lfs": {"sha256": ...}}."""
     url = f"{endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}?blobs=true"
     with http_get(url, where, token) as answer:
-        listing = answer.json()
+        text = answer.content
+    TRAFFIC.add(len(text))
     try:
-        commit, siblings = (
-            str(listing["sha"]),
-            {str(entry["rfilename"]): entry for entry in listing["siblings"]},
-        )
-    except (KeyError, TypeError):
+        listing = parsed_json(text)
+        commit = str(listing["sha"])
+        siblings = {str(entry["rfilename"]): _checked(entry) for entry in listing["siblings"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: the Hub's answer is no list of files") from None
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         raise UserError(f"{where}: the Hub's answer names no commit")
@@ -389,6 +522,15 @@ def _hub_listing(
         if path.is_absolute() or ".." in path.parts or "\\" in str(path):
             raise UserError(f"{where}: lists the file '{path}'; only names inside the repository are allowed")
     return commit, siblings
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of a listing (raises KeyError, TypeError or AttributeError if it is none)."""
+    lfs = entry.get("lfs") or {}
+    for value, kind in ((entry.get("size"), int), (entry.get("blobId"), str), (lfs.get("sha256"), str)):
+        if value is not None and type(value) is not kind:
+            raise TypeError
+    return entry
 
 
 def _fsspec(source: str, scheme: str) -> Source:

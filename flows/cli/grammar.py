@@ -330,7 +330,9 @@ def _name(command: argparse.ArgumentParser) -> None:
 
 
 def _family(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", metavar="P", help="a safetensors file, a folder, or a URI")
+    command.add_argument(
+        "--base", metavar="P", help="a safetensors file, a folder, a URI, or org/name of the Hub"
+    )
     command.add_argument("--expert", action="append", metavar="NAME=P", help="repeat for every expert")
 
 
@@ -408,6 +410,11 @@ def _outside(command: argparse.ArgumentParser) -> None:
 def _engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     _resources(command)
+    command.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="read the data of remote checkpoints over the network, without a copy here",
+    )
     command.add_argument(
         "--factors", type=Path, metavar="DIR", help="keep spectral decompositions there for the next merge"
     )

@@ -6,9 +6,10 @@ import argparse
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Sequence
 
 from mergeline.flows.cli import pipeline_commands, text, values
+from mergeline.flows.cli.inputs import Inputs
 from mergeline.flows.cli.text import say as print  # what files hold never commands the terminal
 from mergeline.merging.errors import UserError, printable
 
@@ -22,7 +23,7 @@ _FEW = 3  # notes on what is replaced
 def merge(args: argparse.Namespace) -> None:
     from mergeline.merging.api import merge
 
-    planned = _planned(_recipe(args))
+    planned = _planned(args)
     with _replacing(args, [args.out]):
         manifest = merge(planned, args.out, **_engine(args))
     if args.json:
@@ -37,10 +38,12 @@ def sweep(args: argparse.Namespace) -> None:
         return
     from mergeline.merging.sweep import folders, grid_points, sweep
 
-    recipe = _recipe(args)
-    grid = values.grid(args.grid, values.settings(args.set, list(recipe.experts)))
-    first = grid_points(recipe, grid)[0]
-    _planned(recipe.model_copy(update={"params": {**recipe.params, **first}}))
+    def first(recipe: Recipe) -> Recipe:
+        point = grid_points(recipe, _grid(args, recipe))[0]
+        return recipe.model_copy(update={"params": {**recipe.params, **point}})
+
+    recipe = _planned(args, first).recipe
+    grid = _grid(args, recipe)
     with _replacing(args, [args.out / name for name in folders(recipe, grid)]):
         points = sweep(recipe, grid, args.out, **_engine(args))
     if args.json:
@@ -50,11 +53,19 @@ def sweep(args: argparse.Namespace) -> None:
         print(f"{args.out / point['folder']}  {point['digest']}")
 
 
+def _grid(args: argparse.Namespace, recipe: Recipe) -> dict[str, list[Any]]:
+    return values.grid(args.grid, values.settings(args.set, list(recipe.experts)))
+
+
 def plan(args: argparse.Namespace) -> None:
     from mergeline.merging.engine.planning import make_plan
 
-    made = make_plan(_recipe(args))
+    inputs = Inputs(args.allow_pickle)
+    made = make_plan(_recipe(args, inputs.headers))
     summary = made.summary()
+    summary |= {kind: [*map(inputs.named, summary[kind])] for kind in ("warnings", "problems")}
+    if inputs.are_remote:
+        summary |= inputs.network(made)
     table = list(made.table()) if args.table else []
     if args.json:
         print(text.as_json(summary | ({"table": table} if args.table else {})))
@@ -67,7 +78,7 @@ def plan(args: argparse.Namespace) -> None:
 def compress(args: argparse.Namespace) -> None:
     from mergeline.merging.compress import compress
 
-    planned = _planned(_recipe(args))
+    planned = _planned(args)
     with _replacing(args, [args.out]):
         manifest = compress(planned, args.out, **_engine(args))
     print(f"{args.out}  {manifest['output']['digest']}")
@@ -99,7 +110,7 @@ def extract_lora(args: argparse.Namespace) -> None:
 
     if not (args.recipe or args.method) and len(args.expert or ()) == 1:
         args.method = "average"
-    planned = _planned(_recipe(args))
+    planned = _planned(args)
     chosen = {"rank": args.rank, "modules_to_save": args.modules_to_save}
     with _replacing(args, [args.out]):
         manifest = extract_lora(planned, args.out, **chosen, **_engine(args))
@@ -109,11 +120,12 @@ def extract_lora(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     from mergeline.merging.verify import verify
+    from mergeline.tasks.remote import streamed
 
     _load(args.methods)
     outcome = {"out": str(args.out)}
     try:
-        said = verify(args.out, args.public_key, again=not args.no_merge)
+        said = verify(args.out, args.public_key, again=not args.no_merge, bring=streamed)
     except UserError as error:
         if args.json:
             print(text.as_json({**outcome, "verified": False, "problem": str(error)}))
@@ -129,35 +141,30 @@ def sign(args: argparse.Namespace) -> None:
     print(write_signature(args.out, args.key))
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe of --recipe, or of --method, --base and --expert, changed by the other options."""
+def _recipe(args: argparse.Namespace, bring: Callable[[str], Path]) -> Recipe:
+    """The recipe of --recipe, or of --method, --base and --expert, changed by the other options.
+
+    bring: makes a path or a URI that of a checkpoint on this machine.
+    """
     from mergeline.merging.learning.contract import engine_method
     from mergeline.merging.recipes.loading import load_recipe
     from mergeline.merging.recipes.recipe import Recipe
-    from mergeline.tasks.fetch import local_checkpoint
 
     _load(args.methods)
-
-    def local(where: str) -> Path:
-        path = local_checkpoint(where, allow_pickle=args.allow_pickle)
-        if "://" not in where and not where.startswith("file:") and Path(where) != path:
-            print(f"note: {where} is a pickle; its tensors were converted into {path}", file=sys.stderr)
-        return path
-
     if args.recipe:
         if args.method or args.base or args.expert:
             raise UserError("--recipe says method, base and experts; leave out --method, --base and --expert")
-        written = load_recipe(args.recipe, local, engine_method).model_dump()
+        written = load_recipe(args.recipe, bring, engine_method).model_dump()
     elif args.method and args.expert:
-        experts = {name: local(where) for name, where in values.experts(args.expert).items()}
+        experts = {name: bring(where) for name, where in values.experts(args.expert).items()}
         engine_method(args.method.partition("(")[0].strip())
-        written = {"method": args.method, "experts": experts, "base": args.base and local(args.base)}
+        written = {"method": args.method, "experts": experts, "base": args.base and bring(args.base)}
     else:
         raise UserError("name --method and every --expert, or a --recipe")
     statistics: dict[str, list[Path]] = {}
     for given in args.statistics or ():
         kind, where = values.pair("--statistics", given, "KIND=P")
-        statistics.setdefault(kind, []).append(local(where))
+        statistics.setdefault(kind, []).append(bring(where))
     options = {
         "include": args.include,
         "exclude": args.exclude,
@@ -214,11 +221,28 @@ def _replacing(args: argparse.Namespace, outs: Sequence[Path]) -> Iterator[None]
         print(f"note: and {len(found) - _FEW} more were replaced", file=sys.stderr)
 
 
-def _planned(recipe: Recipe) -> Plan:
-    """The plan of a recipe, after its notes are printed."""
+def _planned(args: argparse.Namespace, point: Callable[[Recipe], Recipe] = lambda recipe: recipe) -> Plan:
+    """The plan of a recipe, or of a point of it, after its notes are printed.
+
+    Where inputs are remote, it is first made of their headers, so that every problem is told before data is brought.
+    """
     from mergeline.merging.engine.planning import make_plan
 
-    plan = make_plan(recipe)
+    inputs = Inputs(args.allow_pickle, stream=args.no_cache, whole=not args.no_cache)
+    plan = make_plan(point(_recipe(args, inputs.headers)))
+    if inputs.are_remote:
+        if plan.problems:
+            raise UserError(_all(map(inputs.named, plan.problems)))
+        if not args.no_cache:
+            plan = make_plan(point(_recipe(args, inputs.data)))
     for warning in plan.warnings:
-        print(f"note: {printable(warning)}", file=sys.stderr)
+        print(f"note: {printable(inputs.named(warning))}", file=sys.stderr)
     return plan
+
+
+def _all(problems: Iterable[str]) -> str:
+    """One problem, or the last line of what is printed of several."""
+    lines = list(problems)
+    for line in lines if len(lines) > 1 else ():
+        print(f"problem: {printable(line)}", file=sys.stderr)
+    return lines[0] if len(lines) == 1 else f"{len(lines)} problems: see above; nothing was brought"

@@ -62,6 +62,11 @@ def plan(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"read       {size(summary['bytes_read'])}, write {size(summary['bytes_written'])}"
     yield f"memory     {size(summary['peak_bytes'])} a worker at the largest tensor, besides the imports"
     yield f"time       about {summary['seconds']:g} s on one core"
+    for name, source in summary.get("sources", {}).items():
+        yield printable(f"source     {name}: {source}")
+    if network := summary.get("network"):
+        yield f"network    {size(network['bytes'])} in {network['answers']} answers brought the headers"
+        yield f"--no-cache about {size(summary['bytes_over_network'])} would come over the network"
     for kind in ("warnings", "problems"):
         for line in summary[kind]:
             yield printable(f"{kind[:-1]:10} {line}")

@@ -13,11 +13,12 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Self
 
 from mergeline.merging.checkpoints import gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
 from mergeline.merging.checkpoints.components import component_folders
+from mergeline.merging.checkpoints.remote import data_of, true_size
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import open_regular, parsed_json, read_json, safe_name
 
@@ -37,7 +38,7 @@ DTYPES = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _CHUNK = 1 << 24
 _MOST_OF_NOTHING = (
     1 << 24
@@ -68,9 +69,57 @@ class TensorInfo:
         """The dtype of what `read` gives."""
         return self.dtype
 
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        """About what is read for it from the files that count."""
+        return self.nbytes if counts(self.file) else 0
+
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         """Elements [start, stop), flattened; `elements` reads what is stored."""
         return elements(self, start, stop)
+
+
+class StoredBytes:
+    """The bytes of a file of weights, here or where a folder of headers says; closed by a context manager."""
+
+    def __init__(self, file: Path):
+        """Raises UserError: the file cannot be read, or its header alone is here."""
+        self.file = file
+        self._handle = -1
+        self._remote = data_of(file)
+        if self._remote is None:
+            try:
+                self._handle = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+            os.posix_fadvise(self._handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def read_into(self, view: memoryview, info: TensorInfo, start: int) -> None:
+        """Read a tensor's bytes from `start` on into all of a view (raises UserError if the file ends before)."""
+        if self._remote is not None:
+            self._remote.read_into(view, self.file.name, info.start + start, (info.start, info.stop))
+            return
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self._handle, [view[done:]], info.start + start + done)
+            except OSError as error:
+                raise UserError(f"{self.file}: cannot be read ({error.strerror})") from None
+            if not got:
+                raise UserError(
+                    f"{self.file}: ends inside tensor '{info.name}'; copy or download the file again"
+                )
+            done += got
 
 
 @dataclass(frozen=True)
@@ -120,32 +169,17 @@ class Checkpoint:
                 "checkpoint with `passthrough`, and take what that writes"
             )
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        with open(info.file, "rb", buffering=0) as file:
-            file.seek(info.start)
-            view = buffer.numpy().data
-            done = 0
-            while done < info.nbytes:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise UserError(
-                        f"{info.file}: ends inside tensor '{name}'; copy or download the file again"
-                    )
-                done += got
+        with StoredBytes(info.file) as stored:
+            stored.read_into(buffer.numpy().data, info, 0)
         return buffer.view(getattr(torch, DTYPES[info.dtype][0])).reshape(info.shape)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def chunks(self, name: str) -> Iterator[bytearray]:
         """The bytes of a tensor, a few megabytes at a time."""
         info = self.tensors[name]
-        with open(info.file, "rb") as file:
-            file.seek(info.start)
-            left = info.nbytes
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise UserError(
-                        f"{info.file}: ends inside tensor '{name}'; copy or download the file again"
-                    )
-                left -= len(chunk)
+        with StoredBytes(info.file) as stored:
+            for start in range(0, info.nbytes, _CHUNK):
+                chunk = bytearray(min(info.nbytes - start, _CHUNK))
+                stored.read_into(memoryview(chunk), info, start)
                 yield chunk
 
     @cached_property
@@ -322,9 +356,9 @@ def header_digest(path: Path) -> str:
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = true_size(path, os.fstat(file.fileno()).st_size)
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
+        if size < 8 or length > min(MAX_HEADER, size - 8):
             raise UserError(
                 f"{path}: the header does not fit into the file ({size} bytes); it is truncated or no safetensors"
             )

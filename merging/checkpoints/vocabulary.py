@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from mergeline.merging.architecture import describe
@@ -50,6 +52,19 @@ class GatheredTensor(TensorInfo):
     @property
     def read_as(self) -> str:
         return _common({source.read_as for source in self.sources})
+
+    @property
+    def runs(self) -> int:
+        """How many stretches of rows it is read in."""
+        steps = zip(self.whose, self.whose[1:], self.rows, self.rows[1:])
+        return 1 + sum(whose != after or row + 1 != next_row for whose, after, row, next_row in steps)
+
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        rows = Counter(self.whose)
+        return sum(
+            rows[i] * source.bytes_in(counts) // max(source.shape[0], 1)
+            for i, source in enumerate(self.sources)
+        )
 
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         width = prod(self.shape[1:])

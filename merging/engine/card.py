@@ -42,14 +42,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
         f"{_prose(method.summary)} Paper: {_prose(method.citation)}.",
         "",
-        "| checkpoint | role | digest |",
-        "|---|---|---|",
-    ]
-    if recipe["base"]:
-        lines.append(f"| base | base | `{recipe['base']['digest']}` |")
-    lines += [f"| {_cell(name)} | expert | `{e['digest']}` |" for name, e in recipe["experts"].items()]
-    lines += [
-        f"| this | {'store' if store else 'adapter' if adapter else 'merged'} | `{manifest['output']['digest']}` |",
+        *_table(manifest, "store" if store else "adapter" if adapter else "merged"),
         "",
         *(["| tensors | what they got |", "|---|---|"] if manifest.get("treatments") else []),
         *(f"| {count} | {word} |" for word, count in manifest.get("treatments", {}).items()),
@@ -66,6 +59,29 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _table(manifest: dict[str, Any], kind: str) -> list[str]:
+    """What was merged and what became of it: digests, and where it is from, if that is known of any."""
+    recipe = manifest["recipe"]
+    rows = [("base", "base", recipe["base"])] if recipe["base"] else []
+    rows += [(_cell(name), "expert", origin) for name, origin in recipe["experts"].items()]
+    rows += [("this", kind, manifest["output"])]
+    known = any("source" in origin for _, _, origin in rows)
+    lines = ["| checkpoint | role | digest |", "|---|---|---|"]
+    lines += [f"| {name} | {role} | `{origin['digest']}` |" for name, role, origin in rows]
+    if not known:
+        return lines
+    sources = ["source |", "---|", *(f"{_uri(origin.get('source', ''))} |" for _, _, origin in rows)]
+    return [
+        f"{line} {source}" if i != 1 else line + source
+        for i, (line, source) in enumerate(zip(lines, sources))
+    ]
+
+
+def _uri(source: str) -> str:
+    """A URI as code, where it holds nothing that ends it."""
+    return f"`{source}`" if re.fullmatch(r"[\w:/.@%+~=-]+", source) else _cell(source)
 
 
 def _seen(fitted: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from mergeline.merging.checkpoints.checkpoint import Checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG, STEMS, TOKENIZER
 from mergeline.merging.checkpoints.components import PIPELINE
 from mergeline.merging.checkpoints.modules import MODULES
+from mergeline.merging.checkpoints.remote import refuse_changed_remotes
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import sha256_of
 
@@ -61,7 +62,7 @@ def _digest(file: Path, stamp: Stamp) -> str:
 
 
 def refuse_changed(before: Mapping[Path, Stamp]) -> None:
-    """Raises UserError if a file is no longer what it was.
+    """Raises UserError if a file is no longer what it was, or what its header is of where it lies.
 
     A new time of change alone, by which tools that set the time of modification back are found out, does not count
     where the number of links is another one, too: a cache that took up the file, or gave it to somebody else.
@@ -75,3 +76,4 @@ def refuse_changed(before: Mapping[Path, Stamp]) -> None:
             raise UserError(
                 f"{file}: was changed while it was read, so nothing was written; run again once it is complete"
             )
+    refuse_changed_remotes(before)

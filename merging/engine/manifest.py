@@ -13,6 +13,7 @@ from mergeline.merging.checkpoints.carried import carry, without_quantisation
 from mergeline.merging.checkpoints.checkpoint import content_digest, header_digest
 from mergeline.merging.checkpoints.companions import read_config, source_of
 from mergeline.merging.checkpoints.heads import write_head
+from mergeline.merging.checkpoints.remote import remote_source
 from mergeline.merging.checkpoints.router import ROUTER
 from mergeline.merging.checkpoints.task_adapters import adapter_path, refuse_other_merge
 from mergeline.merging.checkpoints.writer import CheckpointWriter
@@ -142,7 +143,9 @@ def make_manifest(
 
 
 def origin_of(out: Path, path: Path, digest: str) -> dict[str, str]:
-    """What the manifest of `out` says of something that was read for it."""
+    """What the manifest of `out` says of something that was read for it; of what was read elsewhere, its URI."""
+    if there := remote_source(path):
+        return {"path": there, "digest": digest, "source": there}
     folder = out.parent if is_single(out) else out
     found = {"path": Path(os.path.relpath(path, folder)).as_posix(), "digest": digest}
     source = source_of(path)

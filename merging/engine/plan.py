@@ -16,6 +16,7 @@ from mergeline.merging.checkpoints.companions import stem_of
 from mergeline.merging.checkpoints.components import configurations
 from mergeline.merging.checkpoints.quantised.rounding import rows_together
 from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor
+from mergeline.merging.checkpoints.remote import AHEAD_BYTES, is_remote
 from mergeline.merging.checkpoints.router import Router
 from mergeline.merging.checkpoints.task_adapters import TaskAdapter
 from mergeline.merging.checkpoints.vocabulary import Alignment
@@ -93,6 +94,13 @@ class Entry:
     def unit(self) -> Unit | None:
         """The blocks it is merged in; None if it is copied."""
         return self.bound.unit(self.header) if self.bound else None
+
+    @property
+    def readings(self) -> int:
+        """About how often each input is read: looks over the tensor and over the model come before the merge."""
+        if self.bound is None:
+            return 1
+        return 1 + self.bound.looks_at_tensors + 3 * self.bound.looks_at_model
 
     @property
     def treatment(self) -> str:
@@ -224,21 +232,48 @@ class Plan:
         return sum(t.nbytes for e in self.entries for t in e.inputs)
 
     @property
+    def bytes_over_network(self) -> int:
+        """About what a merge reads of checkpoints whose headers alone are here: each reading, and all for digests."""
+        read = sum(e.readings * info.bytes_in(self._is_remote) for e in self.entries for info in e.inputs)
+        known = {(info.file, info.start) for e in self.entries for info in e.inputs}
+        return read + sum(
+            info.bytes_in(self._is_remote)
+            for checkpoint in self._stored
+            for info in checkpoint.stored.tensors.values()
+            if (info.file, info.start) not in known
+        )
+
+    @property
+    def _stored(self) -> list[Checkpoint]:
+        """All that is read, statistics too."""
+        return [*self.checkpoints.values(), *(c for files in self.statistics.values() for c in files)]
+
+    @property
     def bytes_written(self) -> int:
         return sum(part.nbytes for e in self.entries for part in e.parts.values())
 
     @cached_property
     def peak_bytes(self) -> int:
         """Memory of one worker at the tensor that takes most, without the imports."""
-        return max((entry.peak_bytes for entry in self.entries), default=0)
+        return max((entry.peak_bytes + self._read_ahead(entry) for entry in self.entries), default=0)
+
+    def _read_ahead(self, entry: Entry) -> int:
+        """Memory for what comes over the network, of each input."""
+        return sum(min(info.bytes_in(self._is_remote), AHEAD_BYTES) for info in entry.inputs)
+
+    @cached_property
+    def _remotes(self) -> set[Path]:
+        return {folder for folder in {c.stored.folder for c in self._stored} if is_remote(folder)}
+
+    def _is_remote(self, file: Path) -> bool:
+        return file.parent in self._remotes
 
     @property
     def seconds(self) -> float:
         """A rough estimate for one core."""
         bytes_read = flops = 0.0
         for entry in self.entries:
-            looks = entry.bound and entry.bound.looks_at_tensors + 3 * entry.bound.looks_at_model
-            bytes_read += (1 + (looks or 0)) * sum(info.nbytes for info in entry.inputs)
+            bytes_read += entry.readings * sum(info.nbytes for info in entry.inputs)
             if entry.bound and entry.bound.is_spectral and entry.unit == "tensor":
                 for piece in entry.bound.pieces(entry.header):
                     small, *_, large = sorted(piece.shape)

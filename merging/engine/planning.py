@@ -33,10 +33,11 @@ from mergeline.merging.checkpoints.modules import module_notes
 from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.checkpoints.quantised.rounding import is_plain_rounding
 from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor
+from mergeline.merging.checkpoints.remote import is_remote
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import TiedHead, tied_head, untied, without_tied_head
-from mergeline.merging.checkpoints.vocabulary import align
+from mergeline.merging.checkpoints.vocabulary import GatheredTensor, align
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
 from mergeline.merging.engine.plan import Action, Entry, Plan
@@ -50,6 +51,7 @@ from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 _FEW = 6  # names in a sentence
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_MANY_RUNS = 1000  # of rows of an embedding
 
 
 class Headers:
@@ -373,6 +375,18 @@ def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:
         plan.base = plan.alignment.checkpoints.get("base")
         plan.experts = {name: plan.alignment.checkpoints[name] for name in plan.experts}
         plan.warnings += plan.alignment.notes
+        plan.warnings += _scattered(plan)
+
+
+def _scattered(plan: Plan) -> Iterator[str]:
+    """A sentence for each checkpoint elsewhere of which rows would be asked for in many pieces."""
+    for name, checkpoint in plan.checkpoints.items():
+        for info in checkpoint.tensors.values():
+            if isinstance(info, GatheredTensor) and is_remote(checkpoint.folder) and info.runs > _MANY_RUNS:
+                yield (
+                    f"'{name}': '{info.name}' lies in {info.runs} pieces, for its tokens have other ids: over the "
+                    "network each is a question of its own; merge a copy here (without --no-cache)"
+                )
 
 
 def _say_what_is_written(plan: Plan) -> None:

@@ -5,7 +5,6 @@ Everything is hashed, and looked at for NaN and Inf, the first time it is read f
 
 from __future__ import annotations
 
-import os
 import threading
 from functools import cached_property
 from math import prod
@@ -15,7 +14,14 @@ from typing import TYPE_CHECKING, Any, Iterator, Mapping, Self, Sequence
 from mergeline.merging.algebra.slots import View, all_finite, block_elements
 from mergeline.merging.architecture import Model, describe
 from mergeline.merging.checkpoints.adapters import AdaptedTensor, composed, is_bare
-from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, content_digest, hasher
+from mergeline.merging.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    StoredBytes,
+    TensorInfo,
+    content_digest,
+    hasher,
+)
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
@@ -150,14 +156,14 @@ class Files:
     device = "cpu"
 
     def __init__(self) -> None:
-        self._handles: dict[Path, int] = {}
+        self._opened: dict[Path, StoredBytes] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
+        while self._opened:
+            self._opened.popitem()[1].close()
 
     def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""
@@ -169,29 +175,14 @@ class Files:
 
     def fill(self, buffer: Tensor, info: TensorInfo, start: int) -> None:
         """Read a stored tensor's bytes from `start` on into all of a buffer, uint8 (raises UserError as `elements`)."""
-        view, done = buffer.numpy().data, 0
-        handle = self._handle(info.file)
-        while done < len(view):
-            try:
-                got = os.preadv(handle, [view[done:]], info.start + start + done)
-            except OSError as error:
-                raise UserError(f"{info.file}: cannot be read ({error.strerror})") from None
-            if not got:
-                raise UserError(
-                    f"{info.file}: ends inside tensor '{info.name}'; copy or download the file again"
-                )
-            done += got
+        self._stored(info.file).read_into(buffer.numpy().data, info, start)
 
-    def _handle(self, path: Path) -> int:
-        if path not in self._handles:
-            try:
-                handle = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # the kernel reads further ahead
-            if self._handles.setdefault(path, handle) != handle:  # another thread was faster
-                os.close(handle)
-        return self._handles[path]
+    def _stored(self, path: Path) -> StoredBytes:
+        if path not in self._opened:
+            opened = StoredBytes(path)
+            if self._opened.setdefault(path, opened) is not opened:  # another thread was faster
+                opened.close()
+        return self._opened[path]
 
 
 class FileInputs(_Source, Files):

@@ -8,6 +8,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 from pydantic import ValidationError
 
+from mergeline.merging.checkpoints.companions import is_repository
 from mergeline.merging.errors import UserError, plainly
 from mergeline.merging.methods import get_method, load_methods
 from mergeline.merging.recipes.mergekit_yaml import is_mergekit, translated
@@ -20,8 +21,8 @@ _NAMES_A_METHOD = re.compile(r"(inner_)*(inner|origin)")
 def load_recipe(path: Path, bring: Callable[[str], Path], find: Callable[[str], Any] = get_method) -> Recipe:
     """Read a recipe, or a configuration of mergekit's, from YAML.
 
-    Relative paths are relative to its folder; `bring` makes a URI, or a path, that of a checkpoint on this machine;
-    `find` gives the method of an id, or raises UserError.
+    Relative paths are relative to its folder; where there is none, `org/name` is a repository of the Hub. `bring` makes
+    a URI, or a path, that of a checkpoint on this machine; `find` gives the method of an id, or raises UserError.
 
     Raises:
         UserError: with file and line, for a key or a value that is wrong.
@@ -51,6 +52,8 @@ def load_recipe(path: Path, bring: Callable[[str], Path], find: Callable[[str], 
     def local(where: Any) -> Any:
         if isinstance(where, list):
             return [local(w) for w in where]
+        if where and is_repository(where, path.parent / where):
+            where = f"hf://{where}"
         return where and bring(where if "://" in where else str(path.parent / where))
 
     return recipe.model_copy(

@@ -171,6 +171,13 @@ def test_gc_retires_the_users_cache_with_and_without_a_workspace(
     assert (old.exists(), new.exists(), left.exists()) == (False, True, False)
 
 
+def test_gc_retires_headers_of_remote_checkpoints(tmp_path, cache, mergeline, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old, new = (put(cache, f"headers/{name}/remote.json", days) for name, days in (("old", 31), ("new", 29)))
+    assert mergeline("gc").out == f"removed headers of checkpoints of {cache}: 1, 10 B\n"
+    assert (old.exists(), new.exists()) == (False, True)
+
+
 def test_no_run_cleans_the_users_cache(tmp_path, cache):
     old = put(cache, "checkpoints/0123/model.safetensors", 400)
     clean(tmp_path, size=0)

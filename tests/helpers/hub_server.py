@@ -3,6 +3,8 @@
 /api/models/ORG/NAME/revision/REVISION    commit and files of a repository, as JSON
 /ORG/NAME/resolve/COMMIT/FILE             a file; one in LFS is a redirect to /cdn/ on another host name
 /cdn/SHA256/FILE, /web/FILE               bytes, with ETag, Range and If-Range
+
+A body is bytes, or `Sparse`: a file of any size, of which the beginning alone is held.
 """
 
 from __future__ import annotations
@@ -13,9 +15,31 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from time import sleep
 from urllib.parse import unquote, urlsplit
+
+_PIECE = 1 << 16  # of a body that is written at once
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A file of `size` bytes: `start`, and zeros."""
+
+    start: bytes
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        first, last, _ = part.indices(self.size)
+        return self.start[first:last].ljust(max(last - first, 0), b"\0")
+
+
+Body = bytes | Sparse
 
 
 @dataclass
@@ -24,7 +48,7 @@ class Fault:
 
     path: str
     status: int | None = None  # answer with this status and no body
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)  # in place of those of the answer
     drop_after: int | None = None  # close the connection after so many bytes of the body
     truncate: int | None = None  # send so many bytes, and say that these are all
     body: bytes | None = None  # send these bytes
@@ -44,19 +68,26 @@ class Seen:
 @dataclass
 class Hub:
     port: int = 0
-    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    web: dict[str, bytes] = field(default_factory=dict)
+    repositories: dict[str, dict[str, Body]] = field(default_factory=dict)
+    web: dict[str, Body] = field(default_factory=dict)
     private: bool = False  # whoever brings no token is turned away
+    pause: float = 0.0  # seconds before an answer with bytes of weights
+    ranges: bool = True  # parts of files are sent where they are asked for
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
+
+    @property
+    def sent(self) -> int:
+        """The bytes of all bodies that went out."""
+        return sum(seen.sent for seen in self.seen)
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def commit(self, repository: str) -> str:
-        names_and_bytes = repr(sorted(self.repositories[repository].items())).encode()
-        return hashlib.sha1(names_and_bytes).hexdigest()
+        files = sorted((name, _sha256(body)) for name, body in self.repositories[repository].items())
+        return hashlib.sha1(repr(files).encode()).hexdigest()
 
     def bodies(self, path: str) -> list[Seen]:
         """The requests whose path holds `path`."""
@@ -93,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.fault = next((fault for fault in self.hub.faults if fault.path in path), Fault(""))
         if self.fault in self.hub.faults:
             self.hub.faults.remove(self.fault)
+        if self.hub.pause and path.endswith(".safetensors"):
+            sleep(self.hub.pause)
         if self.fault.status:
             self.answer(self.fault.status, self.fault.headers)
         elif path.startswith("/web/"):
@@ -116,12 +149,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         siblings = []
         for name, body in self.hub.repositories[repository].items():
-            sibling = {"rfilename": name, "size": len(body)}
+            sibling = {"rfilename": name, "size": len(body), "blobId": _sha256(body)[:40]}
             if _in_lfs(name):
                 sibling["lfs"] = {"sha256": _sha256(body), "size": len(body), "pointerSize": 134}
             siblings.append(sibling)
         document = {"id": repository, "sha": self.hub.commit(repository), "siblings": siblings}
-        self.answer(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
+        body = json.dumps(document).encode() if self.fault.body is None else self.fault.body
+        self.answer(200, {"Content-Type": "application/json"}, body)
 
     def resolve(self, repository: str, commit: str, name: str) -> None:
         body = self.hub.repositories.get(repository, {}).get(name)
@@ -137,35 +171,40 @@ class _Handler(BaseHTTPRequestHandler):
         cdn = f"http://localhost:{self.hub.port}/cdn/{_sha256(body)}/{name}?signature=SECRET"
         self.answer(302, linked | {"Location": cdn})
 
-    def file(self, body: bytes | None) -> None:
+    def file(self, body: Body | None) -> None:
         if body is None:
             return self.answer(404, {"X-Error-Code": "EntryNotFound"})
         if self.fault.body is not None:
             body = self.fault.body
         etag, whole = f'"{_sha256(body)}"', len(body)
         headers = {"ETag": etag, "Accept-Ranges": "bytes"}
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
-        if not wanted or self.headers["If-Range"] not in (None, etag):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+        if not self.hub.ranges or not wanted or self.headers["If-Range"] not in (None, etag):
             return self.answer(200, headers, body)
-        start = int(wanted[1])
+        start, stop = int(wanted[1]), min(int(wanted[2] or whole) + 1, whole)
         if start >= whole:
             return self.answer(416, headers | {"Content-Range": f"bytes */{whole}"})
-        self.answer(206, headers | {"Content-Range": f"bytes {start}-{whole - 1}/{whole}"}, body[start:])
+        self.answer(206, headers | {"Content-Range": f"bytes {start}-{stop - 1}/{whole}"}, body[start:stop])
 
-    def answer(self, status: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
-        body = body[: self.fault.truncate]
+    def answer(self, status: int, headers: dict[str, str] | None = None, body: Body = b"") -> None:
+        body = body if self.fault.truncate is None else body[: self.fault.truncate]
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+        for name, value in (
+            {"Content-Length": str(len(body))} | (headers or {}) | self.fault.headers
+        ).items():
             self.send_header(name, value)
         self.end_headers()
-        body = body[: self.fault.drop_after]
-        self.wfile.write(body)
-        self.seen.sent = len(body)
+        last = len(body) if self.fault.drop_after is None else min(self.fault.drop_after, len(body))
+        for start in range(0, last, _PIECE):
+            piece = body[start : min(start + _PIECE, last)]
+            self.wfile.write(piece)
+            self.seen.sent += len(piece)
 
 
 def _in_lfs(name: str) -> bool:
     return name.endswith((".safetensors", ".bin"))
 
 
-def _sha256(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()
+@lru_cache(maxsize=1024)
+def _sha256(body: Body) -> str:
+    return hashlib.sha256(body if isinstance(body, bytes) else repr(body).encode()).hexdigest()

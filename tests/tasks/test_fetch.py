@@ -242,7 +242,7 @@ def test_refused_folders(tmp_path, bring, files, message):
     ("source", "message"),
     [
         ("nowhere", "no such file or folder"),
-        ("org/name", "is written hf://org/name"),
+        ("org/name", "no such file or folder, and as a repository: .*HF_HUB_OFFLINE"),
         ("mmemory://x/y", "unknown scheme 'mmemory'; did you mean 'memory'"),
         ("hf://justname", "write hf://org/name@revision"),
         ("open_clip://ViT-B-33/openai", "unknown architecture; did you mean 'ViT-B-32'"),
@@ -250,7 +250,8 @@ def test_refused_folders(tmp_path, bring, files, message):
         ("http://127.0.0.1:9/", "name a file"),
     ],
 )
-def test_refused_sources(bring, source, message):
+def test_refused_sources(bring, source, message, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=message):
         bring(source)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Protocol
 
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
@@ -69,7 +70,10 @@ class AdaptedTensor(TensorInfo):
     @property
     def nbytes(self) -> int:
         """What is read for it."""
-        return sum(part.nbytes for part in (self.base, *self.update.parts) if part)
+        return self.bytes_in(lambda file: True)
+
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        return sum(part.bytes_in(counts) for part in (self.base, *self.update.parts) if part)
 
     @property
     def rank(self) -> int | None:

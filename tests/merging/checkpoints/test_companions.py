@@ -13,6 +13,7 @@ from checkpoints import refused, save_family, shard
 from safetensors.torch import load_file
 
 from mergeline.merging import merge
+from mergeline.merging.checkpoints.companions import is_repository, source_of
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.errors import printable
 
@@ -225,3 +226,27 @@ def test_transformers_loads_what_was_merged(tmp_path):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "pinned"),
+    [
+        ("hf://org/name", "hf://org/name@{commit}"),
+        ("hf://org/name@main", "hf://org/name@{commit}"),
+        ("hf://org/name@v1/folder/x.safetensors", "hf://org/name@{commit}/folder/x.safetensors"),
+        ("https://host/model.safetensors", "https://host/model.safetensors"),
+    ],
+)
+def test_the_source_of_a_checkpoint_names_its_commit(tmp_path, source, pinned):
+    commit = "0123456789" * 4
+    (tmp_path / "provenance.json").write_text(json.dumps({"source": source, "revision": commit}))
+    assert source_of(tmp_path) == pinned.format(commit=commit)
+    (tmp_path / "provenance.json").write_text(json.dumps({"source": source, "revision": None}))
+    assert source_of(tmp_path) == source
+
+
+def test_what_looks_like_a_repository_is_one_where_there_is_no_such_path(tmp_path):
+    assert is_repository("org/name-7B.v2", tmp_path / "none")
+    assert not is_repository("org/name", tmp_path)
+    for path in ("name", "./name", "a/b/c", "/a/b", "in/a.safetensors", "../a", "a/b@main"):
+        assert not is_repository(path, tmp_path / "none")

@@ -1,0 +1,366 @@
+"""Remote checkpoints read in parts: their headers, for plans; and their data, for merges without a local copy.
+
+`remote_headers` makes the folder of headers that `mergeline.merging.checkpoints.remote` describes, in the user's cache;
+`let_data_be_read` lets this process read the data behind it, by ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Mapping
+from urllib.parse import urlsplit
+
+from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mergeline.merging.checkpoints.checkpoint import MAX_HEADER
+from mergeline.merging.checkpoints.companions import (
+    CONFIG,
+    CONFIG_FILES,
+    INDEX,
+    PROVENANCE,
+    TOKENIZER,
+    WEIGHTS,
+)
+from mergeline.merging.checkpoints.modules import MODULES
+from mergeline.merging.checkpoints.remote import AHEAD_BYTES, REMOTE, register
+from mergeline.merging.errors import UserError
+from mergeline.merging.files import json_bytes, publish, read_object, staged, user_errors
+from mergeline.tasks.fetch import bring, choose_weights, held, module_files_of, shards_of
+from mergeline.tasks.places import CACHED_HEADERS, user_cache
+from mergeline.tasks.private import private_folder, private_umask
+from mergeline.tasks.sources import (
+    HttpFile,
+    LocalFile,
+    RemoteFile,
+    Source,
+    Transient,
+    locate,
+    patiently,
+)
+
+# What a plan reads besides headers; the others of CONFIG_FILES are copied beside a merge alone.
+_PLANNED_WITH = (CONFIG, TOKENIZER, ADAPTER_CONFIG, MODULES, "sentence_bert_config.json")
+_FIRST_BYTES = (
+    1 << 12
+)  # of a file of weights: a shard's header is in them, or one more question brings the rest
+_LARGEST_COMPANION = 100_000_000
+_AT_ONCE = 8  # headers
+_MOST_AT_ONCE = 1 << 25
+_WINDOWS = 64  # of a thread, each of a tensor that is being read
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A folder of headers.
+
+    source: where the data is, without credentials, with the commit if there is one. where: what it was found by.
+    files: of weights, by their names in the folder, with the names, sizes and versions that they have there.
+    """
+
+    folder: Path
+    source: str
+    where: str = field(repr=False)
+    files: Mapping[str, tuple[RemoteFile, str, int, str]]
+    is_pinned: bool
+
+
+class NoHeaders(UserError):
+    """The weights are no safetensors, and have no headers that could be read alone."""
+
+
+def remote_headers(found: Source, where: str, companions: bool = False) -> Remote:
+    """The folder of headers of what was located; made again only where the files there are others.
+
+    where: what it was located by. companions: all that lies beside the weights is brought, as a merge needs it; or what
+    a plan needs alone.
+
+    Raises:
+        NoHeaders: a pickle. NoParts: the server sends whole files alone. UserError: no access, no weights.
+    """
+    weights = choose_weights(found, allow_pickle=True)
+    if not weights.endswith((".safetensors", ".safetensors.index.json")):
+        raise NoHeaders(
+            f"{found.name}: '{weights}' is a pickle, which can run code when it is opened; convert it to safetensors, "
+            "or allow it with --allow-pickle, which brings it here whole"
+        )
+    with user_errors(user_cache()), private_umask():
+        private_folder(user_cache())
+        listed = [[n, f.version] for n, f in found.files.items() if isinstance(f, RemoteFile) and f.version]
+        if len(listed) == len(found.files):
+            out = _cached(found, weights, companions, listed)
+            if not (out / REMOTE).exists():
+                with staged(out) as staging:
+                    files, _ = _read_headers(found, weights, staging)
+                    _finish(found, files, staging, out, companions)
+        else:  # what has no versions is asked for its headers each time, and known by them
+            with staged(_cached(found, weights, companions, os.getpid())) as staging:
+                files, told = _read_headers(found, weights, staging)
+                out = _cached(found, weights, companions, told)
+                if not (out / REMOTE).exists():
+                    with staged(out) as own:
+                        shutil.copytree(staging, own, dirs_exist_ok=True)
+                        _finish(found, files, own, out, companions)
+    try:
+        known = read_object(held(out) / REMOTE)["files"]
+        located = {
+            name: (_remote(found, of), of, size, version) for name, (of, size, version) in known.items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{out / REMOTE}: was damaged; remove the folder") from None
+    return Remote(out, found.pinned or found.name, where, located, is_pinned=found.revision is not None)
+
+
+def _cached(found: Source, weights: str, companions: bool, versions: Any) -> Path:
+    key = json.dumps([found.pinned or found.name, weights, companions, versions])
+    return user_cache() / CACHED_HEADERS / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _remote(source: Source, name: str) -> RemoteFile:
+    file = source.file(name)
+    if isinstance(file, LocalFile):
+        raise UserError(f"{file.path}: is a local file; name it as a path")
+    return file
+
+
+def _read_headers(
+    found: Source, weights: str, staging: Path
+) -> tuple[dict[str, tuple[str, int, str]], list[Any]]:
+    """Write index and headers of the weights into `staging`: names -> names there, sizes, versions; what tells them."""
+    names = {ADAPTER_WEIGHTS if Path(weights).name == ADAPTER_WEIGHTS else WEIGHTS: weights}
+    if weights.endswith(".index.json"):
+        index = _companion(found, weights, staging)
+        index.rename(staging / INDEX)
+        names = {name: name for name in shards_of(staging / INDEX, f"{found.name}: {weights}")}
+    with ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
+        read = [*pool.map(lambda name: _header(_remote(found, name)), names.values())]
+    for name, (header, _, _) in zip(names, read):
+        (staging / name).write_bytes(header)
+    files = {name: (of, size, version) for (name, of), (_, size, version) in zip(names.items(), read)}
+    digests = [hashlib.sha256(header).hexdigest() for header, _, _ in read]
+    return files, [*sorted((name, *told) for name, told in files.items()), digests]
+
+
+def _header(file: RemoteFile) -> tuple[bytes, int, str]:
+    """The first bytes of a file as far as its header says that it goes; size and version of the file."""
+    start, size, version = _bytes(file, 0, _FIRST_BYTES)
+    end = 8 + int.from_bytes(start[:8], "little")
+    if end - 8 > MAX_HEADER or end > size:
+        return start[:16], size, version  # no header: whoever opens it says what is wrong
+    if end > len(start):
+        more, now, later = _bytes(file, len(start), end)
+        if (now, later) != (size, version):
+            raise UserError(f"{file.where}: was changed while its header was read; try again")
+        start += more
+    return start[:end], size, version
+
+
+def _bytes(file: RemoteFile, start: int, stop: int) -> tuple[bytes, int, str]:
+    """Bytes [start, stop) of a file, or those of them that it has; its size and version."""
+
+    def attempt() -> tuple[bytes, int, str]:
+        with file.part(start, stop) as part:
+            data = b""
+            for chunk in part.chunks:
+                data += chunk
+                if len(data) >= stop - start:
+                    break
+            if len(data) < min(stop, part.size) - start:
+                raise Transient(f"{file.where}: cut off after {len(data)} bytes")
+            return data[: stop - start], part.size, part.version
+
+    data, size, version = patiently(attempt)
+    if file.size is not None and size != file.size:
+        raise UserError(f"{file.where}: has {size} bytes, not {file.size}; try again")
+    return data, size, version
+
+
+def _finish(
+    found: Source, files: Mapping[str, tuple[str, int, str]], staging: Path, out: Path, companions: bool
+) -> None:
+    """Bring what lies beside the weights, say where all is from, and publish the folder."""
+    wanted = CONFIG_FILES if companions else _PLANNED_WITH
+    configs = {name: _companion(found, name, staging) for name in found.files if name in wanted}
+    downloads = staging / "downloads"
+    for name, path in module_files_of(found, configs, downloads).items():
+        (staging / name).parent.mkdir(exist_ok=True)
+        shutil.move(path, staging / name)
+    shutil.rmtree(downloads, ignore_errors=True)
+    source = found.pinned or found.name
+    told = {
+        "source": source,
+        "files": files,
+        "sizes": {name: size for name, (_, size, _) in files.items()},
+    }
+    (staging / REMOTE).write_bytes(json_bytes(told))
+    (staging / PROVENANCE).write_bytes(json_bytes({"source": source, "revision": found.revision}))
+    publish(staging, out)
+    _BROUGHT.update({c: out / n for n in configs if (c := _remote(found, n).content)})
+
+
+_BROUGHT: dict[str, Path] = {}  # companions by their content, which experts of one base have in common
+
+
+def _companion(found: Source, name: str, staging: Path) -> Path:
+    """Bring a small file into `staging`, from an earlier folder if that has the same one."""
+    file = _remote(found, name)
+    if (file.size or 0) > _LARGEST_COMPANION:
+        raise UserError(
+            f"{file.where}: has {file.size} bytes; files beside weights have {_LARGEST_COMPANION} at most"
+        )
+    target, earlier = staging / name, _BROUGHT.get(file.content or "")
+    if earlier and earlier.exists():
+        shutil.copyfile(earlier, target)
+    else:
+        shutil.move(bring(found, name, staging / "downloads"), target)
+    return target
+
+
+# --------------------------------------------------------------------------------------- data
+
+
+def streamed(where: str) -> Path:
+    """The folder of headers of what a URI, or `org/name`, names; this process may read its data.
+
+    Raises:
+        UserError: as `locate` and `remote_headers`.
+    """
+    remote = remote_headers(locate(where), where, companions=True)
+    let_data_be_read(remote)
+    return remote.folder
+
+
+def let_data_be_read(remote: Remote) -> None:
+    """Let this process read the data of a remote checkpoint, wherever it has the headers."""
+    register(remote.folder, _Data(remote))
+
+
+@dataclass
+class _Window:
+    """Bytes of a tensor that were read ahead, from `start` on."""
+
+    start: int
+    data: memoryview
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.data)
+
+
+class _Windows(threading.local):
+    """What a thread read ahead, by file and tensor."""
+
+    def __init__(self) -> None:
+        self.of: OrderedDict[tuple[Any, ...], _Window] = OrderedDict()
+
+
+_AHEAD_OF = _Windows()
+
+
+class _Data:
+    """The data of a remote checkpoint; a tensor that is read from one end to the other is read ahead."""
+
+    def __init__(self, remote: Remote):
+        self._remote = remote
+        self._files = {
+            name: _Ranges(file, size, version) for name, (file, _, size, version) in remote.files.items()
+        }
+
+    def read_into(self, view: memoryview, file: str, start: int, tensor: tuple[int, int]) -> None:
+        windows, key = _AHEAD_OF.of, (id(self), file, tensor[0])
+        done = 0
+        while done < len(view):
+            window, at = windows.get(key), start + done
+            if window and window.start <= at < window.stop:
+                taken = window.data[at - window.start :][: len(view) - done]
+                view[done : done + len(taken)] = taken
+                done += len(taken)
+                if at + len(taken) == tensor[1]:
+                    del windows[key]
+                continue
+            left = len(view) - done
+            assert at + left <= tensor[1], "nobody reads past a tensor"
+            goes_on = at == tensor[0] or (window is not None and at == window.stop)
+            count = min(max(left, AHEAD_BYTES if goes_on else 0), tensor[1] - at, _MOST_AT_ONCE)
+            if count <= left:
+                self._files[file].read_into(view[done : done + count], at)
+                window = _Window(at + count, memoryview(b""))
+                done += count
+            else:
+                window = _Window(at, memoryview(bytearray(count)))
+                self._files[file].read_into(window.data, at)
+            windows.pop(key, None)
+            if window.stop < tensor[1] or window.data:
+                windows[key] = window
+            if len(windows) > _WINDOWS:
+                windows.popitem(last=False)
+
+    def refuse_changed(self) -> None:
+        """Raises UserError; looks at the versions of a listing, for others are held against theirs at every reading."""
+        if self._remote.is_pinned:
+            return
+        now = locate(self._remote.where).files
+        for file, name, _, _ in self._remote.files.values():
+            there = now.get(name)
+            if file.version and not (isinstance(there, RemoteFile) and there.version == file.version):
+                raise _changed(file)
+
+
+def _changed(file: RemoteFile) -> UserError:
+    return UserError(f"{file.where}: was changed while it was read, so nothing was written; run again")
+
+
+class _Ranges:
+    """A file that is read by ranges, from where its address leads to as long as that holds."""
+
+    def __init__(self, file: RemoteFile, size: int, version: str):
+        self.file, self._known = file, (size, version)
+        self._moved: RemoteFile | None = None
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Raises UserError: no access, another file than its header was read of, or failing again and again."""
+        done = 0
+
+        def attempt() -> None:
+            nonlocal done
+            asked = self._moved or self.file
+            try:
+                with asked.part(start + done, start + len(view)) as part:
+                    if (part.size, part.version) != self._known:
+                        raise _Changed
+                    if isinstance(self.file, HttpFile) and part.moved and asked is self.file:
+                        self._moved = self._at(self.file, part.moved)
+                    for chunk in part.chunks:
+                        chunk = chunk[: len(view) - done]
+                        view[done : done + len(chunk)] = chunk
+                        done += len(chunk)
+            except UserError:
+                if asked is self.file:
+                    raise
+                self._moved = None  # an address that is signed holds for a while
+                raise Transient(f"{self.file.where}: moved again", wait=0) from None
+            if done < len(view) and not isinstance(self.file, HttpFile):
+                raise _Changed  # file systems give all that there is
+            if done < len(view):
+                raise Transient(f"{self.file.where}: cut off at byte {start + done}")
+
+        try:
+            patiently(attempt, progress=lambda: done)
+        except _Changed:
+            raise _changed(self.file) from None
+
+    @staticmethod
+    def _at(file: HttpFile, url: str) -> HttpFile:
+        """The file at the address that its own led to; a token is for the first host alone."""
+        same = urlsplit(url).netloc == urlsplit(file.url).netloc
+        return replace(file, url=url, token=file.token if same else None)
+
+
+class _Changed(Exception):
+    pass

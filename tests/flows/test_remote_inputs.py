@@ -1,0 +1,628 @@
+"""Plans of remote headers, merges that read their data over the network: a loopback hub counts bytes and requests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+import torch
+from hub_server import Fault, Hub, Sparse, running_hub
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from s3_server import running_s3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from mergeline.merging import merge
+from mergeline.merging.checkpoints import remote as registry
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.engine import output
+from mergeline.merging.errors import UserError
+from mergeline.merging.files import JOURNAL
+from mergeline.tasks import remote, sources
+
+CONFIG = b'{"model_type": "llama"}'
+NAMES = ("base", "a", "b")
+
+
+def weights(seed: int, rows: int = 64) -> dict[str, torch.Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    return {
+        f"model.layers.{i}.mlp.up_proj.weight": torch.randn(rows, 48, generator=made) for i in range(4)
+    } | {"model.norm.weight": torch.randn(48, generator=made)}
+
+
+def repository(seed: int, **others: bytes) -> dict[str, bytes | Sparse]:
+    return {
+        "model.safetensors": save(weights(seed), metadata={"format": "pt"}),
+        "config.json": CONFIG,
+        "README.md": b"no",
+        **others,
+    }
+
+
+def header(tensors: dict[str, tuple[int, ...]]) -> Sparse:
+    """A file of bf16 tensors of these shapes, of which the header alone is held."""
+    entries, end = {}, 0
+    for name, shape in tensors.items():
+        start, end = end, end + 2 * int(torch.Size(shape).numel())
+        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return Sparse(struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
+
+
+def llama_70b(shards: int = 30) -> dict[str, bytes | Sparse]:
+    """A repository of the shape of Llama-3-70B: 80 layers in 30 shards, 141 GB."""
+    width, inner, keys, tokens = 8192, 28672, 1024, 128256
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (tokens, width)}
+    for layer in range(80):
+        own = f"model.layers.{layer}."
+        tensors |= {
+            f"{own}self_attn.q_proj.weight": (width, width),
+            f"{own}self_attn.k_proj.weight": (keys, width),
+            f"{own}self_attn.v_proj.weight": (keys, width),
+            f"{own}self_attn.o_proj.weight": (width, width),
+            f"{own}mlp.gate_proj.weight": (inner, width),
+            f"{own}mlp.up_proj.weight": (inner, width),
+            f"{own}mlp.down_proj.weight": (width, inner),
+            f"{own}input_layernorm.weight": (width,),
+            f"{own}post_attention_layernorm.weight": (width,),
+        }
+    tensors |= {"model.norm.weight": (width,), "lm_head.weight": (tokens, width)}
+    names, each = list(tensors), -(-len(tensors) // shards)
+    parts = [names[i : i + each] for i in range(0, len(names), each)]
+    files: dict[str, bytes | Sparse] = {"config.json": CONFIG}
+    weight_map = {}
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05}-of-{len(parts):05}.safetensors"
+        files[file] = header({name: tensors[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    return files
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    with running_hub() as hub:
+        for seed, name in enumerate(NAMES):
+            hub.repositories[f"org/{name}"] = repository(seed)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(sources, "sleep", lambda seconds: None)
+        monkeypatch.setattr(sources, "TRAFFIC", sources.Traffic())
+        monkeypatch.setattr(remote, "_BROUGHT", {})
+        monkeypatch.setattr(registry, "_DATA", {})
+        yield hub
+
+
+def family(method: str = "task_arithmetic", prefix: str = "hf://org/") -> list[str]:
+    return [
+        f"--method={method}",
+        f"--base={prefix}base",
+        f"--expert=a={prefix}a",
+        f"--expert=b={prefix}b",
+    ]
+
+
+@pytest.fixture
+def here(hub: Hub, tmp_path: Path) -> list[str]:
+    """The options of the same family, on this machine."""
+    for name in NAMES:
+        (tmp_path / "here" / name).mkdir(parents=True)
+        for file, body in hub.repositories[f"org/{name}"].items():
+            assert isinstance(body, bytes)
+            (tmp_path / "here" / name / file).write_bytes(body)
+    return family(prefix=f"{tmp_path}/here/")
+
+
+def data_bytes(hub: Hub) -> int:
+    """The bytes of weights that went out, without those that headers are looked for in."""
+    first = f"bytes=0-{remote._FIRST_BYTES - 1}"
+    return sum(
+        seen.sent for seen in hub.bodies("/cdn/") if "safetensors" in seen.path and seen.range != first
+    )
+
+
+# Plans
+
+
+def test_a_plan_reads_headers_alone_and_says_what_the_local_one_says(hub, here, mergeline):
+    local = json.loads(mergeline("plan", *here, "--json").out)
+    told = json.loads(mergeline("plan", *family(), "--json").out)
+    commits = {name: f"hf://org/{name}@{hub.commit(f'org/{name}')}" for name in NAMES}
+    assert told.pop("sources") == commits
+    assert told.pop("network")["bytes"] == hub.sent
+    assert told.pop("bytes_over_network") == local["bytes_read"]
+    assert told.pop("peak_bytes") > local.pop("peak_bytes")  # what is read ahead
+    assert told == local
+    assert not hub.bodies("README")
+
+
+def test_headers_are_read_once_for_a_commit(hub, mergeline):
+    mergeline("plan", *family())
+    hub.seen.clear()
+    assert mergeline("plan", *family()).code == 0
+    assert {seen.path.split("/")[1] for seen in hub.seen} == {"api"}
+    hub.repositories["org/a"] = repository(7)
+    hub.seen.clear()
+    mergeline("plan", *family())
+    assert len(hub.bodies("/cdn/")) == 1
+
+
+def test_plan_of_70b_reads_kilobytes(hub, mergeline):
+    for name in NAMES:
+        hub.repositories[f"org/{name}"] = llama_70b() | {"generation_config.json": name.encode()}
+    told = json.loads(mergeline("plan", *family("ties"), "--json").out)
+    assert not told["problems"]
+    assert told["bytes_written"] == 141_107_412_992
+    assert told["network"]["bytes"] == hub.sent < 700_000
+
+
+def test_every_problem_is_told_and_nothing_is_brought(hub, mergeline, tmp_path):
+    odd = weights(1)
+    odd["model.norm.weight"] = torch.zeros(47)
+    hub.repositories["org/a"] = {**repository(1), "model.safetensors": save(odd)}
+    del hub.repositories["org/b"]["model.safetensors"]
+    outcome = mergeline("plan", *family())
+    assert outcome.code == 2
+    assert "b: hf://org/b: no checkpoint there" in outcome.out
+    hub.seen.clear()
+    outcome = mergeline("merge", *family(), "--out", tmp_path / "out")
+    assert outcome.code == 2 and "no checkpoint there" in outcome.err and not data_bytes(hub)
+    hub.repositories["org/b"] = {**repository(2), "model.safetensors": save({"other": torch.zeros(2)})}
+    outcome = mergeline("merge", *family(), "--out", tmp_path / "out")
+    assert outcome.code == 2 and data_bytes(hub) < 10_000
+    assert outcome.err.count("problem: ") == 2 and "nothing was brought" in outcome.err
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (save(weights(1))[:-4], "hf://org/a@.*: model.safetensors: truncated: download it again"),
+        (save(weights(1))[:100], "model.safetensors: the header does not fit into the file"),
+        (struct.pack("<Q", 200_000_000) + b"{" * 40, "the header does not fit into the file"),
+        (Sparse(struct.pack("<Q", 200_000_000) + b"{", 1 << 40), "the header does not fit into the file"),
+        (struct.pack("<Q", 24) + b"{" * 24, "malformed safetensors header"),
+        (b"", "the header does not fit into the file"),
+        (b"GGUF" + bytes(100), "the header does not fit into the file"),
+    ],
+)
+def test_damaged_headers(hub, mergeline, body, message):
+    hub.repositories["org/a"]["model.safetensors"] = body
+    outcome = mergeline("plan", *family())
+    assert outcome.code == 2 and re.search(message, outcome.out), outcome
+    assert str(sources.Path.home()) not in outcome.out and "/cache/" not in outcome.out
+    assert data_bytes(hub) < 100_000
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_gated_repositories_ask_for_a_token(hub, mergeline, status):
+    hub.faults = [Fault("/api/models/org/a", status=status)]
+    outcome = mergeline("plan", *family())
+    assert outcome.code == 2 and f"access denied (HTTP {status})" in outcome.out and "HF_TOKEN" in outcome.out
+
+
+def test_a_pickle_is_refused(hub, mergeline):
+    hub.repositories["org/a"] = {"pytorch_model.bin": b"x" * 50_000, "config.json": CONFIG}
+    outcome = mergeline("plan", *family())
+    assert "'pytorch_model.bin' is a pickle" in outcome.out and not hub.bodies("pytorch_model.bin")
+
+
+def test_a_server_that_ignores_ranges_is_never_read_whole_by_a_plan(hub, mergeline, tmp_path, here):
+    for name in NAMES:
+        hub.web[f"{name}.safetensors"] = save(weights(NAMES.index(name), rows=4096))
+    urls = [f"--base={hub.endpoint}/web/base.safetensors", "--method=task_arithmetic"]
+    urls += [f"--expert={name}={hub.endpoint}/web/{name}.safetensors" for name in NAMES[1:]]
+    assert mergeline("plan", *urls).code == 0
+    hub.ranges = False
+    outcome = mergeline("plan", *urls)
+    assert outcome.code == 2 and outcome.out.count("the server sends no parts of files") == 3
+    outcome = mergeline("merge", *urls, "--no-cache", "--out", tmp_path / "out")
+    assert outcome.code == 2 and "the server sends no parts of files" in outcome.err
+    outcome = mergeline("merge", *urls, "--out", tmp_path / "out")
+    assert outcome.code == 0 and "it is brought here whole" in outcome.err
+
+
+def test_a_tokenizer_that_experts_share_comes_once(hub, mergeline):
+    tokens = json.dumps({"model": {"vocab": {"x": 0}}}).encode()
+    for name in NAMES:
+        hub.repositories[f"org/{name}"]["tokenizer.json"] = tokens
+    mergeline("plan", *family())
+    assert len(hub.bodies("tokenizer.json")) == 1
+
+
+# Names
+
+
+def test_a_repository_is_named_without_its_scheme(hub, mergeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = json.loads(mergeline("plan", *family(prefix="org/"), "--json").out)
+    assert told["sources"]["a"] == f"hf://org/a@{hub.commit('org/a')}"
+    (tmp_path / "recipe.yaml").write_text(
+        "method: task_arithmetic\nbase: org/base\nexperts: {a: org/a, b: hf://org/b@main}\n"
+    )
+    assert json.loads(mergeline("plan", "--recipe", "recipe.yaml", "--json").out) == {
+        **told,
+        "network": {"bytes": hub.sent, "answers": len(hub.seen)},
+    }
+    (tmp_path / "org" / "a").mkdir(parents=True)
+    outcome = mergeline("plan", *family(prefix="org/"))
+    assert outcome.code == 2 and "org/a: needs model.safetensors" in outcome.out
+
+
+def test_a_path_that_is_mistyped_is_told_as_one(hub, mergeline):
+    outcome = mergeline("plan", "--method=average", "--expert=a=experts/none", "--expert=b=org/b")
+    assert outcome.code == 2
+    assert "a: experts/none: no such file or folder, and as a repository: hf://experts/none" in outcome.out
+
+
+# Data over the network
+
+
+def merged(mergeline, out: Path, *options: object) -> dict:
+    outcome = mergeline("merge", *options, "--out", out, "--json")
+    assert outcome.code == 0, outcome.err
+    return json.loads(outcome.out)
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "cart", "lines(dare(ties))"])
+def test_a_merge_over_the_network_is_bit_identical_and_keeps_no_copy(hub, here, mergeline, tmp_path, method):
+    here[0] = f"--method={method}"
+    local = merged(mergeline, tmp_path / "local", *here)
+    hub.seen.clear()
+    there = merged(mergeline, tmp_path / "there", *family(method), "--no-cache")
+    assert there["output"] == local["output"]
+    assert (tmp_path / "there" / "config.json").read_bytes() == CONFIG
+    for name, origin in there["recipe"]["experts"].items():
+        pinned = f"hf://org/{name}@{hub.commit(f'org/{name}')}"
+        assert origin == {**local["recipe"]["experts"][name], "path": pinned, "source": pinned}
+        assert pinned in (tmp_path / "there" / "README.md").read_text()
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    assert kept < 3 * 1000
+
+
+@pytest.mark.parametrize(
+    ("method", "least", "most"),
+    [("average", 1, 1), ("ties", 1, 1), ("breadcrumbs", 1, 1), ("cart", 1, 1.7), ("ram", 0.5, 1)],
+)
+def test_the_plan_says_about_how_many_bytes_come_over_the_network(
+    hub, mergeline, tmp_path, method, least, most
+):
+    told = json.loads(mergeline("plan", *family(method), "--json").out)
+    merged(mergeline, tmp_path / "out", *family(method), "--no-cache")
+    assert least <= data_bytes(hub) / told["bytes_over_network"] <= most
+
+
+def test_other_commands_of_a_recipe_read_over_the_network(hub, here, mergeline, tmp_path):
+    def made(command: str, options: list[str], *more: str) -> dict[str, bytes]:
+        out = tmp_path / "out"
+        outcome = mergeline(command, *options, *more, "--out", out)
+        assert outcome.code == 0, outcome.err
+        found = {path.name: path.read_bytes() for path in out.rglob("*.safetensors")}
+        shutil.rmtree(out)
+        return found
+
+    for command, more in (("extract-lora", ["--rank=4"]), ("sweep", ["--grid=scale=0.3,0.5"])):
+        assert made(command, here, *more) == made(command, family(), *more, "--no-cache")
+    here[0] = "--method=emr"
+    assert made("compress", here) == made("compress", family("emr"), "--no-cache")
+    assert not list((tmp_path / "cache").glob("checkpoints/*"))
+
+
+def test_tokens_with_other_ids_are_told_to_be_many_questions(hub, mergeline):
+    tokens = 1200
+
+    def model(ids: list[int], seed: int) -> dict[str, bytes | Sparse]:
+        vocab = {f"t{id}": row for row, id in enumerate(ids)}
+        state = {"model.embed_tokens.weight": torch.full((tokens, 2), float(seed))} | weights(seed)
+        return repository(seed) | {
+            "model.safetensors": save(state),
+            "tokenizer.json": json.dumps({"model": {"vocab": vocab}}).encode(),
+        }
+
+    for seed, name in enumerate(NAMES):
+        order = range(tokens) if name != "b" else range(tokens - 1, -1, -1)
+        hub.repositories[f"org/{name}"] = model(list(order), seed)
+    told = mergeline("plan", *family()).out
+    assert "'b': 'model.embed_tokens.weight' lies in 1200 pieces" in told
+    assert "'a': 'model.embed" not in told
+
+
+def test_an_adapter_over_the_network_is_merged_as_a_local_one(hub, here, mergeline, tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    factors = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(2, 48),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(64, 2),
+    }
+    config = {"peft_type": "LORA", "lora_alpha": 2, "r": 2, "base_model_name_or_path": "org/base"}
+    files = {
+        "adapter_model.safetensors": save(factors),
+        "adapter_config.json": json.dumps(config).encode(),
+    }
+    hub.repositories["org/a"] = files
+    for file in (tmp_path / "here" / "a").iterdir():
+        file.unlink()
+    for file_name, body in files.items():
+        (tmp_path / "here" / "a" / file_name).write_bytes(body)
+    local = merged(mergeline, tmp_path / "local", *here)
+    told = json.loads(mergeline("plan", *family(), "--json").out)
+    hub.seen.clear()
+    there = merged(mergeline, tmp_path / "there", *family(), "--no-cache")
+    assert there["output"] == local["output"]
+    assert data_bytes(hub) == pytest.approx(told["bytes_over_network"], rel=0.02)
+    hub.repositories["org/a"]["adapter_config.json"] = json.dumps(
+        config | {"base_model_name_or_path": "org/other"}
+    ).encode()
+    assert "was trained on 'org/other', the base is 'org/base'" in mergeline("plan", *family()).out
+
+
+def test_shards_are_read_over_the_network(hub, here, mergeline, tmp_path):
+    tensors = weights(1)
+    names = list(tensors)
+    parts = {"model-1.safetensors": names[:2], "model-2.safetensors": names[2:]}
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    hub.repositories["org/a"] = {
+        **{file: save({name: tensors[name] for name in part}) for file, part in parts.items()},
+        "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+        "config.json": CONFIG,
+    }
+    local = merged(mergeline, tmp_path / "local", *here)
+    there = merged(mergeline, tmp_path / "there", *family(), "--no-cache")
+    assert there["output"]["digest"] == local["output"]["digest"]
+    del hub.repositories["org/a"]["model-2.safetensors"]
+    assert "'model-2.safetensors' is missing" in mergeline("plan", *family()).out
+
+
+def test_connections_that_break_are_asked_for_the_rest(hub, here, mergeline, tmp_path):
+    local = merged(mergeline, tmp_path / "local", *here)
+    merged(mergeline, tmp_path / "other", *family("average"), "--no-cache")
+    hub.faults = [Fault("/cdn/", drop_after=5000), Fault("/cdn/", status=403), Fault("/cdn/", status=503)]
+    there = merged(mergeline, tmp_path / "there", *family(), "--no-cache", "--workers=1")
+    assert there["output"] == local["output"] and not hub.faults
+
+
+def test_the_token_goes_no_further_than_the_hub(hub, mergeline, tmp_path):
+    hub.private = True
+    merged(mergeline, tmp_path / "out", *family(), "--no-cache")
+    assert {seen.authorization for seen in hub.seen if "127.0.0.1" in seen.host} == {"Bearer hf_secret"}
+    assert {seen.authorization for seen in hub.seen if "localhost" in seen.host} == {None}
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"hf_secret" not in written and b"signature=" not in written
+
+
+# What changes meanwhile
+
+
+def web_family(hub: Hub) -> list[str]:
+    for i, name in enumerate(NAMES):
+        hub.web[f"{name}.safetensors"] = save(weights(i))
+    web = f"{hub.endpoint}/web"
+    experts = [f"--expert={name}={web}/{name}.safetensors" for name in NAMES[1:]]
+    return ["--method=task_arithmetic", f"--base={web}/base.safetensors", *experts]
+
+
+def test_a_file_of_a_web_server_that_changes_while_it_is_read_is_noticed(hub, mergeline, tmp_path):
+    options = web_family(hub)
+    out = tmp_path / "out"
+    merged(mergeline, out, *options, "--no-cache")
+    before = (out / "model.safetensors").read_bytes()
+
+    class Changing(output.FileInputs):
+        def stored(self, *place):
+            hub.web["a.safetensors"] = save(weights(9))
+            return super().stored(*place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "FileInputs", Changing)
+        outcome = mergeline("merge", *options, "--out", out, "--no-cache")
+    assert outcome.code == 2 and "a.safetensors: was changed while it was read" in outcome.err
+    assert (out / "model.safetensors").read_bytes() == before
+    again = merged(mergeline, out, *options, "--no-cache")
+    assert again["recipe"]["experts"]["a"]["path"] == f"{hub.endpoint}/web/a.safetensors"
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+@pytest.fixture
+def memory(hub: Hub) -> Iterator[Any]:
+    import fsspec
+
+    filesystem = fsspec.filesystem("memory")
+    for name in NAMES:
+        for file, body in hub.repositories[f"org/{name}"].items():
+            filesystem.pipe(f"/{name}/{file}", body)
+    yield filesystem
+    filesystem.rm("/", recursive=True)
+
+
+def test_other_file_systems_are_read_in_parts(hub, here, memory, mergeline, tmp_path):
+    local = merged(mergeline, tmp_path / "local", *here)
+    options = family(prefix="memory://")
+    told = json.loads(mergeline("plan", *options, "--json").out)
+    assert told["sources"]["a"] == "memory://a" and told["network"]["bytes"] < 3 * 5000
+    there = merged(mergeline, tmp_path / "there", *options, "--no-cache")
+    assert there["output"] == local["output"]
+
+
+def test_s3_is_read_in_parts(hub, here, mergeline, tmp_path, monkeypatch):
+    local = merged(mergeline, tmp_path / "local", *here)
+    with running_s3("models") as bucket:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.endpoint)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "S3CR3T")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in NAMES:
+            for file, body in hub.repositories[f"org/{name}"].items():
+                bucket.objects[f"{name}/{file}"] = body
+        options = family(prefix="s3://models/")
+        told = json.loads(mergeline("plan", *options, "--json").out)
+        assert told["sources"]["a"] == "s3://models/a"
+        assert bucket.sent < 3 * (remote._FIRST_BYTES + 100)
+        bucket.sent = 0
+        there = merged(mergeline, tmp_path / "there", *options, "--no-cache")
+        assert there["output"] == local["output"]
+        assert bucket.sent < 1.1 * told["bytes_over_network"] + 3 * remote._FIRST_BYTES
+        assert "bit-identical" in mergeline("verify", tmp_path / "there").out
+        bucket.objects["a/model.safetensors"] = save(weights(9))
+        assert "is no longer the 'a'" in mergeline("verify", tmp_path / "there").err
+        assert "s3://models/none: not found" in mergeline("plan", *options, "--expert=c=s3://models/none").out
+
+
+def test_a_file_of_another_file_system_that_changes_is_noticed(hub, memory, mergeline, tmp_path):
+    class Changing(output.FileInputs):
+        def stored(self, *place):
+            memory.pipe("/a/model.safetensors", save(weights(9)))
+            return super().stored(*place)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "FileInputs", Changing)
+        outcome = mergeline("merge", *family(prefix="memory://"), "--no-cache", "--out", tmp_path / "out")
+    assert outcome.code == 2 and "was changed while it was read" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# Afterwards
+
+
+def test_verify_reads_again_what_was_read_over_the_network(hub, mergeline, tmp_path):
+    out = tmp_path / "out"
+    merged(mergeline, out, *family(), "--no-cache")
+    commit = hub.commit("org/a")
+    hub.seen.clear()
+    outcome = mergeline("verify", out)
+    assert outcome.code == 0 and "bit-identical" in outcome.out
+    assert f"hf://org/a@{commit} was read over the network" in outcome.out
+    assert data_bytes(hub) < 3 * len(hub.repositories["org/a"]["model.safetensors"])
+    assert mergeline("verify", out, "--no-merge").code == 0
+    hub.repositories["org/a"] = repository(8)
+    outcome = mergeline("verify", out)
+    assert outcome.code == 2 and f"hf://org/a@{commit}: no such revision" in outcome.err
+
+
+def test_verify_notices_another_file_at_the_same_address(hub, mergeline, tmp_path):
+    merged(mergeline, tmp_path / "out", *web_family(hub), "--no-cache")
+    assert mergeline("verify", tmp_path / "out").code == 0
+    hub.web["a.safetensors"] = save(weights(9))
+    outcome = mergeline("verify", tmp_path / "out")
+    assert outcome.code == 2
+    assert f"{hub.endpoint}/web/a.safetensors: is no longer the 'a' that was read for it" in outcome.err
+
+
+def test_verify_brings_a_commit_that_is_no_longer_here(hub, mergeline, tmp_path):
+    merged(mergeline, tmp_path / "out", *family(prefix="org/"))
+    shutil.rmtree(tmp_path / "cache")
+    outcome = mergeline("verify", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert f"hf://org/a@{hub.commit('org/a')} was read over the network" in outcome.out
+
+
+def test_headers_are_never_read_for_data(hub, mergeline, tmp_path):
+
+    from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+    from mergeline.merging.errors import UserError
+
+    folder = remote.remote_headers(sources.locate("hf://org/a"), "hf://org/a").folder
+    headers = open_checkpoint(folder)
+    assert headers.nbytes == sum(tensor.nbytes for tensor in weights(1).values())
+    for read in (headers.digest, lambda: headers.read("model.norm.weight")):
+        with pytest.raises(UserError, match="hf://org/a@.*: its headers alone are here.*--no-cache"):
+            read()
+    with pytest.raises(UserError, match="its headers alone are here"):
+        merge({"method": "average", "experts": {"a": folder}}, tmp_path / "out")
+    with pytest.raises(SafetensorError):
+        safe_open(folder / "model.safetensors", framework="pt")
+
+
+@pytest.mark.slow
+def test_a_merge_that_was_killed_reads_the_rest_alone(hub, mergeline, tmp_path):
+    tensors, size = 12, 4 * 64 * 1024
+    for i, name in enumerate(NAMES):
+        made = torch.Generator().manual_seed(i)
+        state = {f"layers.{n:02}.weight": torch.randn(64, 1024, generator=made) for n in range(tensors)}
+        hub.repositories[f"org/{name}"] = {"model.safetensors": save(state), "config.json": CONFIG}
+    out = tmp_path / "out"
+    options = [*family(), "--no-cache", "--workers", "1"]
+    command = [sys.executable, "-m", "mergeline.flows.cli", "merge", *options, "--out", str(out)]
+    hub.pause = 0.05
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as running:
+        journal = tmp_path / ".out.partial" / JOURNAL
+        deadline = time.monotonic() + 60
+        while not journal.exists() or journal.read_text().count('"tensor"') < 4:
+            assert running.poll() is None and time.monotonic() < deadline, running.communicate()
+            time.sleep(0.02)
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    done = journal.read_text().count('"tensor"')
+    assert 4 <= done < tensors
+    hub.pause = 0.0
+    hub.seen.clear()
+    there = merged(mergeline, out, *options)
+    assert data_bytes(hub) == 3 * size * (tensors - done)
+    monolithic = merged(mergeline, tmp_path / "once", *options)
+    assert monolithic["output"]["digest"] == there["output"]["digest"]
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "rfilename": st.sampled_from(
+            ["model.safetensors", "config.json", "../x", "model.safetensors.index.json"]
+        )
+        | JUNK
+    },
+    optional={"size": JUNK | st.integers(0, 3000), "blobId": JUNK, "lfs": JUNK | st.just({"sha256": 3})},
+)
+LISTINGS = st.one_of(
+    JUNK,
+    st.fixed_dictionaries(
+        {"sha": st.just("a" * 40) | JUNK, "siblings": st.lists(ENTRIES | JUNK, max_size=4) | JUNK}
+    ),
+)
+RANGES = st.one_of(
+    st.from_regex(r"bytes (\d{1,5}-\d{1,5}|\*)/(\d{1,30}|\*)", fullmatch=True),
+    st.text(st.characters(codec="latin-1", exclude_characters="\r\n"), max_size=9),
+)
+FAULTS = st.one_of(
+    st.builds(lambda listing: Fault("/api/", body=json.dumps(listing).encode()), LISTINGS),
+    st.builds(lambda told: Fault("/cdn/", headers={"Content-Range": told}), RANGES),
+    st.builds(lambda body: Fault("/cdn/", body=body), st.binary(max_size=40)),
+    st.builds(lambda sent: Fault("/cdn/", truncate=sent), st.integers(0, 600)),
+    st.builds(lambda body: Fault("/config.json", body=body), st.binary(max_size=9)),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(FAULTS, min_size=1, max_size=3), at=st.integers(0, 496))
+def test_fuzzed_answers(faults, at, hub, tmp_path):
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    body = bytearray(save(weights(1)))
+    body[at] ^= 1 << at % 8
+    hub.repositories["org/a"] = {"model.safetensors": bytes(body), "config.json": CONFIG}
+    hub.faults = faults
+    try:
+        open_checkpoint(remote.remote_headers(sources.locate("hf://org/a"), "hf://org/a").folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith(".partial")]
