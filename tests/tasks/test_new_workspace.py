@@ -54,6 +54,7 @@ def git(folder: Path, *arguments: str) -> str:
         "mergebench-gemma-2-2b",
         "optmerge-qwen2-vl-7b",
         "3h-mistral-7b",
+        "box-bart-base",
     ],
 )
 def test_an_example_makes_a_workspace_that_says_what_it_lacks(name, tmp_path, dvc):
