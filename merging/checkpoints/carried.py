@@ -6,7 +6,7 @@ import json
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
 from mergeline.merging.checkpoints.checkpoint import CONFIG_FILES, DTYPES, safe_name
 from mergeline.merging.checkpoints.companions import CONFIG, TOKENIZER, read_config
@@ -25,12 +25,13 @@ def carry(
     specs: Iterable[TensorSpec],
     folder: Path,
     alignment: Alignment | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[tuple[Path, int]] | None = None,
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
     config.json names the dtype that most of the tensors have, the rows of the vocabulary, and the layers of a stack;
-    the tokenizer knows the tokens that were added to it.
+    the tokenizer knows the tokens that were added to it. layers: folder and layer, as which each layer of a stack is
+    described.
 
     Raises:
         UserError: as `carried_files`.
@@ -47,10 +48,7 @@ def carry(
             tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), *alignment.added]
             _write(folder / TOKENIZER, tokenizer)
     if layers is not None:
-        changed |= _replace(config, _LAYER_KEYS, len(layers))
-        kinds = config.get("layer_types")
-        if isinstance(kinds, list) and max(layers) < len(kinds):
-            config["layer_types"] = [kinds[layer] for layer in layers]
+        changed |= _stacked(config, layers, {path: read_config(path) for path, _ in layers if path.is_dir()})
     if changed:
         _write(folder / CONFIG, config)
 
@@ -63,6 +61,40 @@ def carried_files(donor: Path) -> dict[str, Path]:
     """
     own = {name: safe_name(donor, name, donor) for name in CONFIG_FILES if (donor / name).is_file()}
     return own | module_files(donor)
+
+
+def _stacked(
+    config: dict[str, Any], layers: Sequence[tuple[Path, int]], configs: Mapping[Path, dict[str, Any]]
+) -> bool:
+    """Make a configuration, and its parts, true of other layers; whether one was about layers.
+
+    What is listed layer by layer is that of each one's own model; what lists numbers of layers gets their new ones.
+    """
+    changed = False
+    for key in [key for key in _LAYER_KEYS if isinstance(config.get(key), int)]:
+        for listing in [
+            name for name, value in config.items() if "layer" in name and isinstance(value, list)
+        ]:
+            found = [(config if path not in configs else configs[path], layer) for path, layer in layers]
+            kinds = [_kind(own.get(listing), own.get(key), layer) for own, layer in found]
+            if any(kind is not None for kind in kinds):
+                config[listing] = kinds
+            elif all(isinstance(i, int) for i in config[listing]):
+                numbered = [layer in (own.get(listing) or ()) for own, layer in found]
+                config[listing] = [i for i, listed in enumerate(numbered) if listed]
+        config[key], changed = len(layers), True
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            nested = {path: own.get(name) or {} for path, own in configs.items()}
+            changed |= _stacked(value, layers, nested)
+    return changed
+
+
+def _kind(listed: Any, count: Any, layer: int) -> Any:
+    """What a list with one entry a layer says of a layer; None if it is another list."""
+    return (
+        listed[layer] if isinstance(listed, list) and len(listed) == count and layer < len(listed) else None
+    )
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Mapping
 
 from mergeline.merging.canonical import canonical_json, text_digest
 from mergeline.merging.checkpoints.carried import carry
@@ -101,6 +101,7 @@ def make_manifest(
     origin = partial(origin_of, out)
     experts = {name: origin(p, source.checkpoint_digest(name)) for name, p in recipe.experts.items()}
     base = origin(recipe.base, source.checkpoint_digest("base")) if recipe.base else None
+    onto = _onto(plan, out, {**recipe.experts, "base": recipe.base}, {**experts, "base": base})
     statistics = {
         kind: [origin(c.path, c.digest()) for c in checkpoints]
         for kind, checkpoints in plan.statistics.items()
@@ -113,6 +114,7 @@ def make_manifest(
         **({"methods": outside} if outside else {}),
         "base": base,
         "experts": experts,
+        **({"onto": onto} if onto else {}),
         "statistics": statistics,
         **_companions(plan),
     }
@@ -120,6 +122,7 @@ def make_manifest(
         **lineage,
         "base": base and base["digest"],
         "experts": [[name, e["digest"]] for name, e in experts.items()],
+        **({"onto": {name: o["digest"] for name, o in onto.items()}} if onto else {}),
         "statistics": {kind: [s["digest"] for s in files] for kind, files in statistics.items()},
     }
     return {
@@ -131,6 +134,21 @@ def make_manifest(
         "device": device.split(":")[0],
         "versions": versions(),
     }
+
+
+def _onto(
+    plan: Plan, out: Path, paths: Mapping[str, Path | None], known: Mapping[str, dict[str, str] | None]
+) -> dict[str, dict[str, str]]:
+    """What adapters add to that is not the base; read for its digest where nothing else has it."""
+    digests = {
+        path.resolve(): origin["digest"] for name, path in paths.items() if path and (origin := known[name])
+    }
+    found = {}
+    for name, path in plan.recipe.onto.items():
+        if path.resolve() not in digests:
+            digests[path.resolve()] = plan.onto[name].stored.digest()
+        found[name] = origin_of(out, path, digests[path.resolve()])
+    return found
 
 
 def origin_of(out: Path, path: Path, digest: str) -> dict[str, str]:
@@ -169,7 +187,7 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
             )
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
-        layers = plan.stack.layers if plan.stack else None
+        layers = [(plan.checkpoints[name].path, i) for name, i in plan.stack.layers] if plan.stack else None
         carry(plan.donor, [entry.spec for entry in plan.entries], folder, plan.alignment, layers)
     (folder / CARD).write_text(model_card(manifest))
 

@@ -27,12 +27,12 @@ from mergeline.merging.checkpoints.vocabulary import align
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
 from mergeline.merging.engine.plan import Action, Entry, Plan
-from mergeline.merging.engine.stack import stack
+from mergeline.merging.engine.stack import Stacked, stack
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.methods.bound import Bound, bind
 from mergeline.merging.methods.contract import get_method, load_methods
 from mergeline.merging.recipes.recipe import Recipe
-from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, values_of
+from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, parameters_in_part, values_of
 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 # What quantised checkpoints hold beside, or instead of, their weights (GPTQ, AWQ, bitsandbytes, compressed-tensors).
@@ -82,18 +82,21 @@ def make_plan(recipe: Recipe | Mapping[str, Any], headers: Headers | None = None
     if not plan.problems:
         _find_donor(plan)
     if not plan.problems:
-        _stack_layers(plan) if recipe.stack else _match_tensors(plan, headers)
+        _stack_layers(plan, headers) if recipe.stack else _match_tensors(plan, headers)
     return plan
 
 
 def _resolve_method(plan: Plan) -> None:
-    count = 1 if plan.recipe.stack else len(plan.recipe.experts)  # of each tensor
+    plan.warnings += plan.recipe.notes
     try:
         plan.method = get_method(plan.recipe.method)
         plan.params = plan.method.resolve(plan.recipe.params)
     except UserError as error:
         plan.problems.append(str(error))
         return
+    if plan.recipe.stack:
+        return  # each part has experts of its own
+    count = len(plan.recipe.experts)
     plan.problems += plan.method.misuses(
         plan.params, count, plan.recipe.base is not None, plan.recipe.statistics
     )
@@ -126,6 +129,13 @@ def _open(plan: Plan, headers: Headers) -> None:
             plan.base = checkpoint
         else:
             plan.experts[name] = checkpoint
+    for name, path in plan.recipe.onto.items():
+        try:
+            plan.onto[name] = without_tied_head(headers.open(path))
+            plan.stamps |= headers.stamps[path]
+            plan.problems += _quantised(name, plan.onto[name])
+        except UserError as error:
+            plan.problems.append(f"onto: {name}: {error}")
     _adapt(plan)
     for kind, paths in plan.recipe.statistics.items():
         files = paths if isinstance(paths, list) else [paths]
@@ -154,8 +164,25 @@ def _open_companions(plan: Plan) -> None:
 
 
 def _adapt(plan: Plan) -> None:
-    """Let experts that are adapters stand for the base as they change it."""
-    adapters = {name: c for name, c in plan.experts.items() if is_adapter(c)}
+    """Let adapters stand for what they add to as they change it: what `onto` says, or the base."""
+    for name, model in plan.onto.items():
+        adapter = plan.checkpoints.get(name)
+        if adapter is None:
+            continue
+        try:
+            if not is_adapter(adapter):
+                raise UserError("is no PEFT adapter, so it adds to nothing; leave it out of onto")
+            adapted = replace(
+                adapt(model, adapter), path=model.path
+            )  # whose configuration and tokenizer it has
+        except UserError as error:
+            plan.problems.append(f"{name}: {error}")
+            continue
+        if name == "base":
+            plan.base = adapted
+        else:
+            plan.experts[name] = adapted
+    adapters = {n: c for n, c in plan.experts.items() if is_adapter(c) and n not in plan.onto}
     delta = plan.method is not None and plan.method.delta
     if adapters and not plan.recipe.base and delta:
         plan.problems.append(f"'{next(iter(adapters))}' is a PEFT adapter: name the base that it adds to")
@@ -246,15 +273,42 @@ def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:
         yield f"{name}: is quantised ({kind} in config.json); merge the float16 or wider model it was made from"
 
 
-def _stack_layers(plan: Plan) -> None:
+def _stack_layers(plan: Plan, headers: Headers) -> None:
+    """Entries of a stack: each tensor is merged of its part's experts, or copied where that is the same."""
+    assert plan.method is not None
+    parts = plan.recipe.stack
     try:
-        plan.stack = stack(plan.experts, plan.recipe.stack)
+        made = plan.stack = stack(plan.checkpoints, parts)
     except UserError as error:
         plan.problems.append(str(error))
         return
-    plan.experts = plan.stack.checkpoints
-    for name, expert in sorted(plan.stack.origin.items()):
-        plan.entries.append(_entry(plan, "copy", name, {expert: plan.experts[expert].tensors[name]}, None))
+    if plan.bound.looks_at_model and len({(part.origin, *part.experts) for part in parts}) > 1:
+        plan.problems.append(
+            f"{plan.method.id} measures the whole model with these parameters, and the parts of the stack are of "
+            "different models; choose others, or another method"
+        )
+        return
+    plan.base, plan.experts = made.checkpoints.get("base"), {n: made.checkpoints[n] for n in plan.experts}
+    shapes = {name: next(iter(tensor.sources.values())).shape for name, tensor in made.tensors.items()}
+    plan.model = headers.describe(shapes, read_config(plan.donor) if plan.donor else {})
+    bounds = _Bounds(plan, list(made.tensors))
+    for name, tensor in sorted(made.tensors.items()):
+        base = {name: tensor.base} if tensor.base else {}
+        bound = bounds.in_part(name, tensor)
+        if problem := _mismatch(name, tensor.sources, base):
+            plan.problems.append(f"stack: {problem}")
+        elif tensor.base and not parts[tensor.part].experts:
+            plan.entries.append(_entry(plan, "copy", name, {}, tensor.base))
+        elif not next(iter(tensor.sources.values())).is_float or bound.copies:
+            plan.entries.append(
+                _entry(plan, "copy", name, tensor.sources, None if bound.copies else tensor.base)
+            )
+        else:
+            plan.entries.append(_entry(plan, "merge", name, tensor.sources, tensor.base, bound))
+    plan.warnings += bounds.warnings
+    unused = [name for name in plan.checkpoints if not any(name in part.spans for part in parts)]
+    plan.warnings += [f"stack: no part takes layers of '{name}'" for name in unused]
+    plan.warnings += _untreated(plan)
 
 
 def _match_tensors(plan: Plan, headers: Headers) -> None:
@@ -552,6 +606,7 @@ class _Bounds:
         self.plan, self.model, self.method = plan, plan.model, plan.method
         self.average = bind(get_method("average"), {})
         self._known: dict[str, Bound] = {}
+        self.warnings: list[str] = []  # of the parts of a stack
         for rule in plan.recipe.rules:
             if not any(values_of(rule, name, self.model) for name in names):
                 plan.warnings.append(
@@ -568,6 +623,23 @@ class _Bounds:
             self._known[key] = self._bind(name, params)
         return self._known[key]
 
+    def in_part(self, name: str, tensor: Stacked) -> Bound:
+        """The method of a tensor of a stack, for the experts and the base of its part."""
+        recipe, part = self.plan.recipe, self.plan.recipe.stack[tensor.part]
+        listed = self.plan.bound.lists_of_experts
+        params = parameters_in_part(recipe, part, listed, name, tensor.layer, tensor.count)
+        key = canonical_json([part.experts, part.origin, params])
+        if key not in self._known:
+            known = len(self.plan.problems)
+            bound = self._known[key] = self._bind(name, params)
+            if part.experts and known == len(self.plan.problems):
+                count, found = len(part.experts), self.method.resolve(params)
+                misuses = self.method.misuses(found, count, part.origin is not None)
+                self.plan.problems += [f"stack: part {tensor.part + 1}: {problem}" for problem in misuses]
+                self.warnings += [w for w in self.method.warnings(found, count) if w not in self.warnings]
+                return bound
+        return self._known[key]
+
     def _bind(self, name: str, params: dict[str, Any]) -> Bound:
         plan, method = self.plan, self.method
         try:
@@ -577,8 +649,11 @@ class _Bounds:
             return plan.bound
         if resolved == plan.params:
             return plan.bound
-        misuses = method.misuses(resolved, len(plan.experts), plan.base is not None, plan.recipe.statistics)
-        plan.problems += [f"tensor '{name}': {problem}" for problem in misuses]
+        if not plan.recipe.stack:
+            misuses = method.misuses(
+                resolved, len(plan.experts), plan.base is not None, plan.recipe.statistics
+            )
+            plan.problems += [f"tensor '{name}': {problem}" for problem in misuses]
         bound = bind(method, resolved)
         for key in sorted(plan.bound.look_parameters | bound.look_parameters):
             if resolved.get(key) != plan.params.get(key):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from mergeline.merging.errors import UserError, plainly
 from mergeline.merging.methods import get_method, load_methods
 from mergeline.merging.recipes.mergekit_yaml import is_mergekit, translated
-from mergeline.merging.recipes.recipe import Recipe
+from mergeline.merging.recipes.recipe import Part, Recipe
 from mergeline.merging.strict_yaml import YamlFile
 
 _NAMES_A_METHOD = re.compile(r"(inner_)*(inner|origin)")
@@ -57,6 +57,7 @@ def load_recipe(path: Path, bring: Callable[[str], Path], find: Callable[[str], 
         update={
             "experts": {name: local(where) for name, where in written["experts"].items()},
             "base": local(written.get("base")),
+            "onto": {name: local(where) for name, where in (written.get("onto") or {}).items()},
             "statistics": {kind: local(where) for kind, where in written.get("statistics", {}).items()},
             "methods": [path.parent / defined for defined in recipe.methods],
             "adapters": {task: path.parent / file for task, file in recipe.adapters.items()},
@@ -81,18 +82,24 @@ def _mistakes(recipe: Recipe, find: Callable[[str], Any]) -> Iterator[tuple[list
         except UserError as error:
             yield ["params", key], str(error)
             return
-    given: list[tuple[list[Any], str, Any]] = [
-        (["params", key], key, value) for key, value in recipe.params.items()
-    ]
-    for i, rule in enumerate(recipe.rules):
-        for kind, values in (
-            ("params", rule.params),
-            ("gradient", {k: v[0] for k, v in rule.gradient.items()}),
-        ):
-            for key, value in values.items():
-                given.append((["rules", i, kind, key], key, value if rule.expert is None else [value]))
+    given = list(_settings([], recipe))
+    for i, part in enumerate(recipe.stack):
+        given += _settings(["stack", i], part)
     for loc, key, value in given:
         try:
             method.resolve({**chain, key: value})
         except UserError as error:
             yield loc, str(error)
+
+
+def _settings(loc: list[Any], of: Recipe | Part) -> Iterator[tuple[list[Any], str, Any]]:
+    """Where a parameter stands in a recipe or a part of its stack, its name, and a value."""
+    for key, value in of.params.items():
+        yield [*loc, "params", key], key, value
+    for i, rule in enumerate(of.rules):
+        for kind, values in (
+            ("params", rule.params),
+            ("gradient", {k: v[0] for k, v in rule.gradient.items()}),
+        ):
+            for key, value in values.items():
+                yield [*loc, "rules", i, kind, key], key, value if rule.expert is None else [value]

@@ -82,11 +82,9 @@ def test_ranges_that_are_not_there(ranges, parts, experts):
     assert all(part in problem for part in parts)
 
 
-def test_a_stack_is_no_merge(experts):
-    with refused("stack", "passthrough"):
-        make_plan({**recipe(experts, ("a", [0, 1])), "method": "average"})
-    with refused("stack", "without base"):
-        make_plan(recipe(experts, ("a", [0, 1]), base=experts["b"]))
+def test_a_stack_is_of_whole_models(experts):
+    with refused("stack", "without", "exclude"):
+        make_plan(recipe(experts, ("a", [0, 1]), exclude=["*norm*"]))
 
 
 def test_models_without_layers(tmp_path):

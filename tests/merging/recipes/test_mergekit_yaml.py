@@ -125,9 +125,10 @@ def arithmetic(method: str, more: str = "") -> str:
                                "rescale": True}),
         ("breadcrumbs_ties", "breadcrumbs", {"variant": "mergekit", "scope": "tensor", "elect": True, "scale": 1.0,
                                              "density": [0.25, 1.0], "outlier_rate": [0.01, 0.01],
-                                             "weights": [0.3, 0.5], "normalize": False}),
+                                             "weights": [0.3, 0.5], "normalize": False,
+                                             "rescale": False}),
         ("ties", "ties", {"variant": "mergekit", "density": [0.25, 1.0], "weights": [0.3, 0.5], "normalize": True,
-                          "scale": 1.0}),
+                          "rescale": False, "scale": 1.0}),
     ],
 )  # fmt: skip
 def test_defaults_are_mergekits(method, id, params, family):
@@ -167,7 +168,7 @@ def test_random_methods_keep_as_many_as_mergekit_would(family):
     ("method", "id", "own", "params"),
     [
         ("nuslerp", "nuslerp", "weight: 0.5", {"weights": [0.5, 0.5], "scope": "tensor"}),
-        ("multislerp", "multislerp", "weight: 0.5", {"weights": [0.5, 0.5], "epsilon": 1e-8}),
+        ("multislerp", "multislerp", "weight: 0.5", {"weights": [0.5, 0.5], "normalize": True, "epsilon": 1e-8}),
         ("ram", "ram", "epsilon: 1e-3", {"variant": "ram", "threshold": 1e-3}),
         ("ramplus_tl", "ram", "r: 0.2",
          {"variant": "ram_plus", "threshold": 1e-5, "rescale_factor": 0.2, "rescale_cap": 0.2}),
@@ -257,13 +258,16 @@ def test_where_models_lie(family, monkeypatch):
     )
 
 
-def test_an_adapter_is_an_expert_if_it_is_of_the_base(family):
+def test_an_adapter_says_what_it_adds_to_where_that_is_not_the_base(family):
     (family / "lora").mkdir()
     text = "merge_method: task_arithmetic\nbase_model: base\nparameters: {weight: 1.0}\nmodels: [{model: base+lora}]\n"
     recipe = loaded(family, text)
     assert list(recipe.experts.values()) == [family / "lora"] and recipe.base == family / "base"
-    with refused("mergekit.yml:4:", "lora is for expert0", "not the base_model"):
-        loaded(family, text.replace("base+lora", "expert0+lora"))
+    assert recipe.onto == {}
+    other = loaded(family, text.replace("base+lora", "expert0+lora"))
+    assert list(other.experts) == list(other.onto) and list(other.onto.values()) == [family / "expert0"]
+    both = loaded(family, text.replace("base_model: base", "base_model: expert0+lora"))
+    assert both.base == family / "lora" and both.onto["base"] == family / "expert0"
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def slices(*ranges: tuple[int, int], method: str = "linear", more: str = "") -> 
 
 def test_slices_of_all_layers_in_order_are_the_models(family):
     whole = loaded(family, slices((0, 4)))
-    assert whole.rules == [] and whole.params == {"weights": [1.0, 1.0], "normalize": True}
+    assert [part.params for part in whole.stack] == [{"weights": [1.0, 1.0], "normalize": True}]
     merge(whole, family / "whole.safetensors")
     merge(loaded(family, slices((0, 1), (1, 4))), family / "parts.safetensors")
     assert same_tensors(load_file(family / "whole.safetensors"), load_file(family / "parts.safetensors"))
@@ -306,18 +310,17 @@ def test_slices_of_all_layers_in_order_are_the_models(family):
 @pytest.mark.parametrize(
     ("text", "line", "parts"),
     [
-        (slices((0, 2), (1, 4)), 5, ["not stacked", "begins at layer 2"]),
-        (slices((1, 4)), 4, ["begins at layer 0"]),
-        (slices((0, 2), (0, 2)), 5, ["begins at layer 2"]),
-        (slices((0, 3)), 4, ["end at layer 3", "has 4"]),
-        (slices((0, 4)).replace("expert1, layer_range: [0, 4]", "expert1, layer_range: [0, 3]"), 4, ["not stacked"]),
-        (slices((0, 2), (2, 4)).replace("expert1, layer_range: [2", "expert2, layer_range: [2"), 5,
-         ["different models"]),
-        (slices((0, 4), more="  residual_weight: 0.5\n"), 5, ["residual_weight"]),
-        (slices((0, 4), more="  base_model: base\n"), 5, ["base_model of its own"]),
+        (slices((2, 2)), 4, ["[FIRST, END]"]),
+        (slices((0, 4)).replace("expert1, layer_range: [0, 4]", "expert1, layer_range: [0, 3]"), 4, ["equally many"]),
+        (slices((0, 4)).replace("model: expert1", "model: expert0"), 4, ["expert0 is there twice"]),
+        (slices((0, 4), method="ties"), 4, ["ties needs a base_model"]),
+        (slices((0, 4), method="ties", more="  base_model: base\n"), 4, ["base, is not among the sources"]),
+        (slices((0, 4), more="- {sources: []}\n"), 5, ["needs sources"]),
+        (slices((1, 4)).replace("weight: 1.0", "weight: [{filter: layers.2., value: 2}, {value: 1}]"), 4,
+         ["'layers.2.' of 'weight' names a layer"]),
     ],
 )  # fmt: skip
-def test_stacked_layers_are_refused(text, line, parts, family):
+def test_slices_that_make_no_model_are_refused(text, line, parts, family):
     with refused(f"mergekit.yml:{line}:", *parts):
         loaded(family, text)
 
@@ -332,9 +335,7 @@ def test_stacked_layers_are_refused(text, line, parts, family):
         (arithmetic("ties", "dtpye: float32\n"), 6, ["dtpye", "did you mean 'dtype'?"]),
         (arithmetic("ties", "dtype: int8\n"), 6, ["dtype", "float32"]),
         (arithmetic("ties", "parameters:\n  lambad: 1.0\n"), 7, ["no parameter 'lambad'", "did you mean 'lambda'?"]),
-        (arithmetic("ties", "parameters:\n  rescale: true\n"), 7, ["rescale: true is not supported"]),
         (arithmetic("ties").replace("density: 0.25", "denstiy: 0.25"), 4, ["'denstiy'", "did you mean 'density'?"]),
-        (arithmetic("ties").replace("density: 0.25", "normalize: true"), 4, ["'normalize'", "whole merge"]),
         (arithmetic("ties").replace("density: 0.25", "density: 2.5"), 4, ["density", "must be 1.0 or less"]),
         (arithmetic("ties").replace("density: 0.25", "density: much"), 4, ["'much'", "no number"]),
         (arithmetic("ties").replace("weight: 0.5", "density: 0.5"), 4, ["needs 'weight' of expert1"]),
