@@ -51,6 +51,12 @@ def sliced(method: str, parts: list[tuple[int, int, dict[str, Any]]], **more: An
     }  # fmt: skip
 
 
+def taken(model: str, first: int, end: int, **parameters: Any) -> dict[str, Any]:
+    """A source of a slice."""
+    found = {"model": model, "layer_range": [first, end]}
+    return {**found, **({"parameters": parameters} if parameters else {})}
+
+
 def around(
     method: str, listed: list[dict[str, Any]], dtype: str = "float32", **shared: Any
 ) -> dict[str, Any]:
@@ -144,6 +150,61 @@ CASES: dict[str, dict[str, Any]] = {
     "arcee_fusion": around("arcee_fusion", models({})),
     "ram": around("ram", models({}, {}, {}), epsilon=5e-4),
     "ramplus_tl": around("ramplus_tl", models({}, {}, {}), epsilon=5e-4, r=0.2, alpha=0.3),
+    "slerp-with-weights": around("slerp", [BASE, *weights(0.3)], t=0.4),
+    "ram-with-weights": around("ram", weights(0.3, 0.6), epsilon=5e-4, density=0.2),
+    "ties-rescale": around(
+        "ties", models({"weight": 0.3, "density": 0.2}, {"weight": 0.5, "density": 0.7}), rescale=True
+    ),
+    "breadcrumbs-rescale": around(
+        "breadcrumbs",
+        models({"weight": 0.3, "density": 0.8, "gamma": 0.05}, {"weight": 0.5, "density": 0.4}),
+        rescale=True,
+    ),
+    "multislerp-sums": around("multislerp", weights(0.3, 0.9, 0.4), normalize_weights=False),
+    "slices-of-other-models": {
+        "merge_method": "linear", "dtype": "float32", "base_model": "base",
+        "parameters": {"weight": [{"filter": "mlp", "value": [0.2, 0.8]}, {"value": 0.5}], "normalize": False},
+        "slices": [
+            {"sources": [taken("expert0", 0, 3, weight=[0.1, 0.9]), taken("expert1", 1, 4)]},
+            {"sources": [taken("expert2", 2, 3), taken("expert1", 0, 1, weight=[0.3, 0.7])]},
+            {"sources": [taken("expert2", 3, 4)], "parameters": {"weight": 2.0}},
+        ],
+    },
+    "slices-with-bases": {
+        "merge_method": "ties", "dtype": "float32", "base_model": "base",
+        "parameters": {"weight": 0.6, "density": [0.9, 0.3]},
+        "slices": [
+            {"sources": [taken("base", 0, 2), taken("expert0", 0, 2), taken("expert1", 2, 4, weight=0.3)]},
+            {"sources": [taken("expert2", 1, 3), taken("expert1", 0, 2, density=0.5)], "base_model": "expert2"},
+            {"sources": [taken("base", 3, 4), taken("expert2", 3, 4)], "parameters": {"lambda": 0.5}},
+        ],
+    },
+    "slices-slerp-repeated": {
+        "merge_method": "slerp", "dtype": "float32", "base_model": "base",
+        "parameters": {"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.4}]},
+        "slices": [
+            {"sources": [taken("base", 0, 3), taken("expert0", 0, 3)]},
+            {"sources": [taken("expert0", 1, 4), taken("base", 0, 3)]},
+        ],
+    },
+    "llama-pro": {
+        "merge_method": "passthrough", "dtype": "float32",
+        "slices": [
+            {"sources": [taken("expert0", 0, 2)]},
+            {"sources": [taken("expert0", 1, 2, scale=[{"filter": "o_proj", "value": 0.0},
+                                                       {"filter": "down_proj", "value": 0.0}, {"value": 1.0}])]},
+            {"sources": [taken("expert0", 2, 4)]},
+        ],
+    },
+    "frankenmerge": {
+        "merge_method": "passthrough", "dtype": "bfloat16",
+        "slices": [{"sources": [taken(m, a, b)]} for m, a, b in
+                   (("expert0", 0, 3), ("expert1", 1, 4), ("expert0", 3, 4))],
+    },
+    "pruned": {
+        "merge_method": "passthrough", "dtype": "float32", "base_model": "base",
+        "slices": [{"sources": [taken("expert1", 0, 1)]}, {"sources": [taken("expert1", 3, 4)]}],
+    },
 }  # fmt: skip
 
 
