@@ -173,8 +173,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "methods": [*written.get("methods", []), *args.methods] if args.methods else None,
     }
     chosen = {key: value for key, value in options.items() if value is not None}
-    params = {**written.get("params", {}), **values.settings(args.set, list(written["experts"]))}
-    return Recipe.of({**written, **chosen, "params": params})
+    changed = values.settings(args.set, list(written["experts"]))
+    recipe = Recipe.of({**written, **chosen, "params": {**written.get("params", {}), **changed}})
+    recipe.refuse_set_by_parts(changed)
+    return recipe
 
 
 def _load(files: Sequence[Path]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal, Mapping, Sequence
+from typing import Annotated, Any, Callable, Iterable, Literal, Mapping, Sequence
 
 from pydantic import (
     BaseModel,
@@ -308,6 +308,13 @@ class Recipe(BaseModel):
                     f"onto: '{name}' is neither the base nor an expert{did_you_mean(name, self.experts)}"
                 )
         return self
+
+    def refuse_set_by_parts(self, names: Iterable[str]) -> None:
+        """Raises UserError for a parameter that a part of the stack sets, so that another value would change nothing."""
+        for name in names:
+            for i, part in enumerate(self.stack):
+                if any(name in values for values in (part.params, *(r.params for r in part.rules))):
+                    raise UserError(f"'{name}' is set by part {i + 1} of the stack, whose own counts; change it there")
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
