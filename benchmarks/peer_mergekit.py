@@ -33,6 +33,8 @@ def record(config: MergeConfiguration, folder: Path, options: MergeOptions, test
     folder.mkdir(parents=True)
     (folder / "mergekit.yml").write_text(text)
     (folder / "test.txt").write_text(test)
+    if options.unsafe_truncate_embeddings:
+        (folder / "truncated").touch()
     try:
         _merge(config, str(folder / "expected"), options)  # changes the configuration
     except BaseException:
@@ -40,7 +42,9 @@ def record(config: MergeConfiguration, folder: Path, options: MergeOptions, test
         raise
 
 
-def recorded(config: MergeConfiguration, out_path: str, options: MergeOptions, *more: Any, **named: Any) -> None:
+def recorded(
+    config: MergeConfiguration, out_path: str, options: MergeOptions, *more: Any, **named: Any
+) -> None:
     """In place of mergekit's `run_merge`: what its tests merge is recorded, too."""
     into = Path(os.environ["RECORD_INTO"])
     test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]

@@ -230,7 +230,7 @@ class _Layout:
         if factors.transposed:
             shapes = [(k, rows), (prod(rest), k)]
         wide = spec.dtype == "F64"
-        dtype = spec.dtype if self.plan.recipe.dtype or wide else "F32"
+        dtype = spec.dtype if self.plan.recipe.dtype not in (None, "widest") or wide else "F32"
         return {
             name: TensorSpec(name, dtype, shape, prod(shape) * DTYPES[dtype][1])
             for name, shape in zip(names, shapes)

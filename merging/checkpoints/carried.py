@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
+from mergeline.merging.checkpoints.chat_templates import TEMPLATE, TOKENIZER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import CONFIG_FILES, DTYPES, safe_name
 from mergeline.merging.checkpoints.companions import CONFIG, TOKENIZER, read_config
 from mergeline.merging.checkpoints.modules import module_files
@@ -26,12 +27,13 @@ def carry(
     folder: Path,
     alignment: Alignment | None = None,
     layers: Sequence[tuple[Path, int]] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
     config.json names the dtype that most of the tensors have, the rows of the vocabulary, and the layers of a stack;
     the tokenizer knows the tokens that were added to it. layers: folder and layer, as which each layer of a stack is
-    described.
+    described. chat_template: in place of the donor's.
 
     Raises:
         UserError: as `carried_files`.
@@ -43,10 +45,15 @@ def carry(
     changed = bool(dtype) and _replace(config, _DTYPE_KEYS, dtype)
     if alignment:
         changed |= _replace(config, ("vocab_size",), alignment.rows)
-        if alignment.added:
+        if alignment.added or alignment.removed:
             tokenizer = read_object(folder / TOKENIZER)
+            _leave_out(tokenizer, {*alignment.removed})
             tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), *alignment.added]
             _write(folder / TOKENIZER, tokenizer)
+        _set_tokenizer_config(folder, {*alignment.removed}, None)
+    if chat_template is not None:
+        (folder / TEMPLATE).write_text(chat_template)
+        _set_tokenizer_config(folder, set(), chat_template)
     if layers is not None:
         changed |= _stacked(config, layers, {path: read_config(path) for path, _ in layers if path.is_dir()})
     if changed:
@@ -61,6 +68,41 @@ def carried_files(donor: Path) -> dict[str, Path]:
     """
     own = {name: safe_name(donor, name, donor) for name in CONFIG_FILES if (donor / name).is_file()}
     return own | module_files(donor)
+
+
+def _leave_out(tokenizer: dict[str, Any], tokens: set[str]) -> None:
+    """Take tokens, and merges that make them or are of them, out of what `tokenizer.json` says."""
+    kept = [entry for entry in tokenizer.get("added_tokens") or () if entry["content"] not in tokens]
+    tokenizer["added_tokens"] = kept
+    model = tokenizer["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in tokens}
+    else:
+        model["vocab"] = [piece for piece in model["vocab"] if piece[0] not in tokens]
+    if tokens and isinstance(model.get("merges"), list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [
+            merge
+            for merge, pair in zip(model["merges"], pairs)
+            if tokens.isdisjoint(pair) and "".join(pair) not in tokens
+        ]
+
+
+def _set_tokenizer_config(folder: Path, removed: set[str], chat_template: str | None) -> None:
+    """Make `tokenizer_config.json`, where there is one, true of tokens that were left out, and of a chat template."""
+    path = folder / TOKENIZER_CONFIG
+    config = read_object(path)
+    listed = config.get("added_tokens_decoder")
+    if removed and isinstance(listed, dict):
+        config["added_tokens_decoder"] = {
+            id: token
+            for id, token in listed.items()
+            if not isinstance(token, dict) or token.get("content") not in removed
+        }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    if config and (removed or chat_template is not None):
+        _write(path, config)
 
 
 def _stacked(

@@ -188,7 +188,8 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
         layers = [(plan.checkpoints[name].path, i) for name, i in plan.stack.layers] if plan.stack else None
-        carry(plan.donor, [entry.spec for entry in plan.entries], folder, plan.alignment, layers)
+        specs = [entry.spec for entry in plan.entries]
+        carry(plan.donor, specs, folder, plan.alignment, layers, plan.recipe.chat_template)
     (folder / CARD).write_text(model_card(manifest))
 
 

@@ -9,13 +9,13 @@ from fnmatch import fnmatchcase
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import RUNNING_STATISTICS, Model, Role, describe
 from mergeline.merging.canonical import canonical_json, text_digest
-from mergeline.merging.checkpoints.adapters import adapt, compose, is_adapter, is_bare
+from mergeline.merging.checkpoints.adapters import AdaptedTensor, adapt, compose, is_adapter, is_bare
 from mergeline.merging.checkpoints.carried import carried_files
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
@@ -23,7 +23,7 @@ from mergeline.merging.checkpoints.modules import module_notes, unlike_modules
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import without_tied_head
-from mergeline.merging.checkpoints.vocabulary import align
+from mergeline.merging.checkpoints.vocabulary import RowOf, Rows, align
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
 from mergeline.merging.engine.plan import Action, Entry, Plan
@@ -249,13 +249,28 @@ def _other_architectures(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]
 def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:
     """Give embeddings of different vocabularies the same rows."""
     try:
-        plan.alignment = align(checkpoints, donor, plan.recipe.vocabulary == "union")
+        plan.alignment = align(checkpoints, donor, _rows(plan.recipe, checkpoints))
     except UserError as error:
         plan.problems.append(str(error))
     if plan.alignment:
         plan.base = plan.alignment.checkpoints.get("base")
         plan.experts = {name: plan.alignment.checkpoints[name] for name in plan.experts}
         plan.warnings += plan.alignment.notes
+
+
+def _rows(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Rows:
+    """What the recipe says of embeddings (raises UserError for a name of no checkpoint)."""
+    asked = (
+        {"missing_tokens": recipe.missing_tokens} if recipe.missing_tokens not in ("first", "mean") else {}
+    )
+    asked |= {f"tokens: {token!r}": row.expert for token, row in recipe.tokens.items() if row.expert}
+    for what, name in asked.items():
+        if name not in checkpoints:
+            raise UserError(
+                f"{what}: '{name}' is neither the base nor an expert{did_you_mean(name, checkpoints)}"
+            )
+    tokens = {token: RowOf(row.expert, row.token, row.id, row.force) for token, row in recipe.tokens.items()}
+    return Rows(recipe.vocabulary == "union", tokens, recipe.pad_to_multiple_of, recipe.missing_tokens)
 
 
 def _quantised(name: str, checkpoint: Checkpoint) -> Iterator[str]:
@@ -703,6 +718,12 @@ def _mismatch(name: str, sources: dict[str, TensorInfo], base: dict[str, TensorI
     return None
 
 
+def _widest(infos: Sequence[TensorInfo]) -> str:
+    """The smallest dtype that holds all of these; an adapted tensor counts as what it adds to."""
+    found = {(info.base or info).dtype if isinstance(info, AdaptedTensor) else info.dtype for info in infos}
+    return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
+
+
 def _entry(
     plan: Plan,
     action: Action,
@@ -713,7 +734,9 @@ def _entry(
 ) -> Entry:
     origin = base or next(iter(sources.values()), None) or next(iter(plan.experts.values())).tensors[name]
     dtype = origin.dtype
-    if plan.recipe.dtype and origin.is_float:
+    if plan.recipe.dtype == "widest" and origin.is_float:
+        dtype = _widest([*sources.values(), *([base] if base else [])] or [origin])
+    elif plan.recipe.dtype and origin.is_float:
         dtype = _TORCH_TO_SAFETENSORS[plan.recipe.dtype]
     spec = TensorSpec(name, dtype, origin.shape, prod(origin.shape) * DTYPES[dtype][1])
     return Entry(action, spec, sources, base, bound, plan.model)

@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterator, Literal, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from mergeline.merging.checkpoints.chat_templates import NAMED, most_common
 from mergeline.merging.errors import did_you_mean
 from mergeline.merging.strict_yaml import YamlFile
 
@@ -45,6 +46,17 @@ class _Slice(_Strict):
     parameters: dict[str, Any] | None = None
 
 
+class _Token(_Strict):
+    source: str | dict[str, Any] | None = None
+    force: bool = False
+
+
+class _Tokenizer(_Strict):
+    source: str | dict[str, Any] = "union"
+    tokens: dict[str, _Token] | None = None
+    pad_to_multiple_of: int | None = None
+
+
 class _Configuration(_Strict):
     name: str | None = None
     merge_method: str
@@ -55,8 +67,8 @@ class _Configuration(_Strict):
     parameters: dict[str, Any] | None = None
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | None = None
-    tokenizer: dict[str, Any] | None = None
+    tokenizer_source: str | dict[str, Any] | None = None
+    tokenizer: _Tokenizer | None = None
     chat_template: str | None = None
 
 
@@ -247,7 +259,7 @@ class _Translation:
             params, written["rules"] = self._settings(groups[0])
             written["params"] |= params
         self.blame["dtype"] = ["out_dtype" if config.out_dtype else "dtype"]
-        written |= {"dtype": (config.out_dtype or config.dtype or "").removeprefix("torch.") or None}
+        written |= {"dtype": (config.out_dtype or config.dtype or "widest").removeprefix("torch.")}
         written |= self._tokenizer(written)
         written["notes"] = list(dict.fromkeys(self.notes))
         return written, lambda loc: self.blame.get(str(loc[-1]), ["merge_method"])
@@ -259,11 +271,6 @@ class _Translation:
             raise self.file.error(given[-1:], "give exactly one of models, slices and modules")
         if config.modules:
             raise self.file.error(["modules"], "modules are not supported; write models or slices")
-        if config.chat_template is not None:
-            raise self.file.error(
-                ["chat_template"],
-                "chat_template is not supported: the tokenizer's own is carried over; leave it out",
-            )
         if config.name is not None:
             self.notes.append(f"name: {config.name} is for mergekit-multi, and changes nothing here")
         self._look_at_names(["parameters"], config.parameters, None)
@@ -535,27 +542,79 @@ class _Translation:
         """Whose configuration and tokenizer are carried, and whose vocabulary the merge has."""
         config = self.config
         base = None if config.base_model is None else _key(self.file, ["base_model"], config.base_model)
-        names = self.names
-        found = {"donor": names[base]} if base in names and names[base] != "base" else {}
+        found: dict[str, Any] = {}
+        if base is not None and self.names[base] != "base":
+            found["donor"] = self.names[base]
+        if config.chat_template is not None:
+            found["chat_template"] = self._chat_template(config.chat_template)
         loc: Loc = ["tokenizer_source"]
         source: Any = config.tokenizer_source
         if config.tokenizer is not None:
             if source is not None:
                 raise self.file.error(["tokenizer"], "give tokenizer or tokenizer_source, not both")
-            for setting in config.tokenizer:
-                if setting != "source":
-                    raise self.file.error(
-                        ["tokenizer", setting], f"'{setting}' of tokenizers is not supported"
-                    )
-            loc, source = ["tokenizer", "source"], config.tokenizer.get("source", "union")
+            loc, source = ["tokenizer", "source"], config.tokenizer.source
+            found["tokens"] = self._tokens(config.tokenizer.tokens or {})
         if source is None:
             return found
+        # mergekit's embeddings have as many rows as tokens, and the base's rows for those that another model lacks.
+        found["pad_to_multiple_of"] = (config.tokenizer.pad_to_multiple_of if config.tokenizer else None) or 1
+        found["missing_tokens"] = "mean" if base is None else self.names[base]
         if source == "union":
             return {**found, "vocabulary": "union"}
         key = base if source == "base" else _key(self.file, loc, source)
-        if key not in names:
+        if key is None and source == "base":
+            key = next(iter(self.names))
+            self.notes.append(f"tokenizer source: there is no base_model, so it is that of {key}")
+        if key not in self.names:
             raise self.file.error(loc, f"the tokenizer of {source} cannot be had: it is none of the models")
-        return {**found, "donor": names[key]}
+        return {**found, "donor": self.names[key]}
+
+    def _tokens(self, tokens: Mapping[str, _Token]) -> dict[str, dict[str, Any]]:
+        """Where rows of tokens come from, as the recipe says it."""
+        found: dict[str, dict[str, Any]] = {}
+        for token, asked in tokens.items():
+            loc: Loc = ["tokenizer", "tokens", token]
+            source = asked.source
+            kind = source.get("kind") if isinstance(source, dict) else None
+            if source is None or kind not in (None, "zero", "model_token"):
+                raise self.file.error(loc, f"{token!r} needs a source: a model, model_token or zero")
+            row: dict[str, Any] = {"force": asked.force}
+            if kind == "zero":
+                row["zero"] = True
+            else:
+                model = source.get("model") if isinstance(source, dict) and kind else source
+                key = _key(self.file, loc, model or "")
+                if key not in self.names:
+                    raise self.file.error(
+                        loc, f"the row of {token!r} cannot be had: {key} is none of the models"
+                    )
+                row["expert"] = self.names[key]
+            if isinstance(source, dict) and kind == "model_token":
+                if (source.get("token") is None) == (source.get("token_id") is None):
+                    raise self.file.error(loc, f"{token!r}: give one of token and token_id")
+                row |= {"token": source.get("token"), "id": source.get("token_id")}
+            found[token] = row
+        return found
+
+    def _chat_template(self, given: str) -> str | None:
+        """A template's text, of a name, or of most models for `auto`; None if these have none."""
+        if given == "auto":
+            folders = [Path(self._where(key.partition("+")[0])) for key in self.names]
+            if away := [str(folder) for folder in folders if not folder.is_dir()]:
+                raise self.file.error(
+                    ["chat_template"],
+                    f"auto is for models on this machine, and {away[0]} is none; fetch it, or write the template",
+                )
+            found = most_common(folders)
+            if found is None:
+                self.notes.append("chat_template: auto finds no template in any of the models")
+            return found
+        if given in NAMED:
+            return NAMED[given]
+        if "{" not in given:
+            near = did_you_mean(given, NAMED)
+            raise self.file.error(["chat_template"], f"{given!r} is no template, and no name of one{near}")
+        return given
 
 
 def _key(file: YamlFile, loc: Loc, model: str | dict[str, Any]) -> str:

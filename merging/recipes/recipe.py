@@ -172,6 +172,34 @@ def _refuse_unlisted(rules: Sequence[Rule], experts: Sequence[str], params: Mapp
                 )
 
 
+class TokenRow(BaseModel):
+    """Whose row a token gets: of an expert, or `base`, that of the token, another `token`, or an `id`; or zeros.
+
+    force: in all checkpoints; else in those that lack the token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str | None = None
+    token: str | None = None
+    id: Annotated[int, Field(ge=0)] | None = None
+    zero: bool = False
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenRow:
+        if self.zero == (self.expert is not None):
+            raise ValueError("name the expert, or base, whose row the token gets; or set zero")
+        if (
+            self.token is not None
+            and self.id is not None
+            or self.zero
+            and (self.token or self.id is not None)
+        ):
+            raise ValueError("give one of token, id and zero")
+        return self
+
+
 class Fitted(BaseModel):
     """What a recipe was fitted to, and so what its merge has seen.
 
@@ -231,6 +259,11 @@ class Recipe(BaseModel):
     `onto` says what an adapter adds to, where that is not the base: the checkpoint of an expert that is an adapter, or
     of `base` if that is one: NAME: PATH.
 
+    `tokens` says where the rows of some tokens come from, and adds those that nobody has. With `pad_to_multiple_of` the
+    embeddings have as many rows as tokens, rounded up; else padding stays. `missing_tokens` says what stands in for a
+    token that a checkpoint lacks: the row of the `first` that has it, the base's before others'; the `mean` of those
+    that have it; or the row of a checkpoint by its name, or the mean. `chat_template` replaces the tokenizer's own.
+
     `notes` are what a reader of another format has to say; they change nothing.
 
     `fitted` says what a recipe that a fit gave was fitted to; it changes no weight, but travels with them.
@@ -257,14 +290,17 @@ class Recipe(BaseModel):
     running_statistics: Literal["average", "merge"] = "average"
     rules: list[Rule] = []
     stack: list[Part] = []
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = (
-        None  # None: each tensor keeps its own
-    )
+    # None: each tensor keeps that of the base, or the first expert; widest: what holds those of all
+    dtype: Literal["float32", "float16", "bfloat16", "float64", "widest"] | None = None
     seed: Seed = 0
     shard_size: Annotated[int, Field(gt=0)] | None = None  # bytes a file; None writes one file
     # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
+    tokens: dict[str, TokenRow] = {}
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    missing_tokens: str = "first"
+    chat_template: str | None = None
     allow_locked: bool = False
     methods: list[Path] = []
     fitted: Fitted | None = None
@@ -284,6 +320,10 @@ class Recipe(BaseModel):
             "adapters": {},
             "router": None,
             "onto": {},
+            "tokens": {},
+            "pad_to_multiple_of": None,
+            "missing_tokens": "first",
+            "chat_template": None,
             "notes": [],
         }
         return {key: value for key, value in dump(self).items() if key not in late or value != late[key]}
@@ -310,11 +350,13 @@ class Recipe(BaseModel):
         return self
 
     def refuse_set_by_parts(self, names: Iterable[str]) -> None:
-        """Raises UserError for a parameter that a part of the stack sets, so that another value would change nothing."""
+        """Raises UserError for a parameter that a part of the stack sets: another value would change nothing."""
         for name in names:
             for i, part in enumerate(self.stack):
                 if any(name in values for values in (part.params, *(r.params for r in part.rules))):
-                    raise UserError(f"'{name}' is set by part {i + 1} of the stack, whose own counts; change it there")
+                    raise UserError(
+                        f"'{name}' is set by part {i + 1} of the stack, whose own counts; change it there"
+                    )
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
@@ -344,6 +386,10 @@ class Recipe(BaseModel):
             "shard_size",
             "donor",
             "vocabulary",
+            "tokens",
+            "pad_to_multiple_of",
+            "missing_tokens",
+            "chat_template",
             "allow_locked",
             "fitted",
         )

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from mergeline.flows.cli import main
 from mergeline.merging import merge, merge_state_dicts
 from mergeline.merging.architecture import describe
+from mergeline.merging.checkpoints.chat_templates import NAMED
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.methods import catalogue
 from mergeline.merging.recipes.loading import load_recipe
@@ -325,6 +326,60 @@ def test_slices_that_make_no_model_are_refused(text, line, parts, family):
         loaded(family, text)
 
 
+def test_what_mergekit_ignores_is_accepted_and_said(family):
+    text = """
+        merge_method: slerp
+        base_model: base
+        parameters: {t: 0.5, density: 0.3, int8_mask: true}
+        models: [{model: base, parameters: {weight: 1}}, {model: expert0, parameters: {weight: 0.5, t: 0.1}}]
+        """
+    notes = make_plan(loaded(family, textwrap.dedent(text))).warnings
+    assert "mergekit's slerp does not use 'weight': it is ignored" in notes
+    assert "mergekit's slerp does not use 'density': it is ignored" in notes
+    assert "'t' is one for the whole merge: mergekit ignores that of expert0" in notes
+    assert not any("int8_mask" in note for note in notes)
+    ties = arithmetic("ties").replace("models:", "models:\n- {model: base, parameters: {weight: 0.1}}")
+    assert "'weight' of the base model base is ignored, as by mergekit" in loaded(family, ties).notes
+
+
+def test_the_command_line_says_what_is_ignored_and_refuses_what_slices_set(family, capsys):
+    path = written(family, (STORED / "slices-with-bases.yml").read_text())
+    assert main(["merge", "--recipe", str(path), "--out", str(family / "out")]) == 0
+    config = json.loads((family / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 5
+    assert main(["plan", "--recipe", str(path), "--set", "scale=2"]) == 2
+    assert "'scale' is set by part 1 of the stack" in capsys.readouterr().err
+    path = written(family, (STORED / "ram-with-weights.yml").read_text())
+    assert main(["plan", "--recipe", str(path)]) == 0
+    assert "does not use 'weight'" in capsys.readouterr().out
+
+
+def test_tokens_and_templates_of_mergekits_are_the_recipes(family):
+    text = """
+        merge_method: task_arithmetic
+        base_model: base
+        parameters: {weight: 1.0}
+        models: [{model: expert0}, {model: expert1}]
+        chat_template: chatml
+        tokenizer:
+          source: union
+          pad_to_multiple_of: 16
+          tokens:
+            a: {source: expert0}
+            b: {source: {kind: zero}, force: true}
+            c: {source: {kind: model_token, model: base, token_id: 3}}
+        """
+    recipe = loaded(family, textwrap.dedent(text))
+    found = {token: row.model_dump(exclude_defaults=True) for token, row in recipe.tokens.items()}
+    assert found == {
+        "a": {"expert": "expert0"},
+        "b": {"zero": True, "force": True},
+        "c": {"expert": "base", "id": 3},
+    }
+    assert (recipe.vocabulary, recipe.pad_to_multiple_of, recipe.missing_tokens) == ("union", 16, "base")
+    assert recipe.chat_template == NAMED["chatml"]
+
+
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -344,8 +399,13 @@ def test_slices_that_make_no_model_are_refused(text, line, parts, family):
         (arithmetic("ties").replace("weight: 0.5", "weight: {fliter: mlp, value: 1.0}"), 5, ["write {value"]),
         (arithmetic("della").replace("density: 0.25", "density: 0.05"), 0, []),
         (arithmetic("della").replace("density: 0.25", "epsilon: 2"), 4, ["epsilon", "less than 1"]),
-        (arithmetic("ties", "chat_template: auto\n"), 6, ["chat_template"]),
-        (arithmetic("ties", "tokenizer: {source: base, pad_to_multiple_of: 8}\n"), 6, ["pad_to_multiple_of"]),
+        (arithmetic("ties", "chat_template: chatlm\n"), 6, ["no template", "did you mean 'chatml'?"]),
+        (arithmetic("ties", "tokenizer: {source: base, tokens: {a: {force: true}}}\n"), 6, ["'a' needs a source"]),
+        (arithmetic("ties", "tokenizer: {tokens: {a: {source: other}}}\n"), 6, ["other is none of the models"]),
+        (arithmetic("ties", "tokenizer: {tokens: {a: {source: {kind: model_token, model: base}}}}\n"), 6,
+         ["one of token and token_id"]),
+        (arithmetic("ties").replace("model: expert0", "model: {model: expert0, lroa: x}"), 4, ["lroa", "'lora'"]),
+        (arithmetic("ties").replace("model: expert0", "model: a+b+c"), 4, ["more than a model and an adapter"]),
         (arithmetic("ties", "tokenizer_source: other\n"), 6, ["other", "none of the models"]),
         (arithmetic("ties", "tokenizer: {}\ntokenizer_source: base\n"), 6, ["not both"]),
         (arithmetic("ties", "slices: [{sources: []}]\n"), 6, ["exactly one of"]),
