@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 import yaml
 from make_inputs import _write_tokenizer, llama
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.multimerge import load_config, make_tasks
 from safetensors.torch import load_file, save_file
 
 OUT = Path(__file__).parent.parent / "tests" / "goldens" / "mergekit"
@@ -206,6 +209,16 @@ CASES: dict[str, dict[str, Any]] = {
         "slices": [{"sources": [taken("expert1", 0, 1)]}, {"sources": [taken("expert1", 3, 4)]}],
     },
 }  # fmt: skip
+# Several documents, of which each but the last has a name (mergekit-multi).
+CHAINS: dict[str, list[dict[str, Any]]] = {
+    "multi": [
+        {"name": "mean", "merge_method": "linear", "models": weights(1.0, 1.0), "dtype": "float32"},
+        {"merge_method": "ties", "base_model": "base", "dtype": "float32",
+         "parameters": {"weight": 0.5, "density": 0.6}, "models": [{"model": "mean"}, {"model": "turned"}]},
+        {"name": "turned", "merge_method": "slerp", "base_model": "mean", "dtype": "float32",
+         "models": [{"model": "mean"}, {"model": "expert2"}], "parameters": {"t": 0.3}},
+    ],
+}  # fmt: skip
 
 
 def state(expert: int | None) -> dict[str, torch.Tensor]:
@@ -236,7 +249,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_family(folder)
-        for name in sys.argv[1:] or CASES:
+        for name in (n for n in sys.argv[1:] or CASES if n in CASES):
             text = yaml.safe_dump(CASES[name], sort_keys=False, default_flow_style=None, width=110)
             (OUT / f"{name}.yml").write_text(text)
             local = yaml.safe_load(text)
@@ -250,15 +263,32 @@ def main() -> None:
                 merged |= load_file(file)
             save_file(dict(sorted(merged.items())), OUT / f"{name}.safetensors")
             print(name, len(merged), flush=True)
+        for name in (n for n in sys.argv[1:] or CHAINS if n in CHAINS):
+            write_chain(name, folder)
 
 
-def _localise(part: Any, folder: Path) -> None:
+def write_chain(name: str, folder: Path) -> None:
+    """The file of a chain of merges, and what mergekit-multi makes of it."""
+    text = yaml.safe_dump_all(CHAINS[name], sort_keys=False, default_flow_style=None, width=110)
+    (OUT / f"{name}.yml").write_text(text)
+    local, own = CHAINS[name], {part.get("name") for part in CHAINS[name]}
+    _localise(local, folder, own)
+    configs, needed = load_config(yaml.safe_dump_all(local), str(folder / "merges"))
+    options = MergeOptions(copy_tokenizer=False)
+    tasks = make_tasks(configs, needed, options, str(folder / "merges"), str(folder / name), lazy=False)
+    Executor(tasks).execute()
+    merged = load_file(folder / name / "model.safetensors")
+    save_file(dict(sorted(merged.items())), OUT / f"{name}.safetensors")
+    print(name, len(merged), flush=True)
+
+
+def _localise(part: Any, folder: Path, but: Container[str | None] = ()) -> None:
     """Models' names become paths."""
     for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-        if key in ("model", "base_model"):
+        if key in ("model", "base_model") and value not in but:
             part[key] = str(folder / value)
         elif isinstance(value, (dict, list)):
-            _localise(value, folder)
+            _localise(value, folder, but)
 
 
 if __name__ == "__main__":

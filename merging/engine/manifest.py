@@ -97,6 +97,20 @@ def make_manifest(
     plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Path, device: str
 ) -> Manifest:
     """What is said of a merge whose files are finished; what was not read of its inputs is read for their digests."""
+    lineage, digest = lineage_of(plan, source, out)
+    return {
+        "format": 1,
+        "recipe": lineage,
+        "recipe_digest": digest,
+        "output": described_output(writer),
+        "treatments": plan.treatments(),
+        "device": device.split(":")[0],
+        "versions": versions(),
+    }
+
+
+def lineage_of(plan: Plan, source: FileInputs, out: Path) -> tuple[dict[str, Any], str]:
+    """The recipe with the digests of what it is of, and a digest of both, wherever the inputs lie."""
     recipe = plan.recipe
     origin = partial(origin_of, out)
     experts = {name: origin(p, source.checkpoint_digest(name)) for name, p in recipe.experts.items()}
@@ -125,15 +139,7 @@ def make_manifest(
         **({"onto": {name: o["digest"] for name, o in onto.items()}} if onto else {}),
         "statistics": {kind: [s["digest"] for s in files] for kind, files in statistics.items()},
     }
-    return {
-        "format": 1,
-        "recipe": lineage,
-        "recipe_digest": text_digest(by_content),
-        "output": described_output(writer),
-        "treatments": plan.treatments(),
-        "device": device.split(":")[0],
-        "versions": versions(),
-    }
+    return lineage, text_digest(by_content)
 
 
 def _onto(

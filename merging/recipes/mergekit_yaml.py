@@ -202,13 +202,20 @@ def is_mergekit(data: Any) -> bool:
     return isinstance(data, dict) and "merge_method" in data
 
 
-def translated(file: YamlFile) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc]]:
-    """The recipe as a mapping, with paths or URIs as text; and where in the file a part of it is blamed.
+def translated(
+    file: YamlFile, merges: Mapping[str, Path] | None = None
+) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc], list[str]]:
+    """The recipe as a mapping, with paths or URIs as text; where in the file a part of it is blamed; and whose results
+    it takes.
+
+    merges: other merges, by the names under which their results are models here -> where these lie.
 
     Raises:
         UserError: with file and line, for what is wrong, or is not supported.
     """
-    return _Translation(file).recipe()
+    translation = _Translation(file, merges or {})
+    written, blamed = translation.recipe()
+    return written, blamed, list(dict.fromkeys(translation.taken))
 
 
 @dataclass(frozen=True)
@@ -226,8 +233,9 @@ class _Group:
 
 
 class _Translation:
-    def __init__(self, file: YamlFile):
-        self.file = file
+    def __init__(self, file: YamlFile, merges: Mapping[str, Path]):
+        self.file, self.merges = file, merges
+        self.taken: list[str] = []
         self.config = file.parse(_Configuration)
         self.slices: Sequence[_Slice] = self.config.slices or ()
         if self.config.merge_method not in METHODS:
@@ -271,7 +279,7 @@ class _Translation:
             raise self.file.error(given[-1:], "give exactly one of models, slices and modules")
         if config.modules:
             raise self.file.error(["modules"], "modules are not supported; write models or slices")
-        if config.name is not None:
+        if config.name is not None and not self.merges:
             self.notes.append(f"name: {config.name} is for mergekit-multi, and changes nothing here")
         self._look_at_names(["parameters"], config.parameters, None)
 
@@ -404,6 +412,9 @@ class _Translation:
         return self._where(model)
 
     def _where(self, model: str) -> str:
+        if model in self.merges:
+            self.taken.append(model)
+            return str(self.merges[model].absolute())
         for folder in (self.file.path.parent, Path.cwd()):
             if (folder / model).exists():
                 return str(folder / model)

@@ -31,7 +31,7 @@ from mergeline.merging.recipes.rules import parameters_for
 from mergeline.merging.strict_yaml import YamlFile
 
 STORED = GOLDENS / "mergekit"
-NAMES = sorted(path.stem for path in STORED.glob("*.yml"))
+NAMES = sorted(path.stem for path in STORED.glob("*.yml") if path.stem != "multi")
 # Wider than float32's rounding: mergekit computes these in float32, where norms and angles are not exact.
 LOOSE = {"karcher-with-base": 2e-6, "slerp": 2e-7, "slerp-filters": 2e-7, "slerp-slices": 2e-7}
 
@@ -179,7 +179,7 @@ def test_random_methods_keep_as_many_as_mergekit_would(family):
 )  # fmt: skip
 def test_ids_and_names_are_ours(method, id, own, params, family):
     text = f"merge_method: {method}\nbase_model: base\nmodels: [{{model: expert0}}, {{model: expert1}}]\n"
-    written_recipe, _ = translated(YamlFile(written(family, f"{text}parameters: {{{own}}}\n")))
+    written_recipe, _, _ = translated(YamlFile(written(family, f"{text}parameters: {{{own}}}\n")))
     assert (written_recipe["method"], written_recipe["params"]) == (id, params)
 
 
