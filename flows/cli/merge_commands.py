@@ -145,7 +145,8 @@ def _several(args: argparse.Namespace) -> bool:
     """Whether the recipe's file holds several merges."""
     from mergeline.merging.strict_yaml import documents
 
-    return bool(args.recipe) and len(documents(args.recipe)) > 1
+    named = args.method or args.base or args.expert  # refused beside a recipe
+    return bool(args.recipe) and not named and len(documents(args.recipe)) > 1
 
 
 def _chain(args: argparse.Namespace, place: Path) -> list[Merge]:
