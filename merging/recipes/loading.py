@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mergeline.merging.errors import UserError, plainly
 from mergeline.merging.methods import get_method, load_methods
-from mergeline.merging.recipes.mergekit_yaml import is_mergekit, translated
+from mergeline.merging.recipes.mergekit_yaml import is_mergekit, of_another_command, translated
 from mergeline.merging.recipes.recipe import Part, Recipe
 from mergeline.merging.strict_yaml import YamlFile, documents
 
@@ -99,6 +99,8 @@ def load_recipe(path: Path, bring: Callable[[str], Path], find: Callable[[str], 
     if is_mergekit(file.data):
         written, blamed, _ = translated(file)
         return _validated(file, written, blamed, bring, find)
+    if problem := of_another_command(file.data):
+        raise file.error([], f"the file {problem}")
     recipe, written = file.parse(Recipe), file.data
     for defined in recipe.methods:
         load_methods(path.parent / defined)

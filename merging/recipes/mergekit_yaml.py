@@ -24,6 +24,7 @@ from mergeline.merging.strict_yaml import YamlFile
 Loc = list[Any]
 Settings = Mapping[str, Any]
 _REQUIRED = object()
+_WHOLE = "default"  # the one module of models that have no others
 
 
 class _Strict(BaseModel):
@@ -46,6 +47,12 @@ class _Slice(_Strict):
     parameters: dict[str, Any] | None = None
 
 
+class _Module(_Strict):
+    models: list[_Model] | None = None
+    slices: list[_Slice] | None = None
+    parameters: dict[str, Any] | None = None
+
+
 class _Token(_Strict):
     source: str | dict[str, Any] | None = None
     force: bool = False
@@ -63,7 +70,7 @@ class _Configuration(_Strict):
     base_model: str | dict[str, Any] | None = None
     models: list[_Model] | None = None
     slices: list[_Slice] | None = None
-    modules: dict[str, Any] | None = None
+    modules: dict[str, _Module] | None = None
     parameters: dict[str, Any] | None = None
     dtype: str | None = None
     out_dtype: str | None = None
@@ -202,6 +209,24 @@ def is_mergekit(data: Any) -> bool:
     return isinstance(data, dict) and "merge_method" in data
 
 
+def of_another_command(data: Any) -> str | None:
+    """What a file for another of mergekit's commands is, and what to do; None for any other."""
+    if not isinstance(data, dict):
+        return None
+    if isinstance(data.get("experts"), list) and "base_model" in data:
+        return (
+            "is for mergekit-moe, which makes a mixture of experts out of dense models: Mergeline makes none; to merge "
+            "the same models write merge_method and models"
+        )
+    if "genome" in data:
+        return "is for mergekit-evolve, which searches for parameters: name them in `search` of a params.yaml"
+    if "layer_slices" in data:
+        return (
+            "is for bakllama, an earlier command of mergekit's: write its layers as slices, with merge_method"
+        )
+    return None
+
+
 def translated(
     file: YamlFile, merges: Mapping[str, Path] | None = None
 ) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc], list[str]]:
@@ -237,7 +262,12 @@ class _Translation:
         self.file, self.merges = file, merges
         self.taken: list[str] = []
         self.config = file.parse(_Configuration)
-        self.slices: Sequence[_Slice] = self.config.slices or ()
+        self.inside: Loc = []  # where models and slices stand
+        self.part: _Configuration | _Module = self.config
+        if self.config.modules and len(self.config.modules) == 1:
+            [(name, self.part)] = self.config.modules.items()
+            self.inside = ["modules", name]
+        self.slices: Sequence[_Slice] = self.part.slices or ()
         if self.config.merge_method not in METHODS:
             near = did_you_mean(self.config.merge_method, METHODS)
             raise file.error(["merge_method"], f"unknown merge_method '{self.config.merge_method}'{near}")
@@ -277,11 +307,18 @@ class _Translation:
         given = [key for key in ("models", "slices", "modules") if getattr(config, key)]
         if len(given) != 1:
             raise self.file.error(given[-1:], "give exactly one of models, slices and modules")
-        if config.modules:
-            raise self.file.error(["modules"], "modules are not supported; write models or slices")
+        if config.modules and list(config.modules) != [_WHOLE]:
+            raise self.file.error(
+                self.inside or ["modules"],
+                f"modules of models with several are not supported ('{_WHOLE}', the whole of one with one, is); write "
+                "models, which merges all of them",
+            )
+        if config.modules and bool(self.part.models) == bool(self.part.slices):
+            raise self.file.error(self.inside, "give either models or slices")
         if config.name is not None and not self.merges:
             self.notes.append(f"name: {config.name} is for mergekit-multi, and changes nothing here")
-        self._look_at_names(["parameters"], config.parameters, None)
+        for loc, settings in self._shared():
+            self._look_at_names(loc, settings, None)
 
     def _look_at_names(self, loc: Loc, settings: Settings | None, model: str | None) -> None:
         """Refuse what is no parameter of any method; note what this one, or a model, does not use."""
@@ -307,15 +344,22 @@ class _Translation:
         """All tensors of all models; a base that is not among them is added, as mergekit does."""
         config = self.config
         base = None if config.base_model is None else _key(self.file, ["base_model"], config.base_model)
-        models = self._listed(["models"], config.models or [])
+        models = self._listed([*self.inside, "models"], self.part.models or [])
         if base is not None and base not in models:
             models[base] = (["base_model"], {})
-        return self._ordered([(["parameters"], config.parameters or {})], ["merge_method"], models, base)
+        return self._ordered(self._shared(), ["merge_method"], models, base)
+
+    def _shared(self) -> list[tuple[Loc, Settings]]:
+        """What is set for all tensors: for the whole configuration, then for its module."""
+        found: list[tuple[Loc, Settings]] = [(["parameters"], self.config.parameters or {})]
+        if self.inside:
+            found.append(([*self.inside, "parameters"], self.part.parameters or {}))
+        return found
 
     def _group(self, number: int) -> _Group:
         """A slice."""
         config, part = self.config, self.slices[number]
-        loc: Loc = ["slices", number]
+        loc: Loc = [*self.inside, "slices", number]
         if not part.sources:
             raise self.file.error(loc, "a slice needs sources")
         if part.residual_weight is not None:
@@ -338,10 +382,7 @@ class _Translation:
                 )
         if len(counts) > 1:
             raise self.file.error(loc, "all sources of a slice must have equally many layers")
-        shared: list[tuple[Loc, Settings]] = [
-            (["parameters"], config.parameters or {}),
-            ([*loc, "parameters"], part.parameters or {}),
-        ]
+        shared = [*self._shared(), ([*loc, "parameters"], part.parameters or {})]
         group = self._ordered(shared, loc, models, base)
         return replace(group, layers=counts.pop())
 
@@ -441,14 +482,16 @@ class _Translation:
         start = sum(s.sources[0].layer_range[1] - s.sources[0].layer_range[0] for s in self.slices[:number])
         if all(first == start for first, _ in ranges.values()):
             return
-        scopes = [self.config.parameters, self.slices[number].parameters]
-        scopes += [source.parameters for source in self.slices[number].sources]
+        scopes: list[Settings | None] = [settings for _, settings in self._shared()]
+        scopes += [self.slices[number].parameters, *(s.parameters for s in self.slices[number].sources)]
         for name, parameter in self.method.parameters.items():
             for settings in scopes if parameter.of != "merge" else ():
-                for filter, _ in self._setting(["slices", number], (settings or {}).get(name, 0)):
+                for filter, _ in self._setting(
+                    [*self.inside, "slices", number], (settings or {}).get(name, 0)
+                ):
                     if filter and re.search(r"\.\d+(\.|$)", filter):
                         raise self.file.error(
-                            ["slices", number],
+                            [*self.inside, "slices", number],
                             f"the filter '{filter}' of '{name}' names a layer, and this slice moves layers; name parts "
                             "of layers alone",
                         )
@@ -540,9 +583,11 @@ class _Translation:
         for i, part in enumerate(self.slices):
             if name in (part.parameters or {}):
                 raise self.file.error(
-                    ["slices", i, "parameters", name], f"'{name}' is one for the whole merge"
+                    [*self.inside, "slices", i, "parameters", name], f"'{name}' is one for the whole merge"
                 )
-        value = (self.config.parameters or {}).get(name, parameter.default)
+        value = parameter.default
+        for _, settings in self._shared():
+            value = settings.get(name, value)
         if not isinstance(value, bool):
             raise self.file.error(loc, f"'{name}' must be true or false for the whole merge")
         return value

@@ -354,6 +354,31 @@ def test_the_command_line_says_what_is_ignored_and_refuses_what_slices_set(famil
     assert "does not use 'weight'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["ties", "slices-with-bases"])
+def test_the_one_module_is_the_whole_model(name, family):
+    config = yaml.safe_load((STORED / f"{name}.yml").read_text())
+    plain = loaded(family, yaml.safe_dump(config))
+    key = "slices" if "slices" in config else "models"
+    config["modules"] = {"default": {key: config.pop(key), "parameters": config.pop("parameters")}}
+    assert loaded(family, yaml.safe_dump(config)) == plain
+
+
+def test_files_of_tensors_are_models_as_of_mergekit_pytorch(family, mergeline):
+    state = load_file(STORED / "expert1.safetensors")
+    torch.save(state, family / "raw.pth")
+    text = "merge_method: linear\nparameters: {weight: 1.0}\n"
+    text += "models: [{model: raw.pth}, {model: expert0/model.safetensors}]\n"
+    path = written(family, text)
+    outcome = mergeline("merge", "--recipe", str(path), "--out", str(family / "out"))
+    assert outcome.code == 2 and "raw.pth" in outcome.err
+    outcome = mergeline("merge", "--allow-pickle", "--recipe", str(path), "--out", str(family / "out"))
+    assert outcome.code == 0, outcome.err
+    found, other = load_file(family / "out" / "model.safetensors"), load_file(STORED / "expert0.safetensors")
+    assert all(
+        torch.allclose(found[name], (value + other[name]) / 2, atol=1e-6) for name, value in state.items()
+    )
+
+
 def test_tokens_and_templates_of_mergekits_are_the_recipes(family):
     text = """
         merge_method: task_arithmetic
@@ -412,7 +437,11 @@ def test_tokens_and_templates_of_mergekits_are_the_recipes(family):
         (arithmetic("ties").replace("models:", "models: []\nmodels2:"), 4, ["models2"]),
         (arithmetic("ties").replace("base_model: base\n", ""), 1, ["needs a base_model"]),
         (arithmetic("ties").replace("expert1", "expert0"), 5, ["expert0 is there twice"]),
-        ("merge_method: ties\nbase_model: base\nmodules: {a: {models: []}}\n", 3, ["modules are not supported"]),
+        ("merge_method: ties\nbase_model: base\nmodules: {a: {models: []}}\n", 3, ["modules of models with several"]),
+        ("merge_method: ties\nbase_model: base\nmodules: {default: {models: []}}\n", 3, ["either models or slices"]),
+        ("base_model: base\nexperts: [{source_model: a}]\n", 1, ["mergekit-moe", "mixture of experts"]),
+        ("genome: {}\ntasks: []\n", 1, ["mergekit-evolve", "params.yaml"]),
+        ("layer_slices: []\n", 1, ["bakllama", "slices"]),
         (arithmetic("model_stock", "parameters: {filter_wise: [{value: true}]}\n").replace(
             "weight: 0.3, density: 0.25", "").replace("weight: 0.5", ""), 6, ["'filter_wise' must be true or false"]),
     ],
