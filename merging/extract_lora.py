@@ -299,6 +299,8 @@ def _checked_base(
     """The base of a plan that an adapter can be made of (raises UserError if none can)."""
     if plan.base is None:
         raise UserError("an adapter adds to a base: name it (--base, `base:`)")
+    if plan.stack:
+        raise UserError("an adapter adds to the base's own layers, and a stack has others; merge it instead")
     if rank is not None and (isinstance(rank, bool) or not rank > 0 or isinstance(rank, float) and rank > 1):
         raise UserError(f"rank {rank}: give a number from 1 on, or a share above 0 and up to 1.0")
     if plan.alignment:

@@ -48,6 +48,8 @@ def model_card(manifest: dict[str, Any]) -> str:
     if recipe["base"]:
         lines.append(f"| base | base | `{recipe['base']['digest']}` |")
     lines += [f"| {_cell(name)} | expert | `{e['digest']}` |" for name, e in recipe["experts"].items()]
+    added = recipe.get("onto", {})
+    lines += [f"| {_cell(name)} | what its adapter adds to | `{o['digest']}` |" for name, o in added.items()]
     lines += [
         f"| this | {'store' if store else 'adapter' if adapter else 'merged'} | `{manifest['output']['digest']}` |",
         "",
@@ -55,7 +57,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         *(f"| {count} | {word} |" for word, count in manifest.get("treatments", {}).items()),
         *([""] if manifest.get("treatments") else []),
         "```json",
-        json.dumps({"method": recipe["method"], "params": recipe["params"]}, indent=1, ensure_ascii=False),
+        json.dumps(_settings(recipe), indent=1, ensure_ascii=False),
         "```",
         "",
         *([f"{_seen(recipe['fitted'])}", ""] if recipe.get("fitted") else []),
@@ -65,6 +67,13 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the card shows of a recipe: how it merges, and what layers and rows it makes of what."""
+    told = ("stack", "tokens", "pad_to_multiple_of")
+    found = {"method": recipe["method"], "params": recipe["params"]}
+    return {**found, **{key: recipe[key] for key in told if recipe.get(key)}}
 
 
 def _seen(fitted: dict[str, Any]) -> str:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import refused
+from checkpoints import file_hashes, refused
 from safetensors.torch import load_file
 from small_language_model import save_model
 
 from mergeline.merging import merge
+from mergeline.merging.checkpoints.writer import CheckpointWriter
+from mergeline.merging.compress import compress
 from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.extract_lora import extract_lora
 from mergeline.merging.recipes.recipe import Recipe
 from mergeline.merging.verify import verify
 
@@ -144,6 +147,44 @@ def test_each_part_is_merged_of_its_own_models_with_its_own_parameters(experts, 
 
     _, loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loaded["missing_keys"] and not loaded["mismatched_keys"]
+
+
+def test_a_stack_that_was_interrupted_goes_on_where_it_was(experts, tmp_path, monkeypatch):
+    made = parts_of(
+        experts,
+        {"layers": {"a": [0, 1], "b": [1, 2]}, "base": "a", "params": {"scale": 0.5}},
+        {"layers": {"b": [0, 1], "a": [0, 1]}, "base": "b"},
+    )
+    merge(made, tmp_path / "whole")
+    begun: list[str] = []
+    begin = CheckpointWriter.open
+
+    def interrupted(writer: CheckpointWriter, name: str) -> Any:
+        begun.append(name)
+        if len(begun) == 20:
+            raise KeyboardInterrupt
+        return begin(writer, name)
+
+    monkeypatch.setattr(CheckpointWriter, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(made, tmp_path / "out", workers=1)
+    first = set(begun[:-1])
+    merge(made, tmp_path / "out", workers=1)
+    assert not first & set(begun[20:]) or len(first & set(begun[20:])) <= 1
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
+
+
+def test_a_stack_is_no_adapter_and_no_store(experts, tmp_path):
+    part = {"layers": {"a": [0, 1], "base": [0, 1]}}
+    made = parts_of({"a": experts["a"]}, part, base=experts["b"])
+    with refused("adapter", "a stack has others"):
+        extract_lora(made, tmp_path / "out", rank=2)
+    with refused("leave out stack"):
+        save_model(tmp_path / "c", 2)
+        two = parts_of({"a": experts["a"], "c": tmp_path / "c"}, {"layers": {**part["layers"], "c": [0, 1]}})
+        compress({**two, "base": experts["b"], "method": "emr", "params": {"task": 0}}, tmp_path / "out")
+    card = merge(made, tmp_path / "out") and (tmp_path / "out" / "README.md").read_text()
+    assert '"stack"' in card
 
 
 def test_lists_of_the_recipe_are_of_all_its_experts(experts, tmp_path):
