@@ -1,7 +1,8 @@
 """Chat templates: those that have a name, and those of checkpoints' tokenizers.
 
 A named one writes a conversation in the format that models of that name were trained on, in Jinja, as transformers
-renders it. The names are mergekit's.
+renders it. The names are mergekit's, whose own texts for alpaca, exaone and llama3 write line ends that these formats
+do not have.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ _CHATML = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
 {%- endfor -%}
-{{ '\\n' }}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}
 """
 _LLAMA3 = """\
