@@ -6,8 +6,9 @@ CHECKOUT is a git checkout or a source distribution of mergekit, of the version 
 (setup_peers.sh). Its tests run there, and every merge of theirs is recorded; of the examples, whose models have
 billions of parameters, each model becomes a small Llama of as many layers. Mergeline then reads the same files.
 
-Equal: the same tensors within rounding, the same number of layers and size of the vocabulary, the same tokens. What is
-drawn at random cannot be equal: there the kept shares are compared. `docs/mergekit.md` shows the last counts.
+Equal: the same tensors within rounding, the same number of layers and size of the vocabulary, the same tokens, the same
+chat. Of what is drawn at random, which cannot be equal, names, shapes and dtypes are compared. `docs/mergekit.md` shows
+the last counts.
 """
 
 from __future__ import annotations
@@ -117,16 +118,16 @@ def outcome(folder: Path) -> tuple[str, str]:
     config = yaml.safe_load((folder / "mergekit.yml").read_text())
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch, "out")
-        if (folder / "truncated").exists():
-            return "option", "mergekit ran with --unsafe-truncate-embeddings, which no recipe says"
+        option = "mergekit ran with --unsafe-truncate-embeddings, which no recipe says"
+        truncated = (folder / "truncated").exists()
         try:
             plan = make_plan(load_recipe(folder / "mergekit.yml", Path))
             plan.check()
             merge(plan, out)
         except UserError as error:
-            return "refused", str(error).replace(str(folder), "")
+            return ("option", option) if truncated else ("refused", str(error).replace(str(folder), ""))
         if problem := _differs(folder / "expected", out, config["merge_method"]):
-            return "different", problem
+            return ("option", option) if truncated else ("different", problem)
         return ("random" if config["merge_method"] in _RANDOM else "equal"), ""
 
 

@@ -33,7 +33,7 @@ def record(config: MergeConfiguration, folder: Path, options: MergeOptions, test
     folder.mkdir(parents=True)
     (folder / "mergekit.yml").write_text(text)
     (folder / "test.txt").write_text(test)
-    if options.unsafe_truncate_embeddings:
+    if options.unsafe_truncate_embeddings and not (config.tokenizer or config.tokenizer_source):
         (folder / "truncated").touch()
     try:
         _merge(config, str(folder / "expected"), options)  # changes the configuration

@@ -620,6 +620,7 @@ class _Bounds:
         assert plan.model is not None and plan.method is not None
         self.plan, self.model, self.method = plan, plan.model, plan.method
         self.average = bind(get_method("average"), {})
+        self.alone = bind(get_method("passthrough"), get_method("passthrough").resolve({}))
         self._known: dict[str, Bound] = {}
         self.warnings: list[str] = []  # of the parts of a stack
         for rule in plan.recipe.rules:
@@ -641,6 +642,13 @@ class _Bounds:
     def in_part(self, name: str, tensor: Stacked) -> Bound:
         """The method of a tensor of a stack, for the experts and the base of its part."""
         recipe, part = self.plan.recipe, self.plan.recipe.stack[tensor.part]
+        if part.expert is not None and self.method.id != "passthrough":
+            problem = (
+                f"stack: part {tensor.part + 1} is '{part.expert}' as it is, and takes no params and rules"
+            )
+            if (part.params or part.rules) and problem not in self.plan.problems:
+                self.plan.problems.append(problem)
+            return self.alone
         listed = self.plan.bound.lists_of_experts
         params = parameters_in_part(recipe, part, listed, name, tensor.layer, tensor.count)
         key = canonical_json([part.experts, part.origin, params])

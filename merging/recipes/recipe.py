@@ -103,7 +103,8 @@ class Part(BaseModel):
 
     layers: model -> its first and last layer, counted from 0, negative ones from the end; equally many of each. Models
     are the recipe's experts, and `base`. base: which of them task vectors are measured from; `base` if it is among
-    them. The others are merged in this order. Of one model as it is: `expert: NAME` and `layers: [FIRST, LAST]`.
+    them. The others are merged in this order. `expert: NAME` and `layers: [FIRST, LAST]` take one as it is, whatever
+    the method; passthrough's `scale` alone changes it.
 
     params, rules: over those of the recipe. Lists of one number an expert are of the part's experts, in its order, and
     layers of rules are counted from the part's first. Embeddings belong to the first part of a stack, what comes after

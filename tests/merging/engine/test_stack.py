@@ -187,6 +187,24 @@ def test_a_stack_is_no_adapter_and_no_store(experts, tmp_path):
     assert '"stack"' in card
 
 
+def test_a_model_alone_is_taken_as_it_is_whatever_the_method(experts, tmp_path):
+    merged = {"layers": {"a": [0, 1], "b": [0, 1]}, "base": "b"}
+    made = {
+        **parts_of(experts, merged, {"expert": "b", "layers": [2, 2]}),
+        "method": "slerp",
+        "params": {"t": 0.3},
+    }
+    [problem] = {problem.partition(":")[0] for problem in make_plan(made).problems}
+    assert problem == "stack"  # slerp is of two experts
+    made |= {"method": "task_arithmetic", "params": {"scale": 1.0}}
+    merge(made, tmp_path / "out")
+    found, b = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "b"))
+    assert torch.equal(found[LAYER.format(2)], b[LAYER.format(2)])
+    assert torch.equal(found["model.norm.weight"], b["model.norm.weight"])
+    made["stack"][1]["params"] = {"scale": 0.5}
+    assert make_plan(made).problems == ["stack: part 2 is 'b' as it is, and takes no params and rules"]
+
+
 def test_lists_of_the_recipe_are_of_all_its_experts(experts, tmp_path):
     save_model(tmp_path / "c", 2)
     made = {"method": "linear", "params": {"weights": [1.0, 3.0, 1.0], "normalize": True}}
