@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 import yaml
 from make_inputs import _write_tokenizer, llama
 from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.multimerge import load_config, make_tasks
 from safetensors.torch import load_file, save_file
 
 OUT = Path(__file__).parent.parent / "tests" / "goldens" / "mergekit"
@@ -49,6 +52,12 @@ def sliced(method: str, parts: list[tuple[int, int, dict[str, Any]]], **more: An
         ],
         **more,
     }  # fmt: skip
+
+
+def taken(model: str, first: int, end: int, **parameters: Any) -> dict[str, Any]:
+    """A source of a slice."""
+    found = {"model": model, "layer_range": [first, end]}
+    return {**found, **({"parameters": parameters} if parameters else {})}
 
 
 def around(
@@ -144,6 +153,71 @@ CASES: dict[str, dict[str, Any]] = {
     "arcee_fusion": around("arcee_fusion", models({})),
     "ram": around("ram", models({}, {}, {}), epsilon=5e-4),
     "ramplus_tl": around("ramplus_tl", models({}, {}, {}), epsilon=5e-4, r=0.2, alpha=0.3),
+    "slerp-with-weights": around("slerp", [BASE, *weights(0.3)], t=0.4),
+    "ram-with-weights": around("ram", weights(0.3, 0.6), epsilon=5e-4, density=0.2),
+    "ties-rescale": around(
+        "ties", models({"weight": 0.3, "density": 0.2}, {"weight": 0.5, "density": 0.7}), rescale=True
+    ),
+    "breadcrumbs-rescale": around(
+        "breadcrumbs",
+        models({"weight": 0.3, "density": 0.8, "gamma": 0.05}, {"weight": 0.5, "density": 0.4}),
+        rescale=True,
+    ),
+    "multislerp-sums": around("multislerp", weights(0.3, 0.9, 0.4), normalize_weights=False),
+    "slices-of-other-models": {
+        "merge_method": "linear", "dtype": "float32", "base_model": "base",
+        "parameters": {"weight": [{"filter": "mlp", "value": [0.2, 0.8]}, {"value": 0.5}], "normalize": False},
+        "slices": [
+            {"sources": [taken("expert0", 0, 3, weight=[0.1, 0.9]), taken("expert1", 1, 4)]},
+            {"sources": [taken("expert2", 2, 3), taken("expert1", 0, 1, weight=[0.3, 0.7])]},
+            {"sources": [taken("expert2", 3, 4)], "parameters": {"weight": 2.0}},
+        ],
+    },
+    "slices-with-bases": {
+        "merge_method": "ties", "dtype": "float32", "base_model": "base",
+        "parameters": {"weight": 0.6, "density": [0.9, 0.3]},
+        "slices": [
+            {"sources": [taken("base", 0, 2), taken("expert0", 0, 2), taken("expert1", 2, 4, weight=0.3)]},
+            {"sources": [taken("expert2", 1, 3), taken("expert1", 0, 2, density=0.5)], "base_model": "expert2"},
+            {"sources": [taken("base", 3, 4), taken("expert2", 3, 4)], "parameters": {"lambda": 0.5}},
+        ],
+    },
+    "slices-slerp-repeated": {
+        "merge_method": "slerp", "dtype": "float32", "base_model": "base",
+        "parameters": {"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.4}]},
+        "slices": [
+            {"sources": [taken("base", 0, 3), taken("expert0", 0, 3)]},
+            {"sources": [taken("expert0", 1, 4), taken("base", 0, 3)]},
+        ],
+    },
+    "llama-pro": {
+        "merge_method": "passthrough", "dtype": "float32",
+        "slices": [
+            {"sources": [taken("expert0", 0, 2)]},
+            {"sources": [taken("expert0", 1, 2, scale=[{"filter": "o_proj", "value": 0.0},
+                                                       {"filter": "down_proj", "value": 0.0}, {"value": 1.0}])]},
+            {"sources": [taken("expert0", 2, 4)]},
+        ],
+    },
+    "frankenmerge": {
+        "merge_method": "passthrough", "dtype": "bfloat16",
+        "slices": [{"sources": [taken(m, a, b)]} for m, a, b in
+                   (("expert0", 0, 3), ("expert1", 1, 4), ("expert0", 3, 4))],
+    },
+    "pruned": {
+        "merge_method": "passthrough", "dtype": "float32", "base_model": "base",
+        "slices": [{"sources": [taken("expert1", 0, 1)]}, {"sources": [taken("expert1", 3, 4)]}],
+    },
+}  # fmt: skip
+# Several documents, of which each but the last has a name (mergekit-multi).
+CHAINS: dict[str, list[dict[str, Any]]] = {
+    "multi": [
+        {"name": "mean", "merge_method": "linear", "models": weights(1.0, 1.0), "dtype": "float32"},
+        {"merge_method": "ties", "base_model": "base", "dtype": "float32",
+         "parameters": {"weight": 0.5, "density": 0.6}, "models": [{"model": "mean"}, {"model": "turned"}]},
+        {"name": "turned", "merge_method": "slerp", "base_model": "mean", "dtype": "float32",
+         "models": [{"model": "mean"}, {"model": "expert2"}], "parameters": {"t": 0.3}},
+    ],
 }  # fmt: skip
 
 
@@ -175,7 +249,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_family(folder)
-        for name in sys.argv[1:] or CASES:
+        for name in (n for n in sys.argv[1:] or CASES if n in CASES):
             text = yaml.safe_dump(CASES[name], sort_keys=False, default_flow_style=None, width=110)
             (OUT / f"{name}.yml").write_text(text)
             local = yaml.safe_load(text)
@@ -189,15 +263,32 @@ def main() -> None:
                 merged |= load_file(file)
             save_file(dict(sorted(merged.items())), OUT / f"{name}.safetensors")
             print(name, len(merged), flush=True)
+        for name in (n for n in sys.argv[1:] or CHAINS if n in CHAINS):
+            write_chain(name, folder)
 
 
-def _localise(part: Any, folder: Path) -> None:
+def write_chain(name: str, folder: Path) -> None:
+    """The file of a chain of merges, and what mergekit-multi makes of it."""
+    text = yaml.safe_dump_all(CHAINS[name], sort_keys=False, default_flow_style=None, width=110)
+    (OUT / f"{name}.yml").write_text(text)
+    local, own = CHAINS[name], {part.get("name") for part in CHAINS[name]}
+    _localise(local, folder, own)
+    configs, needed = load_config(yaml.safe_dump_all(local), str(folder / "merges"))
+    options = MergeOptions(copy_tokenizer=False)
+    tasks = make_tasks(configs, needed, options, str(folder / "merges"), str(folder / name), lazy=False)
+    Executor(tasks).execute()
+    merged = load_file(folder / name / "model.safetensors")
+    save_file(dict(sorted(merged.items())), OUT / f"{name}.safetensors")
+    print(name, len(merged), flush=True)
+
+
+def _localise(part: Any, folder: Path, but: Container[str | None] = ()) -> None:
     """Models' names become paths."""
     for key, value in part.items() if isinstance(part, dict) else enumerate(part):
-        if key in ("model", "base_model"):
+        if key in ("model", "base_model") and value not in but:
             part[key] = str(folder / value)
         elif isinstance(value, (dict, list)):
-            _localise(value, folder)
+            _localise(value, folder, but)
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ class _Layout:
         if factors.transposed:
             shapes = [(k, rows), (prod(rest), k)]
         wide = spec.dtype == "F64"
-        dtype = spec.dtype if self.plan.recipe.dtype or wide else "F32"
+        dtype = spec.dtype if self.plan.recipe.dtype not in (None, "widest") or wide else "F32"
         return {
             name: TensorSpec(name, dtype, shape, prod(shape) * DTYPES[dtype][1])
             for name, shape in zip(names, shapes)
@@ -371,6 +371,8 @@ def _checked_base(plan: Plan, rank: Rank, modules_to_save: Sequence[str], bare: 
     """The base of a plan that an adapter can be made of, None of adapters alone (raises UserError if none can)."""
     if plan.base is None and not plan.adapter_only:
         raise UserError("an adapter adds to a base: name it (--base, `base:`)")
+    if plan.stack:
+        raise UserError("an adapter adds to the base's own layers, and a stack has others; merge it instead")
     if isinstance(rank, str) and rank != "cat":
         raise UserError(f"rank '{rank}': give a number from 1 on, a share above 0 and up to 1.0, or cat")
     if (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, NoReturn, Sequence, TypeVar, get_args
 
@@ -23,41 +24,35 @@ _MOST_VALUES = (
     20_000  # aliases count as what they stand for; 500 checkpoints and 200 grids of 50 values are 14,000
 )
 _MOST_ALIASES = 200
+_MOST_DOCUMENTS = 100
 _TOO_DEEP = f"nested deeper than {DEEPEST} lists and mappings; write it flatter"
 _BRACKETS = re.compile(r"(?:[\[{]\s*){%d}" % (DEEPEST + 1))  # the scanner would take a second for them
 
 
 class YamlFile:
-    """A YAML file that remembers where each value stands."""
+    """A YAML file, or a document of one, that remembers where each value stands."""
 
-    def __init__(self, path: Path):
-        """Raises UserError if the file is missing, not YAML, or larger or deeper than what people write."""
-        from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-        self.path = path
-        try:
-            with open_regular(path) as file:
-                content = file.read(_MOST_BYTES + 1)
-            if len(content) > _MOST_BYTES:
-                raise UserError(f"{path}: holds more than {_MOST_BYTES} bytes; is it the right file?")
-            text = content.decode()
-            if deep := _BRACKETS.search(text):
-                line = text.count("\n", 0, deep.start()) + 1
-                raise UserError(f"{path}:{line}: not valid YAML: {_TOO_DEEP}")
-            self._data = _reader().load(text)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        except (YAMLError, ValueError) as error:
-            mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
-            reason = error.problem if isinstance(error, MarkedYAMLError) else str(error)
-            raise UserError(
-                f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(reason.split())}"
-            ) from None
+    def __init__(self, path: Path, content: Any = None):
+        """content: of a document that was read. Raises UserError as `documents`, and for a file of several."""
+        self.path, self._data = path, content
+        if content is None:
+            found = documents(path)
+            if len(found) > 1:
+                raise UserError(
+                    f"{path}:{found[1].first_line}: not valid YAML: but found another document; `mergeline merge` and "
+                    "`plan` alone take several, which are mergekit's"
+                )
+            self._data = found[0]._data if found else None
 
     @cached_property
     def data(self) -> Any:
         """The content, of the plain types of Python."""
         return _plain(self._data)
+
+    @property
+    def first_line(self) -> int:
+        """Where it begins, from 1."""
+        return 1 + int(getattr(getattr(self._data, "lc", None), "line", 0))
 
     def error(self, loc: Sequence[Any], problem: str) -> UserError:
         """A UserError that names the line where `loc` (keys and indexes) stands."""
@@ -78,7 +73,7 @@ class YamlFile:
 
     def _line(self, loc: Sequence[Any]) -> int:
         """The line (from 1) of the deepest part of `loc` that stands in the file."""
-        line, data = 1, self._data
+        line, data = self.first_line, self._data
         for part in loc:
             known = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
             if part not in known:
@@ -88,6 +83,33 @@ class YamlFile:
             line = places[part][0] + 1 if part in places else line
             data = data[part]
         return line
+
+
+def documents(path: Path) -> list[YamlFile]:
+    """The documents of a file (raises UserError if it is missing, not YAML, or larger or deeper than people write)."""
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        with open_regular(path) as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UserError(f"{path}: holds more than {_MOST_BYTES} bytes; is it the right file?")
+        text = content.decode()
+        if deep := _BRACKETS.search(text):
+            line = text.count("\n", 0, deep.start()) + 1
+            raise UserError(f"{path}:{line}: not valid YAML: {_TOO_DEEP}")
+        found = list(islice(_reader().load_all(text), _MOST_DOCUMENTS + 1))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (YAMLError, ValueError) as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        reason = error.problem if isinstance(error, MarkedYAMLError) else str(error)
+        raise UserError(
+            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {' '.join(reason.split())}"
+        ) from None
+    if len(found) > _MOST_DOCUMENTS:
+        raise UserError(f"{path}: holds more than {_MOST_DOCUMENTS} documents; is it the right file?")
+    return [YamlFile(path, data) for data in found if data is not None]
 
 
 def _reader() -> YAML:
@@ -109,6 +131,9 @@ def _reader() -> YAML:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             mark = self.parser.peek_event().start_mark
+            if parent is None:  # of another document, whose nodes may have the ids of earlier ones
+                self.values.clear()
+                self.aliases = 0
             if self.depth >= DEEPEST:
                 refuse(_TOO_DEEP, mark)
             if self.parser.check_event(AliasEvent):

@@ -112,11 +112,14 @@ def grid_points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point
     for key, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
             raise UserError(f"grid: '{key}' has no values; list some")
+    recipe.refuse_set_by_parts(grid)
     if problem := too_many_points(grid):
         raise UserError(problem)
     points = [dict(zip(grid, values)) for values in product(*grid.values())]
     for point in points:
         params = method.resolve({**recipe.params, **point})
+        if recipe.stack:  # its parts have experts of their own
+            continue
         for misuse in method.misuses(params, len(recipe.experts), recipe.base is not None, recipe.statistics):
             raise UserError(misuse)
     for key, values in grid.items():

@@ -73,6 +73,7 @@ class _Lineage(BaseModel):
     params: dict[str, Any]
     base: _Origin | None
     experts: dict[str, _Origin]
+    onto: dict[str, _Origin] = {}  # what adapters add to that is not the base
     statistics: dict[str, list[_Origin]] = {}
     methods: dict[str, str] = {}  # the digests of files that define methods from outside
     adapters: dict[str, str] = {}  # the digests of adapters of tasks
@@ -81,7 +82,7 @@ class _Lineage(BaseModel):
     @property
     def origins(self) -> list[tuple[str, _Origin]]:
         """All that was read, each with what it was."""
-        found = [*self.experts.items(), *([("base", self.base)] if self.base else [])]
+        found = [*self.experts.items(), *([("base", self.base)] if self.base else []), *self.onto.items()]
         return found + [(kind, origin) for kind, files in self.statistics.items() for origin in files]
 
 
@@ -135,6 +136,7 @@ class _Manifest(_Written):
             **recipe.model_dump(exclude={"methods"}),
             "base": recipe.base and inputs.at(recipe.base),
             "experts": {name: inputs.at(origin) for name, origin in recipe.experts.items()},
+            "onto": {name: inputs.at(origin) for name, origin in recipe.onto.items()},
             "statistics": {kind: [*map(inputs.at, files)] for kind, files in recipe.statistics.items()},
             # Both lie in the folder itself, and are as the manifest says.
             "adapters": {task: adapter_path(folder, task) for task in recipe.adapters},
@@ -412,7 +414,8 @@ def _origins(manifest: Manifest) -> list[dict[str, Any]]:
         return [manifest["exported"]["merge"]]
     recipe = manifest["recipe"]
     statistics = [origin for files in recipe["statistics"].values() for origin in files]
-    return [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values(), *statistics]
+    models = [*recipe["experts"].values(), *recipe.get("onto", {}).values()]
+    return [*([recipe["base"]] if recipe["base"] else []), *models, *statistics]
 
 
 def _differences(a: Any, b: Any, where: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:

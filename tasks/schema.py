@@ -319,6 +319,12 @@ class Params(Strict, ABC):
         for i, expert in enumerate(merge.experts or ()):
             if expert not in self.experts:
                 place = ["merges", name, "experts", i]
+                if expert.startswith("merge:"):
+                    yield (
+                        place,
+                        f"{expert}: a merge is no expert in a pipeline; merge both by a file of several merges",
+                    )
+                    continue
                 yield place, f"'{expert}' is not among the experts{did_you_mean(expert, self.experts)}"
         if len(set(merge.experts or ())) != len(merge.experts or ()):
             yield ["merges", name, "experts"], "an expert is listed twice"

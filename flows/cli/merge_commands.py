@@ -15,14 +15,23 @@ from mergeline.merging.errors import UserError, printable
 
 if TYPE_CHECKING:
     from mergeline.merging.engine.plan import Plan
+    from mergeline.merging.recipes.loading import Merge
     from mergeline.merging.recipes.recipe import Recipe
 
+# Options that change one recipe.
+_OF_ONE = (
+    "method", "base", "expert", "set", "statistics", "include", "exclude", "heads", "keep", "dtype", "seed",
+    "shard_size", "donor", "vocabulary", "allow_locked", "table",
+)  # fmt: skip
 _FEW = 3  # notes on what is replaced
 
 
 def merge(args: argparse.Namespace) -> None:
     from mergeline.merging.api import merge
 
+    if _several(args):
+        _merge_chain(args)
+        return
     planned = _planned(args)
     with _replacing(args, [args.out]):
         manifest = merge(planned, args.out, **_engine(args))
@@ -60,6 +69,9 @@ def _grid(args: argparse.Namespace, recipe: Recipe) -> dict[str, list[Any]]:
 def plan(args: argparse.Namespace) -> None:
     from mergeline.merging.engine.planning import make_plan
 
+    if _several(args):
+        _plan_chain(args)
+        return
     inputs = Inputs(args.allow_pickle)
     made = make_plan(_recipe(args, inputs.headers))
     summary = made.summary()
@@ -141,6 +153,78 @@ def sign(args: argparse.Namespace) -> None:
     print(write_signature(args.out, args.key))
 
 
+def _several(args: argparse.Namespace) -> bool:
+    """Whether the recipe's file holds several merges."""
+    from mergeline.merging.strict_yaml import documents
+
+    named = args.method or args.base or args.expert  # refused beside a recipe
+    return bool(args.recipe) and not named and len(documents(args.recipe)) > 1
+
+
+def _chain(args: argparse.Namespace, place: Path) -> list[Merge]:
+    """The merges of a file of several (raises UserError for options that would be of one)."""
+    from mergeline.merging.learning.contract import engine_method
+    from mergeline.merging.recipes.loading import load_merges
+
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in _OF_ONE
+        if getattr(args, name, None) not in (None, [], False)
+    ]
+    if given:
+        raise UserError(
+            f"{args.recipe} holds several merges, each of which says all itself; leave out {given[0]}"
+        )
+    _load(args.methods)
+    return load_merges(args.recipe, place, Inputs(args.allow_pickle).data, engine_method)
+
+
+def _merge_chain(args: argparse.Namespace) -> None:
+    from mergeline.merging.chain import merge_chain, place_of
+
+    place = place_of(args.out)
+    merges = _chain(args, place)
+    if all(one.name for one in merges):  # there is no last one: all are what was asked for
+        place = args.out
+        merges = _chain(args, place)
+
+    def tell(name: str | None, out: Path, plan: Plan) -> None:
+        print(f"note: {name or 'the last merge'} -> {out}", file=sys.stderr)
+        for warning in plan.warnings:
+            print(f"note: {printable(warning)}", file=sys.stderr)
+
+    targets = [args.out if one.name is None else place / one.name for one in merges]
+    with _replacing(args, targets):
+        made = merge_chain(merges, args.out, place, tell, **_engine(args))
+    if args.json:
+        print(text.as_json({"merges": [{"out": str(out), **manifest} for out, manifest in made]}))
+        return
+    for out, manifest in made:
+        print(f"{out}  {manifest['output']['digest']}")
+
+
+def _plan_chain(args: argparse.Namespace) -> None:
+    from mergeline.merging.chain import place_of, plans
+
+    place = place_of(args.recipe.with_suffix(""))
+    found = list(plans(_chain(args, place), place))
+    shown: list[dict[str, Any]] = []
+    for name, made in found:
+        summary = made.summary() if made else {"problems": [], "waits": True}
+        shown.append({"name": name, **summary})
+        if args.json:
+            continue
+        print(f"merge      {name or '(the last)'}")
+        if made:
+            print(*text.plan(made.summary()), sep="\n")
+        else:
+            print("           is made of merges that are not there yet, and is planned once they are")
+    if args.json:
+        print(text.as_json({"merges": shown}))
+    if problems := sum(len(one["problems"]) for one in shown):
+        raise UserError(f"{problems} problem(s): see above")
+
+
 def _recipe(args: argparse.Namespace, bring: Callable[[str], Path]) -> Recipe:
     """The recipe of --recipe, or of --method, --base and --expert, changed by the other options.
 
@@ -182,8 +266,10 @@ def _recipe(args: argparse.Namespace, bring: Callable[[str], Path]) -> Recipe:
         "methods": [*written.get("methods", []), *args.methods] if args.methods else None,
     }
     chosen = {key: value for key, value in options.items() if value is not None}
-    params = {**written.get("params", {}), **values.settings(args.set, list(written["experts"]))}
-    return Recipe.of({**written, **chosen, "params": params})
+    changed = values.settings(args.set, list(written["experts"]))
+    recipe = Recipe.of({**written, **chosen, "params": {**written.get("params", {}), **changed}})
+    recipe.refuse_set_by_parts(changed)
+    return recipe
 
 
 def _load(files: Sequence[Path]) -> None:

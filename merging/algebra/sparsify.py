@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Callable, Sequence
 
-from mergeline.merging.algebra.slots import Slot
+from mergeline.merging.algebra.slots import Slot, Views
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_LEAST_NORM = 1e-7  # mergekit's, below which nothing is rescaled
 
 
 def for_each(value: float | Sequence[float], experts: int) -> list[float]:
@@ -19,6 +22,17 @@ def for_each(value: float | Sequence[float], experts: int) -> list[float]:
 def trimmed(x: Slot, thresholds: Sequence[float]) -> list[Tensor]:
     """The task vectors without the entries below each one's threshold: T times (X)."""
     return [keep_at_least(tau_X, threshold) for tau_X, threshold in zip(x.task_vectors, thresholds)]
+
+
+def l1_ratios(views: Views, sparse: Callable[[Slot], Sequence[Tensor]]) -> list[float]:
+    """What mergekit multiplies sparse task vectors by: the L1 norm before over that after, one an expert."""
+    before, after = [0.0] * views.experts, [0.0] * views.experts
+    for view in views.views:
+        for x in view.blocks("element"):
+            for t, (tau_X, kept_X) in enumerate(zip(x.task_vectors, sparse(x))):
+                before[t] += float(tau_X.abs().sum(dtype=torch.float64))
+                after[t] += float(kept_X.abs().sum(dtype=torch.float64))
+    return [b / a if min(a, b) >= _LEAST_NORM else 1.0 for b, a in zip(before, after)]
 
 
 def keep_at_least(tau_X: Tensor, threshold: float) -> Tensor:

@@ -6,8 +6,9 @@ import json
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
+from mergeline.merging.checkpoints.chat_templates import TEMPLATE, TOKENIZER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import DTYPES
 from mergeline.merging.checkpoints.companions import (
     CONFIG,
@@ -15,6 +16,7 @@ from mergeline.merging.checkpoints.companions import (
     PICKLE_SUFFIXES,
     PROVENANCE,
     TOKENIZER,
+    read_config,
 )
 from mergeline.merging.checkpoints.components import (
     component_folders,
@@ -54,7 +56,8 @@ def carry(
     specs: Iterable[TensorSpec],
     folder: Path,
     alignment: Alignment | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[tuple[Path, int]] | None = None,
+    chat_template: str | None = None,
     quantised: bool = False,
     untied: bool = False,
 ) -> None:
@@ -62,7 +65,8 @@ def carry(
 
     config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
     no quantisation unless the weights are `quantised` again, and says whether the output matrix is no longer the
-    embedding (`untied`); the tokenizer knows the tokens that were added to it.
+    embedding (`untied`); the tokenizer knows the tokens that were added to it. layers: folder and layer, as which each
+    layer of a stack is described. chat_template: in place of the donor's.
 
     Raises:
         UserError: as `carried_files`.
@@ -80,15 +84,17 @@ def carry(
     config, changed = read_object(folder / CONFIG), False
     if alignment:
         changed |= _replace(config, ("vocab_size",), alignment.rows)
-        if alignment.added:
+        if alignment.added or alignment.removed:
             tokenizer = read_object(folder / TOKENIZER)
+            _leave_out(tokenizer, {*alignment.removed})
             tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or ()), *alignment.added]
             _write(folder / TOKENIZER, tokenizer)
+        _set_tokenizer_config(folder, {*alignment.removed}, None)
+    if chat_template is not None:
+        (folder / TEMPLATE).write_text(chat_template)
+        _set_tokenizer_config(folder, set(), chat_template)
     if layers is not None:
-        changed |= _replace(config, _LAYER_KEYS, len(layers))
-        kinds = config.get("layer_types")
-        if isinstance(kinds, list) and max(layers) < len(kinds):
-            config["layer_types"] = [kinds[layer] for layer in layers]
+        changed |= _stacked(config, layers, {path: read_config(path) for path, _ in layers if path.is_dir()})
     if untied:
         _replace(config, ("tie_word_embeddings",), False)
         config["tie_word_embeddings"], changed = False, True
@@ -133,6 +139,75 @@ def left_out(donor: Path) -> list[str]:
         if not known:
             found.append(f"{name}/" if path.is_dir() else name)
     return sorted(found)
+
+
+def _leave_out(tokenizer: dict[str, Any], tokens: set[str]) -> None:
+    """Take tokens, and merges that make them or are of them, out of what `tokenizer.json` says."""
+    kept = [entry for entry in tokenizer.get("added_tokens") or () if entry["content"] not in tokens]
+    tokenizer["added_tokens"] = kept
+    model = tokenizer["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {token: id for token, id in model["vocab"].items() if token not in tokens}
+    else:
+        model["vocab"] = [piece for piece in model["vocab"] if piece[0] not in tokens]
+    if tokens and isinstance(model.get("merges"), list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [
+            merge
+            for merge, pair in zip(model["merges"], pairs)
+            if tokens.isdisjoint(pair) and "".join(pair) not in tokens
+        ]
+
+
+def _set_tokenizer_config(folder: Path, removed: set[str], chat_template: str | None) -> None:
+    """Make `tokenizer_config.json`, where there is one, true of tokens that were left out, and of a chat template."""
+    path = folder / TOKENIZER_CONFIG
+    config = read_object(path)
+    listed = config.get("added_tokens_decoder")
+    if removed and isinstance(listed, dict):
+        config["added_tokens_decoder"] = {
+            id: token
+            for id, token in listed.items()
+            if not isinstance(token, dict) or token.get("content") not in removed
+        }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    if config and (removed or chat_template is not None):
+        _write(path, config)
+
+
+def _stacked(
+    config: dict[str, Any], layers: Sequence[tuple[Path, int]], configs: Mapping[Path, dict[str, Any]]
+) -> bool:
+    """Make a configuration, and its parts, true of other layers; whether one was about layers.
+
+    What is listed layer by layer is that of each one's own model; what lists numbers of layers gets their new ones.
+    """
+    changed = False
+    for key in [key for key in _LAYER_KEYS if isinstance(config.get(key), int)]:
+        for listing in [
+            name for name, value in config.items() if "layer" in name and isinstance(value, list)
+        ]:
+            found = [(config if path not in configs else configs[path], layer) for path, layer in layers]
+            kinds = [_kind(own.get(listing), own.get(key), layer) for own, layer in found]
+            if any(kind is not None for kind in kinds):
+                config[listing] = kinds
+            elif all(isinstance(i, int) for i in config[listing]):
+                numbered = [layer in (own.get(listing) or ()) for own, layer in found]
+                config[listing] = [i for i, listed in enumerate(numbered) if listed]
+        config[key], changed = len(layers), True
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            nested = {path: own.get(name) or {} for path, own in configs.items()}
+            changed |= _stacked(value, layers, nested)
+    return changed
+
+
+def _kind(listed: Any, count: Any, layer: int) -> Any:
+    """What a list with one entry a layer says of a layer; None if it is another list."""
+    return (
+        listed[layer] if isinstance(listed, list) and len(listed) == count and layer < len(listed) else None
+    )
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

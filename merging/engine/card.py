@@ -48,7 +48,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         *(f"| {count} | {word} |" for word, count in manifest.get("treatments", {}).items()),
         *([""] if manifest.get("treatments") else []),
         "```json",
-        json.dumps({"method": recipe["method"], "params": recipe["params"]}, indent=1, ensure_ascii=False),
+        json.dumps(_settings(recipe), indent=1, ensure_ascii=False),
         "```",
         "",
         *_requantised(manifest.get("requantised")),
@@ -66,6 +66,9 @@ def _table(manifest: dict[str, Any], kind: str) -> list[str]:
     recipe = manifest["recipe"]
     rows = [("base", "base", recipe["base"])] if recipe["base"] else []
     rows += [(_cell(name), "expert", origin) for name, origin in recipe["experts"].items()]
+    rows += [
+        (_cell(name), "what its adapter adds to", origin) for name, origin in recipe.get("onto", {}).items()
+    ]
     rows += [("this", kind, manifest["output"])]
     known = any("source" in origin for _, _, origin in rows)
     lines = ["| checkpoint | role | digest |", "|---|---|---|"]
@@ -82,6 +85,13 @@ def _table(manifest: dict[str, Any], kind: str) -> list[str]:
 def _uri(source: str) -> str:
     """A URI as code, where it holds nothing that ends it."""
     return f"`{source}`" if re.fullmatch(r"[\w:/.@%+~=-]+", source) else _cell(source)
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What the card shows of a recipe: how it merges, and what layers and rows it makes of what."""
+    told = ("stack", "tokens", "pad_to_multiple_of")
+    found = {"method": recipe["method"], "params": recipe["params"]}
+    return {**found, **{key: recipe[key] for key in told if recipe.get(key)}}
 
 
 def _seen(fitted: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Mapping
 
 from mergeline.merging.canonical import canonical_json, text_digest
 from mergeline.merging.checkpoints.carried import carry, without_quantisation
@@ -106,10 +106,25 @@ def make_manifest(
     plan: Plan, source: FileInputs, writer: CheckpointWriter, out: Path, device: str
 ) -> Manifest:
     """What is said of a merge whose files are finished; what was not read of its inputs is read for their digests."""
+    lineage, digest = lineage_of(plan, source, out)
+    return {
+        "format": 1,
+        "recipe": lineage,
+        "recipe_digest": digest,
+        "output": described_output(writer),
+        "treatments": plan.treatments(),
+        "device": device.split(":")[0],
+        "versions": versions(),
+    }
+
+
+def lineage_of(plan: Plan, source: FileInputs, out: Path) -> tuple[dict[str, Any], str]:
+    """The recipe with the digests of what it is of, and a digest of both, wherever the inputs lie."""
     recipe = plan.recipe
     origin = partial(origin_of, out)
     experts = {name: origin(p, source.checkpoint_digest(name)) for name, p in recipe.experts.items()}
     base = origin(recipe.base, source.checkpoint_digest("base")) if recipe.base else None
+    onto = _onto(plan, out, {**recipe.experts, "base": recipe.base}, {**experts, "base": base})
     statistics = {
         kind: [origin(c.path, c.digest()) for c in checkpoints]
         for kind, checkpoints in plan.statistics.items()
@@ -122,6 +137,7 @@ def make_manifest(
         **({"methods": outside} if outside else {}),
         "base": base,
         "experts": experts,
+        **({"onto": onto} if onto else {}),
         "statistics": statistics,
         **_companions(plan),
     }
@@ -129,17 +145,25 @@ def make_manifest(
         **lineage,
         "base": base and base["digest"],
         "experts": [[name, e["digest"]] for name, e in experts.items()],
+        **({"onto": {name: o["digest"] for name, o in onto.items()}} if onto else {}),
         "statistics": {kind: [s["digest"] for s in files] for kind, files in statistics.items()},
     }
-    return {
-        "format": 1,
-        "recipe": lineage,
-        "recipe_digest": text_digest(by_content),
-        "output": described_output(writer),
-        "treatments": plan.treatments(),
-        "device": device.split(":")[0],
-        "versions": versions(),
+    return lineage, text_digest(by_content)
+
+
+def _onto(
+    plan: Plan, out: Path, paths: Mapping[str, Path | None], known: Mapping[str, dict[str, str] | None]
+) -> dict[str, dict[str, str]]:
+    """What adapters add to that is not the base; read for its digest where nothing else has it."""
+    digests = {
+        path.resolve(): origin["digest"] for name, path in paths.items() if path and (origin := known[name])
     }
+    found = {}
+    for name, path in plan.recipe.onto.items():
+        if path.resolve() not in digests:
+            digests[path.resolve()] = plan.onto[name].stored.digest()
+        found[name] = origin_of(out, path, digests[path.resolve()])
+    return found
 
 
 def origin_of(out: Path, path: Path, digest: str) -> dict[str, str]:
@@ -180,13 +204,10 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
             )
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
-        layers = plan.stack.layers if plan.stack else None
-        specs, quantised, untied = (
-            [e.spec for e in plan.entries],
-            plan.recipe.requantise,
-            plan.untied is not None,
-        )
-        carry(plan.donor, specs, folder, plan.alignment, layers, quantised, untied)
+        layers = [(plan.checkpoints[name].path, i) for name, i in plan.stack.layers] if plan.stack else None
+        specs = [entry.spec for entry in plan.entries]
+        changes = {"quantised": plan.recipe.requantise, "untied": plan.untied is not None}
+        carry(plan.donor, specs, folder, plan.alignment, layers, plan.recipe.chat_template, **changes)
     (folder / CARD).write_text(model_card(manifest))
 
 

@@ -92,24 +92,28 @@ class Lock:
 def refuse_locked(plan: Plan) -> None:
     """Look at a few rows of every attention module, and at the products of suspicious ones, before a merge.
 
-    Experts are held against the base or, without one, the first expert. A recipe with `allow_locked` is not looked at.
+    Experts are held against the base or, without one, the first expert, in a stack those of each part. A recipe with
+    `allow_locked` is not looked at.
 
     Raises:
         UserError: an expert is locked.
     """
     if plan.recipe.allow_locked:
         return
-    modules = attention_modules({e.name: e.spec.shape for e in plan.entries if e.bound and e.spec.shape})
-    if not modules:
+    merged = {entry.name: entry for entry in plan.entries if entry.bound and entry.spec.shape}
+    groups: dict[tuple[str, ...], list[Attention]] = {}
+    for module in attention_modules({name: entry.spec.shape for name, entry in merged.items()}):
+        groups.setdefault(tuple(merged[module.query.tensor].origins), []).append(module)
+    if not groups:
         return
     with FileInputs(plan) as source:
-        reference, *others = [*(["base"] if plan.base else []), *plan.experts]
-        for expert in others:
-            suspicious = islice(suspicions(source, modules, reference, expert), _MODULES)
-            for lock in filter(None, suspicious):
-                raise UserError(
-                    f"{lock}; ask its owner for other weights, or say --allow-locked to merge these"
-                )
+        for (reference, *others), modules in groups.items():
+            for expert in others:
+                suspicious = islice(suspicions(source, modules, reference, expert), _MODULES)
+                for lock in filter(None, suspicious):
+                    raise UserError(
+                        f"{lock}; ask its owner for other weights, or say --allow-locked to merge these"
+                    )
 
 
 def suspicions(

@@ -181,7 +181,7 @@ def publish_all(
 def read_by(plan: Plan) -> list[Path]:
     """The checkpoints and files that a plan reads."""
     statistics = [checkpoint.path for files in plan.statistics.values() for checkpoint in files]
-    checkpoints = [*plan.recipe.experts.values(), plan.recipe.base, *statistics]
+    checkpoints = [*plan.recipe.experts.values(), plan.recipe.base, *plan.recipe.onto.values(), *statistics]
     return [*filter(None, checkpoints), *plan.stamps, *plan.recipe.methods]
 
 

@@ -158,6 +158,7 @@ class Plan:
     params: dict[str, Any] = field(default_factory=dict)
     base: Checkpoint | None = None
     experts: dict[str, Checkpoint] = field(default_factory=dict)
+    onto: dict[str, Checkpoint] = field(default_factory=dict)  # what adapters add to that is not the base
     statistics: dict[str, list[Checkpoint]] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     model: Model | None = None  # what the tensors are

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
@@ -17,6 +17,7 @@ from mergeline.merging.architecture import RUNNING_STATISTICS, Model, Role, desc
 from mergeline.merging.canonical import canonical_json, text_digest
 from mergeline.merging.checkpoints.adapters import (
     ADAPTER_CONFIG,
+    AdaptedTensor,
     adapt,
     alone,
     compose,
@@ -37,16 +38,16 @@ from mergeline.merging.checkpoints.remote import is_remote
 from mergeline.merging.checkpoints.router import read_router
 from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import TiedHead, tied_head, untied, without_tied_head
-from mergeline.merging.checkpoints.vocabulary import GatheredTensor, align
+from mergeline.merging.checkpoints.vocabulary import GatheredTensor, RowOf, Rows, align
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
 from mergeline.merging.engine.plan import Action, Entry, Plan
-from mergeline.merging.engine.stack import stack
+from mergeline.merging.engine.stack import Stacked, stack
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.methods.bound import Bound, bind
 from mergeline.merging.methods.contract import get_method, load_methods
 from mergeline.merging.recipes.recipe import Recipe
-from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, values_of
+from mergeline.merging.recipes.rules import is_head, is_merged, parameters_for, parameters_in_part, values_of
 
 _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
 _FEW = 6  # names in a sentence
@@ -98,20 +99,23 @@ def make_plan(recipe: Recipe | Mapping[str, Any], headers: Headers | None = None
     if not plan.problems:
         _find_donor(plan)
     if not plan.problems:
-        _stack_layers(plan) if recipe.stack else _match_tensors(plan, headers)
+        _stack_layers(plan, headers) if recipe.stack else _match_tensors(plan, headers)
     if not plan.problems:
         _say_what_is_written(plan)
     return plan
 
 
 def _resolve_method(plan: Plan) -> None:
-    count = 1 if plan.recipe.stack else len(plan.recipe.experts)  # of each tensor
+    plan.warnings += plan.recipe.notes
     try:
         plan.method = get_method(plan.recipe.method)
         plan.params = plan.method.resolve(plan.recipe.params)
     except UserError as error:
         plan.problems.append(str(error))
         return
+    if plan.recipe.stack:
+        return  # each part has experts of its own
+    count = len(plan.recipe.experts)
     # of adapters alone, what they add is merged, and no more is needed
     has_base = plan.recipe.base is not None or _only_adapters(plan.recipe)
     plan.problems += plan.method.misuses(plan.params, count, has_base, plan.recipe.statistics)
@@ -145,6 +149,14 @@ def _open(plan: Plan, headers: Headers) -> None:
             plan.base = checkpoint
         else:
             plan.experts[name] = checkpoint
+    for name, path in plan.recipe.onto.items():
+        try:
+            checkpoint, notes = dequantised(headers.open(path))
+            plan.onto[name] = without_tied_head(checkpoint)
+            plan.stamps |= headers.stamps[path]
+            plan.warnings += [f"onto: {name}: {note}" for note in notes]
+        except UserError as error:
+            plan.problems.append(f"onto: {name}: {error}")
     _adapt(plan)
     if not plan.problems:
         _fit_components(plan)
@@ -176,8 +188,25 @@ def _open_companions(plan: Plan) -> None:
 
 
 def _adapt(plan: Plan) -> None:
-    """Let experts that are adapters stand for the base as they change it."""
-    adapters = {name: c for name, c in plan.experts.items() if is_adapter(c)}
+    """Let adapters stand for what they add to as they change it: what `onto` says, or the base."""
+    for name, model in plan.onto.items():
+        adapter = plan.checkpoints.get(name)
+        if adapter is None:
+            continue
+        try:
+            if not is_adapter(adapter):
+                raise UserError("is no PEFT adapter, so it adds to nothing; leave it out of onto")
+            changed, notes = adapt(model, adapter, None, plan.recipe.packing)
+            adapted = replace(changed, path=model.path)  # whose configuration and tokenizer it has
+            plan.warnings += [f"'{name}': {note}" for note in notes]
+        except UserError as error:
+            plan.problems.append(f"{name}: {error}")
+            continue
+        if name == "base":
+            plan.base = adapted
+        else:
+            plan.experts[name] = adapted
+    adapters = {n: c for n, c in plan.experts.items() if is_adapter(c) and n not in plan.onto}
     delta = plan.method is not None and plan.method.delta
     if (
         adapters
@@ -368,7 +397,7 @@ def _other_architectures(checkpoints: Mapping[str, Checkpoint]) -> Iterator[str]
 def _align(plan: Plan, checkpoints: dict[str, Checkpoint], donor: str) -> None:
     """Give embeddings of different vocabularies the same rows."""
     try:
-        plan.alignment = align(checkpoints, donor, plan.recipe.vocabulary == "union")
+        plan.alignment = align(checkpoints, donor, _rows(plan.recipe, checkpoints))
     except UserError as error:
         plan.problems.append(str(error))
     if plan.alignment:
@@ -447,15 +476,57 @@ def _requantise(plan: Plan) -> Iterator[str]:
     )
 
 
-def _stack_layers(plan: Plan) -> None:
+def _rows(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> Rows:
+    """What the recipe says of embeddings (raises UserError for a name of no checkpoint)."""
+    asked = (
+        {"missing_tokens": recipe.missing_tokens} if recipe.missing_tokens not in ("first", "mean") else {}
+    )
+    asked |= {f"tokens: {token!r}": row.expert for token, row in recipe.tokens.items() if row.expert}
+    for what, name in asked.items():
+        if name not in checkpoints:
+            raise UserError(
+                f"{what}: '{name}' is neither the base nor an expert{did_you_mean(name, checkpoints)}"
+            )
+    tokens = {token: RowOf(row.expert, row.token, row.id, row.force) for token, row in recipe.tokens.items()}
+    return Rows(recipe.vocabulary == "union", tokens, recipe.pad_to_multiple_of, recipe.missing_tokens)
+
+
+def _stack_layers(plan: Plan, headers: Headers) -> None:
+    """Entries of a stack: each tensor is merged of its part's experts, or copied where that is the same."""
+    assert plan.method is not None
+    parts = plan.recipe.stack
     try:
-        plan.stack = stack(plan.experts, plan.recipe.stack)
+        made = plan.stack = stack(plan.checkpoints, parts)
     except UserError as error:
         plan.problems.append(str(error))
         return
-    plan.experts = plan.stack.checkpoints
-    for name, expert in sorted(plan.stack.origin.items()):
-        plan.entries.append(_entry(plan, "copy", name, {expert: plan.experts[expert].tensors[name]}, None))
+    if plan.bound.looks_at_model and len({(part.origin, *part.experts) for part in parts}) > 1:
+        plan.problems.append(
+            f"{plan.method.id} measures the whole model with these parameters, and the parts of the stack are of "
+            "different models; choose others, or another method"
+        )
+        return
+    plan.base, plan.experts = made.checkpoints.get("base"), {n: made.checkpoints[n] for n in plan.experts}
+    shapes = {name: next(iter(tensor.sources.values())).shape for name, tensor in made.tensors.items()}
+    plan.model = headers.describe(shapes, read_config(plan.donor) if plan.donor else {})
+    bounds = _Bounds(plan, list(made.tensors))
+    for name, tensor in sorted(made.tensors.items()):
+        base = {name: tensor.base} if tensor.base else {}
+        bound = bounds.in_part(name, tensor)
+        if problem := _mismatch(name, tensor.sources, base):
+            plan.problems.append(f"stack: {problem}")
+        elif tensor.base and not parts[tensor.part].experts:
+            plan.entries.append(_entry(plan, "copy", name, {}, tensor.base))
+        elif not next(iter(tensor.sources.values())).is_float or bound.copies:
+            plan.entries.append(
+                _entry(plan, "copy", name, tensor.sources, None if bound.copies else tensor.base)
+            )
+        else:
+            plan.entries.append(_entry(plan, "merge", name, tensor.sources, tensor.base, bound))
+    plan.warnings += bounds.warnings
+    unused = [name for name in plan.checkpoints if not any(name in part.spans for part in parts)]
+    plan.warnings += [f"stack: no part takes layers of '{name}'" for name in unused]
+    plan.warnings += _untreated(plan)
 
 
 def _match_tensors(plan: Plan, headers: Headers) -> None:
@@ -753,7 +824,9 @@ class _Bounds:
         assert plan.model is not None and plan.method is not None
         self.plan, self.model, self.method = plan, plan.model, plan.method
         self.average = bind(get_method("average"), {})
+        self.alone = bind(get_method("passthrough"), get_method("passthrough").resolve({}))
         self._known: dict[str, Bound] = {}
+        self.warnings: list[str] = []  # of the parts of a stack
         for rule in plan.recipe.rules:
             if not any(values_of(rule, name, self.model) for name in names):
                 plan.warnings.append(
@@ -770,6 +843,30 @@ class _Bounds:
             self._known[key] = self._bind(name, params)
         return self._known[key]
 
+    def in_part(self, name: str, tensor: Stacked) -> Bound:
+        """The method of a tensor of a stack, for the experts and the base of its part."""
+        recipe, part = self.plan.recipe, self.plan.recipe.stack[tensor.part]
+        if part.expert is not None and self.method.id != "passthrough":
+            problem = (
+                f"stack: part {tensor.part + 1} is '{part.expert}' as it is, and takes no params and rules"
+            )
+            if (part.params or part.rules) and problem not in self.plan.problems:
+                self.plan.problems.append(problem)
+            return self.alone
+        listed = self.plan.bound.lists_of_experts
+        params = parameters_in_part(recipe, part, listed, name, tensor.layer, tensor.count)
+        key = canonical_json([part.experts, part.origin, params])
+        if key not in self._known:
+            known = len(self.plan.problems)
+            bound = self._known[key] = self._bind(name, params)
+            if part.experts and known == len(self.plan.problems):
+                count, found = len(part.experts), self.method.resolve(params)
+                misuses = self.method.misuses(found, count, part.origin is not None)
+                self.plan.problems += [f"stack: part {tensor.part + 1}: {problem}" for problem in misuses]
+                self.warnings += [w for w in self.method.warnings(found, count) if w not in self.warnings]
+                return bound
+        return self._known[key]
+
     def _bind(self, name: str, params: dict[str, Any]) -> Bound:
         plan, method = self.plan, self.method
         try:
@@ -779,8 +876,11 @@ class _Bounds:
             return plan.bound
         if resolved == plan.params:
             return plan.bound
-        misuses = method.misuses(resolved, len(plan.experts), plan.base is not None, plan.recipe.statistics)
-        plan.problems += [f"tensor '{name}': {problem}" for problem in misuses]
+        if not plan.recipe.stack:
+            misuses = method.misuses(
+                resolved, len(plan.experts), plan.base is not None, plan.recipe.statistics
+            )
+            plan.problems += [f"tensor '{name}': {problem}" for problem in misuses]
         bound = bind(method, resolved)
         for key in sorted(plan.bound.look_parameters | bound.look_parameters):
             if resolved.get(key) != plan.params.get(key):
@@ -830,6 +930,12 @@ def _mismatch(name: str, sources: dict[str, TensorInfo], base: dict[str, TensorI
     return None
 
 
+def _widest(infos: Sequence[TensorInfo]) -> str:
+    """The smallest dtype that holds all of these; an adapted tensor counts as what it adds to."""
+    found = {(info.base or info).dtype if isinstance(info, AdaptedTensor) else info.dtype for info in infos}
+    return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
+
+
 def _entry(
     plan: Plan,
     action: Action,
@@ -840,7 +946,9 @@ def _entry(
 ) -> Entry:
     origin = base or next(iter(sources.values()), None) or next(iter(plan.experts.values())).tensors[name]
     dtype = origin.dtype
-    if plan.recipe.dtype and origin.is_float:
+    if plan.recipe.dtype == "widest" and origin.is_float:
+        dtype = _widest([*sources.values(), *([base] if base else [])] or [origin])
+    elif plan.recipe.dtype and origin.is_float:
         dtype = _TORCH_TO_SAFETENSORS[plan.recipe.dtype]
     spec = TensorSpec(name, dtype, origin.shape, prod(origin.shape) * DTYPES[dtype][1])
     return Entry(action, spec, sources, base, bound, plan.model)

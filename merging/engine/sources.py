@@ -232,6 +232,8 @@ class FileInputs(_Source, Files):
 
     def factors(self, origin: str, name: str) -> tuple[Tensor, Tensor] | None:
         info = self._info(origin, name)
+        if self.plan.onto or self.plan.stack:  # what they add is not added to this base
+            return None
         if self.has_base and info is self._checkpoints["base"].tensors.get(name):
             return no_factors(info.shape, self.device)
         found = info.factors(self.elements) if isinstance(info, AdaptedTensor) else None
@@ -262,13 +264,26 @@ class FileInputs(_Source, Files):
         """The digest of a whole checkpoint, of which everything was read."""
         checkpoint: Checkpoint = self._checkpoints[origin]
         stored = checkpoint.stored
-        # What a view has under another name was read, too.
+        # Of a stack a tensor may have been read under other names, or as the base of some of its parts.
         read = {(t.file, t.start, t.stop): n for n, t in checkpoint.tensors.items() if type(t) is TensorInfo}
         names = {name: read.get((t.file, t.start, t.stop)) for name, t in stored.tensors.items()}
         return content_digest(
-            (t.name, t.dtype, t.shape, self.digest(origin, own) if (own := names[name]) else stored.tensor_hash(name))
+            (t.name, t.dtype, t.shape,
+             self._read_as_base(origin, t)
+             or (self.digest(origin, own) if (own := names[name]) else stored.tensor_hash(name)))
             for name, t in stored.tensors.items()
         )  # fmt: skip
+
+    def _read_as_base(self, origin: str, info: TensorInfo) -> str | None:
+        """The hash of an expert's tensor that was read as the base of a stack's part."""
+        if origin == "base" or not self.plan.stack:
+            return None
+        return self._hashes_of_bases.get(id(info))
+
+    @cached_property
+    def _hashes_of_bases(self) -> dict[int, str]:
+        read = [(id(e.base), ("base", e.name)) for e in self.plan.entries if e.base]
+        return {info: self.hashes[key] for info, key in read if key in self.hashes}
 
 
 class MemoryInputs(_Source):

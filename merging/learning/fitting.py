@@ -54,6 +54,11 @@ def fit(
     params = method.resolve(recipe.params)
     if recipe.base is None:
         raise UserError(f"{method.id} measures from the base checkpoint: name it (--base, `base:`)")
+    if recipe.stack or recipe.onto:
+        what = "stack" if recipe.stack else "onto"
+        raise UserError(
+            f"{method.id} is fitted to models as they are: merge what {what} makes first, and fit to that"
+        )
     if examples.split == "test" and not transductive:
         raise UserError(
             f"{method.id} would be fitted to test examples, which then report nothing; fit to others, or ask for "

@@ -119,6 +119,16 @@ class Bound:
         return self.method.statistics_of(self.params)
 
     @property
+    def lists_of_experts(self) -> list[str]:
+        """The chain's names of parameters that may have one number an expert."""
+        return [part.names.get(n, n) for part in self.parts for n in part.method.lists_of_experts]
+
+    @property
+    def copies(self) -> bool:
+        """Whether it gives its one expert back as it is."""
+        return self.method.id == "passthrough" and self.params["scale"] == 1.0
+
+    @property
     def changes(self) -> bool:
         """Whether what is wrapped sees other experts, or another base, than there are."""
         return any(bound.origin or bound.method.transform for bound in self.chain)

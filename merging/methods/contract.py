@@ -410,7 +410,8 @@ class Method(Declared):
         yield from (f"{self.id} takes no statistics '{k}'" for k in given if k not in wanted)
 
     @cached_property
-    def _lists_of_experts(self) -> list[str]:
+    def lists_of_experts(self) -> list[str]:
+        """The parameters that may be lists of one number an expert."""
         return [name for name, annotation in self.annotations.items() if is_marked(annotation, OneAnExpert)]
 
     @cached_property
@@ -425,7 +426,7 @@ class Method(Declared):
             yield f"{self.id} needs at least {least} expert(s), got {experts}"
         if most and experts > most:
             yield f"{self.id} merges at most {most} expert(s), got {experts}"
-        for name in self._lists_of_experts:
+        for name in self.lists_of_experts:
             value = params[name]
             if isinstance(value, list) and len(value) != experts:
                 what = name if name in ("weights", "values") else f"numbers in {name}"

@@ -2,34 +2,29 @@
 
 Its parameters are settings: a number, a list of numbers over the depth, or a list of {filter, value}, of which the
 first whose filter is in the tensor's name counts; of the whole configuration, a slice or a model, of which the last
-that says something counts. They become parameters of the recipe and rules. Results are rounded once: mergekit rounds
-every step to `dtype`, here it is the dtype that is written, unless `out_dtype` says so.
+that says something counts. They become parameters of the recipe and rules; slices become the parts of a stack. What
+mergekit reads and does not use is named in the recipe's notes. Results are rounded once: mergekit rounds every step to
+`dtype`, here it is the dtype that is written, unless `out_dtype` says so.
 """
 
 from __future__ import annotations
 
 import glob
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from mergeline.merging.checkpoints.companions import read_config
+from mergeline.merging.checkpoints.chat_templates import NAMED, most_common
 from mergeline.merging.errors import did_you_mean
 from mergeline.merging.strict_yaml import YamlFile
 
 Loc = list[Any]
 Settings = Mapping[str, Any]
 _REQUIRED = object()
-# What stands before the first block of a language model, which belongs to the first slice; the rest to the last.
-_BEFORE = [
-    "model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "model.tok_embeddings.weight",
-    "transformer.wte.weight", "transformer.wpe.weight", "transformer.word_embeddings.weight",
-    "transformer.embd.wte.weight", "transformer.embedding.word_embeddings.weight", "gpt_neox.embed_in.weight",
-    "backbone.embeddings.weight",
-]  # fmt: skip
+_WHOLE = "default"  # the one module of models that have no others
 
 
 class _Strict(BaseModel):
@@ -52,17 +47,35 @@ class _Slice(_Strict):
     parameters: dict[str, Any] | None = None
 
 
+class _Module(_Strict):
+    models: list[_Model] | None = None
+    slices: list[_Slice] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class _Token(_Strict):
+    source: str | dict[str, Any] | None = None
+    force: bool = False
+
+
+class _Tokenizer(_Strict):
+    source: str | dict[str, Any] = "union"
+    tokens: dict[str, _Token] | None = None
+    pad_to_multiple_of: int | None = None
+
+
 class _Configuration(_Strict):
+    name: str | None = None
     merge_method: str
     base_model: str | dict[str, Any] | None = None
     models: list[_Model] | None = None
     slices: list[_Slice] | None = None
-    modules: dict[str, Any] | None = None
+    modules: dict[str, _Module] | None = None
     parameters: dict[str, Any] | None = None
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str | None = None
-    tokenizer: dict[str, Any] | None = None
+    tokenizer_source: str | dict[str, Any] | None = None
+    tokenizer: _Tokenizer | None = None
     chat_template: str | None = None
 
 
@@ -73,8 +86,7 @@ class _Configuration(_Strict):
 class _Parameter:
     """What one of mergekit's parameters is called here.
 
-    of: `merge`: one value; `expert`: one for each, in a list; `only`: the only model's. fixed: its only value that is
-    known here. plain: neither filters nor lists are.
+    of: `merge`: one value; `expert`: one for each, in a list; `only`: the only model's. plain: no filters, no lists.
     """
 
     ours: str | None = None  # None: it changes no result, or `finish` reads it
@@ -82,18 +94,21 @@ class _Parameter:
     of: Literal["merge", "expert", "only"] = "merge"
     convert: Callable[[Any], Any] = lambda value: value
     plain: bool = False
-    fixed: bool = False
 
 
 @dataclass(frozen=True)
 class _Method:
-    """A method of mergekit's. inputs: `experts` beside a base; `all`, with the base among them; `base_first`."""
+    """A method of mergekit's.
+
+    inputs: `experts` beside a base; `all`, with the base among them; `base_first`. base: whether it must have one.
+    """
 
     id: str
     inputs: Literal["experts", "all", "base_first"]
     parameters: dict[str, _Parameter] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)  # that it always has here
     finish: Callable[[dict[str, Any]], dict[str, Any]] = lambda plain: {}  # of plain parameters
+    base: bool = True
 
 
 _WEIGHT = _Parameter("weights", _REQUIRED, "expert")
@@ -107,13 +122,11 @@ def _arithmetic(normalize: bool, rescale: _Parameter, **more: _Parameter) -> dic
         "lambda": _Parameter("scale", 1.0),
         "normalize": _Parameter("normalize", normalize),
         "rescale": rescale,
-        "int8_mask": _Parameter(),
         **more,
     }
 
 
-_NO_RESCALE = _Parameter(default=False, plain=True, fixed=True)
-_RESCALE = _Parameter("rescale", True)
+_NO_RESCALE, _RESCALE = _Parameter("rescale", False), _Parameter("rescale", True)
 _DARE = {"density": _Parameter("drop_rate", 0.0, "expert", lambda density: 1 - density)}
 _DELLA = {"density": _DENSITY, "epsilon": _Parameter("epsilon", 0.15, "expert")}
 _CRUMBS = {"density": _DENSITY, "gamma": _Parameter("outlier_rate", 0.01, "expert")}
@@ -127,21 +140,24 @@ def _nuslerp_scope(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 METHODS = {
-    "linear": _Method("linear", "all", {"weight": _WEIGHT, "normalize": _Parameter("normalize", True)}),
+    "linear": _Method(
+        "linear", "all", {"weight": _WEIGHT, "normalize": _Parameter("normalize", True)}, base=False
+    ),
     "slerp": _Method("slerp", "base_first", {"t": _Parameter("t", _REQUIRED)}),
     "nuslerp": _Method(
         "nuslerp", "experts",
         {"weight": _WEIGHT, "nuslerp_flatten": _Parameter(default=True, plain=True),
          "nuslerp_row_wise": _Parameter(default=False, plain=True)},
-        finish=_nuslerp_scope,
+        finish=_nuslerp_scope, base=False,
     ),
     "multislerp": _Method(
         "multislerp", "experts",
-        {"weight": _WEIGHT, "normalize_weights": _Parameter(default=True, plain=True, fixed=True),
-         "eps": _Parameter("epsilon", 1e-8)},
+        {"weight": _WEIGHT, "normalize_weights": _Parameter("normalize", True), "eps": _Parameter("epsilon", 1e-8)},
+        base=False,
     ),
     "karcher": _Method(
-        "karcher", "all", {"max_iter": _Parameter("iterations", 10), "tol": _Parameter("tolerance", 1e-5)}
+        "karcher", "all", {"max_iter": _Parameter("iterations", 10), "tol": _Parameter("tolerance", 1e-5)},
+        base=False,
     ),
     "task_arithmetic": _Method(
         "task_arithmetic", "experts", _arithmetic(False, _Parameter(), density=_Parameter(of="expert"))
@@ -163,14 +179,14 @@ METHODS = {
         "breadcrumbs", "experts", _arithmetic(False, _NO_RESCALE, **_CRUMBS),
         {**_MERGEKIT, "scope": "tensor", "elect": True},
     ),
-    "sce": _Method("sce", "experts", {"select_topk": _Parameter("density", 1.0), "int8_mask": _Parameter()}),
+    "sce": _Method("sce", "experts", {"select_topk": _Parameter("density", 1.0)}),
     "model_stock": _Method(
         "model_stock", "experts", {"filter_wise": _Parameter(default=False, plain=True)},
         finish=lambda plain: {"scope": "row" if plain["filter_wise"] else "tensor"},
     ),
     "nearswap": _Method("nearswap", "experts", {"t": _Parameter("threshold", _REQUIRED)}),
     "arcee_fusion": _Method("arcee_fusion", "experts"),
-    "passthrough": _Method("passthrough", "all", {"scale": _Parameter("scale", 1.0, "only")}),
+    "passthrough": _Method("passthrough", "all", {"scale": _Parameter("scale", 1.0, "only")}, base=False),
     "ram": _Method("ram", "experts", _RAM, {"variant": "ram"}),
     "ramplus_tl": _Method(
         "ram", "experts",
@@ -178,6 +194,11 @@ METHODS = {
         {"variant": "ram_plus"},
     ),
 }  # fmt: skip
+# What mergekit takes anywhere, and uses in some methods alone; the last is of versions before 0.1.
+_ALL_PARAMETERS = {name for method in METHODS.values() for name in method.parameters} | {
+    "int8_mask",
+    "rescale_norm",
+}
 
 
 # ---------------------------------------------------------------------------------------------- translation
@@ -188,55 +209,97 @@ def is_mergekit(data: Any) -> bool:
     return isinstance(data, dict) and "merge_method" in data
 
 
-def translated(file: YamlFile) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc]]:
-    """The recipe as a mapping, with paths or URIs as text; and where in the file a part of it is blamed.
+def of_another_command(data: Any) -> str | None:
+    """What a file for another of mergekit's commands is, and what to do; None for any other."""
+    if not isinstance(data, dict):
+        return None
+    if isinstance(data.get("experts"), list) and "base_model" in data:
+        return (
+            "is for mergekit-moe, which makes a mixture of experts out of dense models: Mergeline makes none; to merge "
+            "the same models write merge_method and models"
+        )
+    if "genome" in data:
+        return "is for mergekit-evolve, which searches for parameters: name them in `search` of a params.yaml"
+    if "layer_slices" in data:
+        return (
+            "is for bakllama, an earlier command of mergekit's: write its layers as slices, with merge_method"
+        )
+    return None
+
+
+def translated(
+    file: YamlFile, merges: Mapping[str, Path] | None = None
+) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc], list[str]]:
+    """The recipe as a mapping, with paths or URIs as text; where in the file a part of it is blamed; and whose results
+    it takes.
+
+    merges: other merges, by the names under which their results are models here -> where these lie.
 
     Raises:
         UserError: with file and line, for what is wrong, or is not supported.
     """
-    return _Translation(file).recipe()
+    translation = _Translation(file, merges or {})
+    written, blamed = translation.recipe()
+    return written, blamed, list(dict.fromkeys(translation.taken))
 
 
 @dataclass(frozen=True)
-class _Region:
-    """Tensors with settings of their own: a slice's layers, or what stands before (names) and behind all slices."""
+class _Group:
+    """Tensors that are merged of the same models, with settings of their own: all of them, or those of a slice.
 
-    slice: int | None
-    layers: tuple[int, int] | None = None
-    names: list[str] | None = None
+    models: key -> where it stands and its own settings, in the order in which they are merged; base: key.
+    layers: how many of each model; None: all.
+    """
+
+    shared: list[tuple[Loc, Settings]]  # of the configuration first
+    models: dict[str, tuple[Loc, Settings]]
+    base: str | None
+    layers: int | None = None
 
 
 class _Translation:
-    def __init__(self, file: YamlFile):
-        self.file = file
+    def __init__(self, file: YamlFile, merges: Mapping[str, Path]):
+        self.file, self.merges = file, merges
+        self.taken: list[str] = []
         self.config = file.parse(_Configuration)
-        self.slices: Sequence[_Slice] = self.config.slices or ()
+        self.inside: Loc = []  # where models and slices stand
+        self.part: _Configuration | _Module = self.config
+        if self.config.modules and len(self.config.modules) == 1:
+            [(name, self.part)] = self.config.modules.items()
+            self.inside = ["modules", name]
+        self.slices: Sequence[_Slice] = self.part.slices or ()
         if self.config.merge_method not in METHODS:
             near = did_you_mean(self.config.merge_method, METHODS)
             raise file.error(["merge_method"], f"unknown merge_method '{self.config.merge_method}'{near}")
         self.method = METHODS[self.config.merge_method]
         self.blame: dict[str, Loc] = {}
-        self.rules: list[dict[str, Any]] = []
+        self.notes: list[str] = []
 
     def recipe(self) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc]]:
         config, method = self.config, self.method
         self._refuse_unsupported()
-        self.models = (
-            self._models()
-        )  # what a model is called in the file -> (where it is among it, its settings)
-        experts = self._experts()
-        written: dict[str, Any] = {
-            "method": method.id,
-            "experts": {n: self._path(m) for n, m in experts.items()},
+        groups = [self._group(i) for i in range(len(self.slices))] or [self._whole()]
+        self.base = self._base(groups)
+        self.names = self._names(groups)
+        written: dict[str, Any] = {"method": method.id}
+        self.onto: dict[str, str] = {}
+        written["experts"] = {
+            name: self._path(key, name) for key, name in self.names.items() if name != "base"
         }
-        if method.inputs == "experts" and config.base_model is not None:
-            written["base"] = self._path(_key(config.base_model))
-        self.experts = experts
+        if self.base is not None:
+            written["base"] = self._path(self.base, "base")
+        written["onto"] = self.onto
         plain = {name: self._plain(name) for name, p in method.parameters.items() if p.plain}
-        written["params"] = {**method.params, **method.finish(plain), **self._parameters()}
-        written["rules"] = self.rules
+        written["params"] = {**method.params, **method.finish(plain)}
+        if self.slices:
+            written["stack"] = [self._part(i, group) for i, group in enumerate(groups)]
+        else:
+            params, written["rules"] = self._settings(groups[0])
+            written["params"] |= params
         self.blame["dtype"] = ["out_dtype" if config.out_dtype else "dtype"]
-        written |= {"dtype": config.out_dtype or config.dtype, **self._tokenizer(written)}
+        written |= {"dtype": (config.out_dtype or config.dtype or "widest").removeprefix("torch.")}
+        written |= self._tokenizer(written)
+        written["notes"] = list(dict.fromkeys(self.notes))
         return written, lambda loc: self.blame.get(str(loc[-1]), ["merge_method"])
 
     def _refuse_unsupported(self) -> None:
@@ -244,109 +307,155 @@ class _Translation:
         given = [key for key in ("models", "slices", "modules") if getattr(config, key)]
         if len(given) != 1:
             raise self.file.error(given[-1:], "give exactly one of models, slices and modules")
-        if config.modules:
-            raise self.file.error(["modules"], "modules are not supported; write models or slices")
-        if config.chat_template is not None:
+        if config.modules and list(config.modules) != [_WHOLE]:
             raise self.file.error(
-                ["chat_template"],
-                "chat_template is not supported: the tokenizer's own is carried over; leave it out",
+                self.inside or ["modules"],
+                f"modules of models with several are not supported ('{_WHOLE}', the whole of one with one, is); write "
+                "models, which merges all of them",
             )
-        if config.base_model is None and self.config.merge_method not in (
-            "linear", "karcher", "passthrough", "nuslerp", "multislerp"
-        ):  # fmt: skip
-            raise self.file.error(["merge_method"], f"{config.merge_method} needs a base_model")
-        scopes: list[tuple[Loc, Settings | None]] = [(["parameters"], config.parameters)]
-        for i, part in enumerate(self.slices):
-            scopes.append((["slices", i, "parameters"], part.parameters))
-        for loc, settings in scopes:
-            self._refuse_unknown(loc, settings, list(self.method.parameters))
-        self._refuse_stacking()
+        if config.modules and bool(self.part.models) == bool(self.part.slices):
+            raise self.file.error(self.inside, "give either models or slices")
+        if config.name is not None and not self.merges:
+            self.notes.append(f"name: {config.name} is for mergekit-multi, and changes nothing here")
+        for loc, settings in self._shared():
+            self._look_at_names(loc, settings, None)
 
-    def _refuse_unknown(self, loc: Loc, settings: Settings | None, known: Sequence[str]) -> None:
+    def _look_at_names(self, loc: Loc, settings: Settings | None, model: str | None) -> None:
+        """Refuse what is no parameter of any method; note what this one, or a model, does not use."""
         for name in settings or {}:
-            if name not in self.method.parameters:
+            if name not in _ALL_PARAMETERS:
+                near = did_you_mean(name, list(self.method.parameters))
                 raise self.file.error(
-                    [*loc, name],
-                    f"{self.config.merge_method} has no parameter '{name}'{did_you_mean(name, known)}",
+                    [*loc, name], f"{self.config.merge_method} has no parameter '{name}'{near}"
                 )
-            if name not in known:
-                raise self.file.error([*loc, name], f"'{name}' is one for the whole merge, not a model's")
-
-    def _refuse_stacking(self) -> None:
-        """Slices must be the model's own layers, in order, from the same models."""
-        end, first = 0, [_key(s.model) for s in self.slices[0].sources] if self.slices else []
-        for i, part in enumerate(self.slices):
-            loc: Loc = ["slices", i]
-            if part.residual_weight is not None:
-                raise self.file.error([*loc, "residual_weight"], "residual_weight is not supported")
-            if part.base_model not in (None, self.config.base_model):
-                raise self.file.error([*loc, "base_model"], "a slice cannot have a base_model of its own")
-            if not part.sources or sorted(_key(s.model) for s in part.sources) != sorted(first):
-                raise self.file.error(
-                    loc, "slices of different models are not supported: each names all of them"
+            parameter = self.method.parameters.get(name)
+            if name == "int8_mask":  # saves mergekit memory
+                continue
+            if parameter is None or parameter == _Parameter():
+                self.notes.append(
+                    f"mergekit's {self.config.merge_method} does not use '{name}': it is ignored"
                 )
-            for j, source in enumerate(part.sources):
-                start, stop = source.layer_range
-                if start != end or stop <= start or source.layer_range != part.sources[0].layer_range:
-                    raise self.file.error(
-                        [*loc, "sources", j, "layer_range"],
-                        f"layers are not stacked, repeated or left out here: this slice begins at layer {end}, "
-                        "for all its models",
-                    )
-            end = part.sources[0].layer_range[1]
-        for source in self.slices[-1].sources if self.slices else ():
-            folder = Path(self._path(_key(source.model)))
-            count = read_config(folder).get("num_hidden_layers", end) if folder.is_dir() else end
-            if count != end:
-                last = len(self.slices) - 1
-                problem = f"the slices end at layer {end}, {folder} has {count}; layers cannot be left out"
-                raise self.file.error(["slices", last], problem)
+            elif model is not None and parameter.of == "merge":
+                self.notes.append(f"'{name}' is one for the whole merge: mergekit ignores that of {model}")
 
     # ------------------------------------------------------------------------------------------ models
 
-    def _models(self) -> dict[str, list[tuple[Loc, Settings]]]:
-        """The models in order; for each its settings in every slice, and where they stand."""
-        found: dict[str, list[tuple[Loc, Settings]]] = {}
-        slices: list[tuple[Loc, Sequence[_Model]]] = [
-            (["slices", i, "sources"], part.sources) for i, part in enumerate(self.slices)
-        ]
-        for loc, inputs in slices or [(["models"], self.config.models or [])]:
-            for i, model in enumerate(inputs):
-                key, where = _key(model.model), [*loc, i, "parameters"]
-                if len(found.setdefault(key, [])) > (loc[1] if slices else 0):
-                    raise self.file.error([*loc, i], f"{key} is there twice")
-                known = [name for name, p in self.method.parameters.items() if p.of != "merge"]
-                self._refuse_unknown(where, model.parameters, known)
-                found[key].append((where, model.parameters or {}))
+    def _whole(self) -> _Group:
+        """All tensors of all models; a base that is not among them is added, as mergekit does."""
+        config = self.config
+        base = None if config.base_model is None else _key(self.file, ["base_model"], config.base_model)
+        models = self._listed([*self.inside, "models"], self.part.models or [])
+        if base is not None and base not in models:
+            models[base] = (["base_model"], {})
+        return self._ordered(self._shared(), ["merge_method"], models, base)
+
+    def _shared(self) -> list[tuple[Loc, Settings]]:
+        """What is set for all tensors: for the whole configuration, then for its module."""
+        found: list[tuple[Loc, Settings]] = [(["parameters"], self.config.parameters or {})]
+        if self.inside:
+            found.append(([*self.inside, "parameters"], self.part.parameters or {}))
         return found
 
-    def _experts(self) -> dict[str, str]:
-        """Name of each expert -> model."""
-        base = None if self.config.base_model is None else _key(self.config.base_model)
-        keys = [key for key in self.models if key != base]
+    def _group(self, number: int) -> _Group:
+        """A slice."""
+        config, part = self.config, self.slices[number]
+        loc: Loc = [*self.inside, "slices", number]
+        if not part.sources:
+            raise self.file.error(loc, "a slice needs sources")
+        if part.residual_weight is not None:
+            self.notes.append("mergekit does not use 'residual_weight': it is ignored")
+        own_base = part.base_model is not None
+        reference = part.base_model if own_base else config.base_model
+        where = [*loc, "base_model"] if own_base else ["base_model"]
+        base = None if reference is None else _key(self.file, where, reference)
+        self._look_at_names([*loc, "parameters"], part.parameters, None)
+        models = self._listed([*loc, "sources"], part.sources)
+        if base not in models and base is not None:
+            if self.method.inputs != "all":
+                raise self.file.error(loc, f"the base_model, {base}, is not among the sources of this slice")
+            base = None
+        counts = {stop - start for start, stop in (s.layer_range for s in part.sources)}
+        for j, source in enumerate(part.sources):
+            if not 0 <= source.layer_range[0] < source.layer_range[1]:
+                raise self.file.error(
+                    [*loc, "sources", j, "layer_range"], "is [FIRST, END]: from 0, and without END itself"
+                )
+        if len(counts) > 1:
+            raise self.file.error(loc, "all sources of a slice must have equally many layers")
+        shared = [*self._shared(), ([*loc, "parameters"], part.parameters or {})]
+        group = self._ordered(shared, loc, models, base)
+        return replace(group, layers=counts.pop())
+
+    def _listed(self, loc: Loc, inputs: Sequence[_Model]) -> dict[str, tuple[Loc, Settings]]:
+        """The models of a list: key -> where it stands, and its settings."""
+        found: dict[str, tuple[Loc, Settings]] = {}
+        for i, model in enumerate(inputs):
+            key = _key(self.file, [*loc, i], model.model)
+            if key in found:
+                raise self.file.error([*loc, i], f"{key} is there twice")
+            self._look_at_names([*loc, i, "parameters"], model.parameters, key)
+            found[key] = ([*loc, i], model.parameters or {})
+        return found
+
+    def _ordered(
+        self,
+        shared: list[tuple[Loc, Settings]],
+        loc: Loc,
+        models: dict[str, tuple[Loc, Settings]],
+        base: str | None,
+    ) -> _Group:
+        """A group whose models stand in the order in which our method takes them."""
+        name = self.config.merge_method
+        if base is None and self.method.base:
+            raise self.file.error(loc, f"{name} needs a base_model")
+        if self.method.inputs == "all":
+            return _Group(shared, models, None)
         if self.method.inputs == "base_first":
             assert base is not None, "refused without one"
-            keys.insert(0, base)
-        elif self.method.inputs == "all" and base is not None:
-            keys = list(self.models) if base in self.models else [*self.models, base]
-        names: dict[str, str] = {}
+            return _Group(shared, {base: models[base], **models}, None)
+        if base is not None:
+            for setting in models[base][1]:
+                self.notes.append(f"'{setting}' of the base model {base} is ignored, as by mergekit")
+        return _Group(shared, {key: found for key, found in models.items() if key != base}, base)
+
+    def _base(self, groups: Sequence[_Group]) -> str | None:
+        """The model that is the base of all groups, and of none an expert: the base of the recipe."""
+        bases = {group.base for group in groups}
+        if len(bases) != 1 or any(key in group.models for key in bases for group in groups):
+            return None
+        return bases.pop()
+
+    def _names(self, groups: Sequence[_Group]) -> dict[str, str]:
+        """What the recipe calls each model: `base`, or the name of an expert."""
+        keys = dict.fromkeys(key for group in groups for key in group.models)
+        keys |= dict.fromkeys(group.base for group in groups if group.base is not None)
+        if self.config.base_model is not None:  # whose configuration is carried
+            keys[_key(self.file, ["base_model"], self.config.base_model)] = None
+        names: dict[str, str] = {} if self.base is None else {self.base: "base"}
         for key in keys:
+            if key in names:
+                continue
             stem = re.sub(r"[^\w.-]", "_", key.rstrip("/").rsplit("/")[-1].partition("@")[0]) or "model"
             stem = "base_model" if stem == "base" else stem
             number = 1
-            while (name := stem if number == 1 else f"{stem}_{number}") in names:
+            while (name := stem if number == 1 else f"{stem}_{number}") in names.values():
                 number += 1
-            names[name] = key
+            names[key] = name
         return names
 
-    def _path(self, key: str) -> str:
-        """A local path, or the URI of what the Hugging Face hub has."""
+    def _path(self, key: str, name: str) -> str:
+        """A local path, or the URI of what the Hugging Face hub has; of an adapter, that of the adapter."""
         model, plus, lora = key.partition("+")
         if plus:
-            if self.config.base_model is None or model != _key(self.config.base_model):
-                problem = f"the adapter {lora} is for {model}, which is not the base_model; merge it into that first"
-                raise self.file.error(self._loc_of(key), problem)
+            if self.base is None or model != self.base or name == "base":
+                self.onto[name] = self._where(model)
             model = lora
+        return self._where(model)
+
+    def _where(self, model: str) -> str:
+        if model in self.merges:
+            self.taken.append(model)
+            return str(self.merges[model].absolute())
         for folder in (self.file.path.parent, Path.cwd()):
             if (folder / model).exists():
                 return str(folder / model)
@@ -354,57 +463,67 @@ class _Translation:
             return f"hf://{model}"
         return model
 
-    def _loc_of(self, key: str) -> Loc:
-        return self.models[key][0][0][:-1] if key in getattr(self, "models", ()) else ["base_model"]
-
     # ------------------------------------------------------------------------------------------ settings
 
-    def _parameters(self) -> dict[str, Any]:
-        """The parameters where nothing else is said; what is said becomes rules."""
-        count = len(self.slices)
-        if count < 2:
-            return self._region(_Region(0 if count else None))
-        first = self._region(_Region(count - 1))
-        self._region(_Region(0, names=_BEFORE))
-        for i, part in enumerate(self.slices):
-            start, stop = part.sources[0].layer_range
-            self._region(_Region(i, layers=(start, stop - 1)))
-        return first
+    def _part(self, number: int, group: _Group) -> dict[str, Any]:
+        """A slice as a part of a stack."""
+        sources = self.slices[number].sources
+        ranges = {_key(self.file, [], s.model): s.layer_range for s in sources}
+        self._refuse_moved(number, ranges)
+        order = [*group.models, *([group.base] if group.base is not None else [])]
+        part: dict[str, Any] = {"layers": {self.names[k]: (ranges[k][0], ranges[k][1] - 1) for k in order}}
+        if group.base is not None and group.base != self.base:
+            part["base"] = self.names[group.base]
+        part["params"], part["rules"] = self._settings(group)
+        return part
 
-    def _region(self, region: _Region) -> dict[str, Any]:
-        """What the parameters of a region are to begin with, and the rules that change them."""
-        everywhere = region.layers is None and region.names is None
+    def _refuse_moved(self, number: int, ranges: Mapping[str, tuple[int, int]]) -> None:
+        """Settings of a model are for its own names in mergekit: where layers move, none can name a layer."""
+        start = sum(s.sources[0].layer_range[1] - s.sources[0].layer_range[0] for s in self.slices[:number])
+        if all(first == start for first, _ in ranges.values()):
+            return
+        scopes: list[Settings | None] = [settings for _, settings in self._shared()]
+        scopes += [self.slices[number].parameters, *(s.parameters for s in self.slices[number].sources)]
+        for name, parameter in self.method.parameters.items():
+            for settings in scopes if parameter.of != "merge" else ():
+                for filter, _ in self._setting(
+                    [*self.inside, "slices", number], (settings or {}).get(name, 0)
+                ):
+                    if filter and re.search(r"\.\d+(\.|$)", filter):
+                        raise self.file.error(
+                            [*self.inside, "slices", number],
+                            f"the filter '{filter}' of '{name}' names a layer, and this slice moves layers; name parts "
+                            "of layers alone",
+                        )
+
+    def _settings(self, group: _Group) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What the parameters of a group are to begin with, and the rules that change them."""
         params: dict[str, Any] = {}
-        changes: list[dict[str, Any]] = []
+        rules: list[dict[str, Any]] = []
         for name, parameter in self.method.parameters.items():
             if parameter.ours is None or parameter.plain:
                 continue
-            experts: list[str | None] = list(self.experts) if parameter.of == "expert" else [None]
+            experts: list[str | None] = list(group.models) if parameter.of == "expert" else [None]
             starts = []
             for expert in experts:
-                start, *others = self._said(name, region, expert)
+                start, *others = self._said(name, group, expert)
                 starts.append(start[1][0])
-                changes += self._rules(parameter.ours, region, expert, [start] if len(start[1]) > 1 else [])
-                changes += self._rules(parameter.ours, region, expert, others)
+                for said in ([start] if len(start[1]) > 1 else []) + others:
+                    rules += self._rules(parameter.ours, group, expert, *said)
             params[parameter.ours] = starts if parameter.of == "expert" else starts[0]
-        if not everywhere and params:
-            self.rules.append({**_place(region, None), "params": params})
-        self.rules += changes
-        return params
+        return params, rules
 
-    def _said(self, name: str, region: _Region, expert: str | None) -> list[tuple[str | None, list[Any]]]:
+    def _said(self, name: str, group: _Group, expert: str | None) -> list[tuple[str | None, list[Any]]]:
         """Filters and values of one parameter that count, the first for all tensors, later ones over earlier ones."""
         parameter = self.method.parameters[name]
         ours = parameter.ours
         assert ours is not None, "a parameter that changes no result has no rules"
-        scopes: list[tuple[Loc, Settings]] = [(["parameters"], self.config.parameters or {})]
-        if region.slice is not None:
-            part = self.slices[region.slice]
-            scopes.append((["slices", region.slice, "parameters"], part.parameters or {}))
+        scopes = [*group.shared]
         if parameter.of == "only":
-            expert = next(iter(self.experts))
-        if expert is not None and self.experts[expert] in self.models:
-            scopes.append(self.models[self.experts[expert]][region.slice or 0])
+            expert = next(iter(group.models))
+        if expert is not None:
+            loc, settings = group.models[expert]
+            scopes.append(([*loc, "parameters"], settings))
         said: list[tuple[str | None, list[Any]]] = []
         if parameter.default is not _REQUIRED:
             said.append((None, [parameter.default]))
@@ -415,7 +534,7 @@ class _Translation:
                     said.append((filter, [parameter.convert(v) for v in value]))
         last = max((i for i, (filter, _) in enumerate(said) if filter is None), default=None)
         if last is None:
-            of = f" of {self.experts[expert]}" if expert else ""
+            of = f" of {expert}" if expert else ""
             raise self.file.error(
                 self.blame.get(ours, ["merge_method"]),
                 f"{self.config.merge_method} needs '{name}'{of} for every tensor: give one without a filter",
@@ -446,18 +565,17 @@ class _Translation:
         return found
 
     def _rules(
-        self, ours: str, region: _Region, expert: str | None, said: list[tuple[str | None, list[Any]]]
+        self, ours: str, group: _Group, expert: str | None, filter: str | None, values: list[Any]
     ) -> Iterator[dict[str, Any]]:
-        for filter, values in said:
-            if region.names is not None and not any((filter or "") in name for name in region.names):
-                continue
-            single = region.layers is not None and region.layers[0] == region.layers[1]
-            if single or region.names is not None:
-                values = values[-1:] if single else values[:1]
-            rule = {**_place(region, filter), "params": {ours: values[0]}}
-            if len(values) > 1:
-                rule["gradient"] = {ours: values}
-            yield rule if expert is None else {**rule, "expert": expert}
+        """The rule of one filter; over the depth of a single layer mergekit takes the last value, outside the first."""
+        place = {} if filter is None else {"match": [f"*{glob.escape(filter)}*"]}
+        of = {} if expert is None else {"expert": self.names[expert]}
+        rule = {**place, "params": {ours: values[0]}, **of}
+        if len(values) > 1 and group.layers == 1:
+            yield rule
+            yield {**place, "layers": (0, 0), "params": {ours: values[-1]}, **of}
+        else:
+            yield {**rule, "gradient": {ours: values}} if len(values) > 1 else rule
 
     def _plain(self, name: str) -> Any:
         """The one value of a parameter that nothing may depend on."""
@@ -465,13 +583,13 @@ class _Translation:
         for i, part in enumerate(self.slices):
             if name in (part.parameters or {}):
                 raise self.file.error(
-                    ["slices", i, "parameters", name], f"'{name}' is one for the whole merge"
+                    [*self.inside, "slices", i, "parameters", name], f"'{name}' is one for the whole merge"
                 )
-        value = (self.config.parameters or {}).get(name, parameter.default)
+        value = parameter.default
+        for _, settings in self._shared():
+            value = settings.get(name, value)
         if not isinstance(value, bool):
             raise self.file.error(loc, f"'{name}' must be true or false for the whole merge")
-        if parameter.fixed and value != parameter.default:
-            raise self.file.error(loc, f"{name}: {str(value).lower()} is not supported; leave it out")
         return value
 
     # ------------------------------------------------------------------------------------------ tokenizer
@@ -479,39 +597,98 @@ class _Translation:
     def _tokenizer(self, written: Mapping[str, Any]) -> dict[str, Any]:
         """Whose configuration and tokenizer are carried, and whose vocabulary the merge has."""
         config = self.config
-        base = None if config.base_model is None else _key(config.base_model)
-        names = {key: name for name, key in self.experts.items()}
-        if base is not None and "base" in written:
-            names[base] = "base"
-        found = {"donor": names[base]} if base in names and names[base] != "base" else {}
+        base = None if config.base_model is None else _key(self.file, ["base_model"], config.base_model)
+        found: dict[str, Any] = {}
+        if base is not None and self.names[base] != "base":
+            found["donor"] = self.names[base]
+        if config.chat_template is not None:
+            found["chat_template"] = self._chat_template(config.chat_template)
         loc: Loc = ["tokenizer_source"]
         source: Any = config.tokenizer_source
         if config.tokenizer is not None:
             if source is not None:
                 raise self.file.error(["tokenizer"], "give tokenizer or tokenizer_source, not both")
-            for setting in config.tokenizer:
-                if setting != "source":
-                    raise self.file.error(
-                        ["tokenizer", setting], f"'{setting}' of tokenizers is not supported"
-                    )
-            loc, source = ["tokenizer", "source"], config.tokenizer.get("source", "union")
+            loc, source = ["tokenizer", "source"], config.tokenizer.source
+            found["tokens"] = self._tokens(config.tokenizer.tokens or {})
         if source is None:
             return found
+        # mergekit's embeddings have as many rows as tokens, and the base's rows for those that another model lacks.
+        found["pad_to_multiple_of"] = (config.tokenizer.pad_to_multiple_of if config.tokenizer else None) or 1
+        found["missing_tokens"] = "mean" if base is None else self.names[base]
         if source == "union":
             return {**found, "vocabulary": "union"}
-        key = base if source == "base" else _key(source)
-        if key not in names:
+        key = base if source == "base" else _key(self.file, loc, source)
+        if key is None and source == "base":
+            key = next(iter(self.names))
+            self.notes.append(f"tokenizer source: there is no base_model, so it is that of {key}")
+        if key not in self.names:
             raise self.file.error(loc, f"the tokenizer of {source} cannot be had: it is none of the models")
-        return {**found, "donor": names[key]}
+        return {**found, "donor": self.names[key]}
+
+    def _tokens(self, tokens: Mapping[str, _Token]) -> dict[str, dict[str, Any]]:
+        """Where rows of tokens come from, as the recipe says it."""
+        found: dict[str, dict[str, Any]] = {}
+        for token, asked in tokens.items():
+            loc: Loc = ["tokenizer", "tokens", token]
+            source = asked.source
+            kind = source.get("kind") if isinstance(source, dict) else None
+            if source is None or kind not in (None, "zero", "model_token"):
+                raise self.file.error(loc, f"{token!r} needs a source: a model, model_token or zero")
+            row: dict[str, Any] = {"force": asked.force}
+            if kind == "zero":
+                row["zero"] = True
+            else:
+                model = source.get("model") if isinstance(source, dict) and kind else source
+                key = _key(self.file, loc, model or "")
+                if key not in self.names:
+                    raise self.file.error(
+                        loc, f"the row of {token!r} cannot be had: {key} is none of the models"
+                    )
+                row["expert"] = self.names[key]
+            if isinstance(source, dict) and kind == "model_token":
+                if (source.get("token") is None) == (source.get("token_id") is None):
+                    raise self.file.error(loc, f"{token!r}: give one of token and token_id")
+                row |= {"token": source.get("token"), "id": source.get("token_id")}
+            found[token] = row
+        return found
+
+    def _chat_template(self, given: str) -> str | None:
+        """A template's text, of a name, or of most models for `auto`; None if these have none."""
+        if given == "auto":
+            folders = [Path(self._where(key.partition("+")[0])) for key in self.names]
+            if away := [str(folder) for folder in folders if not folder.is_dir()]:
+                raise self.file.error(
+                    ["chat_template"],
+                    f"auto is for models on this machine, and {away[0]} is none; fetch it, or write the template",
+                )
+            found = most_common(folders)
+            if found is None:
+                self.notes.append("chat_template: auto finds no template in any of the models")
+            return found
+        if given in NAMED:
+            return NAMED[given]
+        if "{" not in given:
+            near = did_you_mean(given, NAMED)
+            raise self.file.error(["chat_template"], f"{given!r} is no template, and no name of one{near}")
+        return given
 
 
-def _key(model: str | dict[str, Any]) -> str:
-    """The text of a model's reference: PATH[@REVISION][+ADAPTER]."""
+def _key(file: YamlFile, loc: Loc, model: str | dict[str, Any]) -> str:
+    """The text of a model's reference, PATH[@REVISION][+ADAPTER] (raises UserError for another mapping)."""
     if isinstance(model, str):
+        if model.count("+") > 1:
+            raise file.error(loc, f"{model}: is more than a model and an adapter, MODEL+ADAPTER")
         return model
+    known = ("model", "lora", "override_architecture") if "model" in model else ("path", "revision")
+    if odd := [key for key in model if key not in known]:
+        raise file.error([*loc, odd[0]], f"{odd[0]}: unknown key{did_you_mean(odd[0], known)}")
+    if model.get("override_architecture"):
+        raise file.error(
+            loc, "override_architecture is not supported: tensors are known by their names; leave it out"
+        )
     if "model" in model:
         lora = model.get("lora")
-        return _key(model["model"]) + (f"+{_key(lora)}" if lora else "")
+        return _key(file, loc, model["model"]) + (f"+{_key(file, loc, lora)}" if lora else "")
     revision = model.get("revision")
     return str(model.get("path", "")) + (f"@{revision}" if revision else "")
 
@@ -524,11 +701,3 @@ def _number(value: Any) -> float | int | bool | None:
         return float(value)
     except (TypeError, ValueError):
         return None
-
-
-def _place(region: _Region, filter: str | None) -> dict[str, Any]:
-    """Which tensors of a region a rule is for."""
-    if region.names is not None:
-        return {"match": [name for name in region.names if (filter or "") in name]}
-    match = {} if filter is None else {"match": [f"*{glob.escape(filter)}*"]}
-    return {**match, **({"layers": region.layers} if region.layers else {})}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Callable, Literal, Mapping, Sequence
+from typing import Annotated, Any, Callable, Iterable, Literal, Mapping, Sequence
 
 from pydantic import (
     BaseModel,
@@ -30,6 +30,7 @@ def _list(value: Any) -> Any:
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Patterns = Annotated[list[str], BeforeValidator(_list)]
+Span = tuple[int, int]  # the first and the last layer
 
 
 def unfolded(method: str, params: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -87,7 +88,7 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     match: Patterns = ["*"]
-    layers: tuple[int, int] | None = None
+    layers: Span | None = None
     params: dict[str, Any] = {}
     gradient: dict[str, Annotated[list[float], Field(min_length=1)]] = {}
     expert: str | None = None
@@ -97,13 +98,107 @@ class Rule(BaseModel):
         return {key: value for key, value in dump(self).items() if key != "expert" or value is not None}
 
 
-class Range(BaseModel):
-    """Layers of one expert: the first and the last, counted from 0, negative ones from the end."""
+class Part(BaseModel):
+    """A run of layers of a stack, merged by the recipe's method with parameters of its own.
+
+    layers: model -> its first and last layer, counted from 0, negative ones from the end; equally many of each. Models
+    are the recipe's experts, and `base`. base: which of them task vectors are measured from; `base` if it is among
+    them. The others are merged in this order. `expert: NAME` and `layers: [FIRST, LAST]` take one as it is, whatever
+    the method; passthrough's `scale` alone changes it.
+
+    params, rules: over those of the recipe. Lists of one number an expert are of the part's experts, in its order, and
+    layers of rules are counted from the part's first. Embeddings belong to the first part of a stack, what comes after
+    all layers to the last.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    expert: str
-    layers: tuple[int, int]
+    expert: str | None = None
+    layers: Span | dict[str, Span]
+    base: str | None = None
+    params: dict[str, Any] = {}
+    rules: list[Rule] = []
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Part:
+        if isinstance(self.layers, dict) == (self.expert is not None):
+            raise ValueError("write `layers: {NAME: [FIRST, LAST], ...}`, or `expert` and one pair of layers")
+        if not self.spans:
+            raise ValueError("layers: name a model and its first and last layer")
+        if self.base is not None and self.base not in self.spans:
+            raise ValueError(
+                f"base '{self.base}' is not among the part's layers{did_you_mean(self.base, self.spans)}"
+            )
+        if self.origin != "base" and "base" in self.spans:
+            raise ValueError(
+                "'base' is the part's base where it is among its layers; name it as an expert, too"
+            )
+        _refuse_unlisted(self.rules, self.experts, self.params)
+        return self
+
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key == "layers" or value}
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """The layers of each model."""
+        if isinstance(self.layers, dict):
+            return self.layers
+        return {self.expert: self.layers} if self.expert is not None else {}
+
+    @property
+    def origin(self) -> str | None:
+        """The model that task vectors are measured from."""
+        return self.base or ("base" if "base" in self.spans else None)
+
+    @property
+    def experts(self) -> list[str]:
+        """The models that are merged."""
+        return [name for name in self.spans if name != self.origin]
+
+
+def _refuse_unlisted(rules: Sequence[Rule], experts: Sequence[str], params: Mapping[str, Any]) -> None:
+    """Raises ValueError for a rule of one expert that is none of these, or that changes no list of theirs."""
+    for rule in rules:
+        if rule.expert is None:
+            continue
+        if rule.expert not in experts:
+            raise ValueError(f"rules: no expert is named '{rule.expert}'{did_you_mean(rule.expert, experts)}")
+        for key in (*rule.params, *rule.gradient):
+            listed = params.get(key)
+            if not isinstance(listed, list) or len(listed) != len(experts):
+                raise ValueError(
+                    f"rules: list '{key}' of every expert in params, of which a rule changes one"
+                )
+
+
+class TokenRow(BaseModel):
+    """Whose row a token gets: of an expert, or `base`, that of the token, another `token`, or an `id`; or zeros.
+
+    force: in all checkpoints; else in those that lack the token.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    expert: str | None = None
+    token: str | None = None
+    id: Annotated[int, Field(ge=0)] | None = None
+    zero: bool = False
+    force: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenRow:
+        if self.zero == (self.expert is not None):
+            raise ValueError("name the expert, or base, whose row the token gets; or set zero")
+        if (
+            self.token is not None
+            and self.id is not None
+            or self.zero
+            and (self.token or self.id is not None)
+        ):
+            raise ValueError("give one of token, id and zero")
+        return self
 
 
 class Fitted(BaseModel):
@@ -162,7 +257,18 @@ class Recipe(BaseModel):
 
     `methods` are Python files that define methods, and are run.
 
-    `stack` makes a model of ranges of the experts' layers, one after the other, with `method: passthrough`.
+    `stack` makes a model of runs of layers, one after the other, each of the same or other experts: in another order,
+    again, or without some. What an embedding or the last norm is merged of, its first and last part say.
+
+    `onto` says what an adapter adds to, where that is not the base: the checkpoint of an expert that is an adapter, or
+    of `base` if that is one: NAME: PATH.
+
+    `tokens` says where the rows of some tokens come from, and adds those that nobody has. With `pad_to_multiple_of` the
+    embeddings have as many rows as tokens, rounded up; else padding stays. `missing_tokens` says what stands in for a
+    token that a checkpoint lacks: the row of the `first` that has it, the base's before others'; the `mean` of those
+    that have it; or the row of a checkpoint by its name, or the mean. `chat_template` replaces the tokenizer's own.
+
+    `notes` are what a reader of another format has to say; they change nothing.
 
     `fitted` says what a recipe that a fit gave was fitted to; it changes no weight, but travels with them.
     `adapters` lie beside the merge, and correct it where the task of an input is known: TASK: FILE
@@ -180,6 +286,7 @@ class Recipe(BaseModel):
     params: dict[str, Any] = {}
     experts: dict[str, Path]
     base: Path | None = None
+    onto: dict[str, Path] = {}
     statistics: dict[str, Path | list[Path]] = {}
     include: Patterns = ["*"]
     exclude: Patterns = []
@@ -189,22 +296,26 @@ class Recipe(BaseModel):
     running_statistics: Literal["average", "merge"] = "average"
     layout: Literal["as_base", "packed", "per_expert"] = "as_base"
     rules: list[Rule] = []
-    stack: list[Range] = []
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = (
-        None  # None: each tensor keeps its own
-    )
+    stack: list[Part] = []
+    # None: each tensor keeps that of the base, or the first expert; widest: what holds those of all
+    dtype: Literal["float32", "float16", "bfloat16", "float64", "widest"] | None = None
     seed: Seed = 0
     shard_size: Annotated[int, Field(gt=0)] | None = None  # bytes a file; None writes one file
     # Whose configuration and tokenizer are carried over; None: the base's, or the first expert's without a base.
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
     packing: Literal["peft", "unsloth"] = "peft"  # how LoRA's factors of packed experts lie
+    tokens: dict[str, TokenRow] = {}
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    missing_tokens: str = "first"
+    chat_template: str | None = None
     allow_locked: bool = False
     requantise: bool = False
     methods: list[Path] = []
     fitted: Fitted | None = None
     adapters: dict[str, Path] = {}
     router: Path | None = None
+    notes: list[str] = []
 
     @model_serializer(mode="wrap")
     def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -220,6 +331,12 @@ class Recipe(BaseModel):
             "fitted": None,
             "adapters": {},
             "router": None,
+            "onto": {},
+            "tokens": {},
+            "pad_to_multiple_of": None,
+            "missing_tokens": "first",
+            "chat_template": None,
+            "notes": [],
         }
         return {key: value for key, value in dump(self).items() if key not in late or value != late[key]}
 
@@ -230,23 +347,28 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _lists(self) -> Recipe:
-        if self.stack and (self.method != "passthrough" or self.base or self.rules or self.statistics):
+        selected = self.include != ["*"] or self.exclude or self.keep or self.heads
+        if self.stack and (selected or self.rules or self.statistics):
             raise ValueError(
-                "stack: copies layers as they are: method passthrough, without base, rules and statistics"
+                "stack: is of whole models, without statistics, include, exclude, keep and heads; "
+                "rules stand in its parts"
             )
-        for rule in self.rules:
-            if rule.expert is None:
-                continue
-            if rule.expert not in self.experts:
-                near = did_you_mean(rule.expert, self.experts)
-                raise ValueError(f"rules: no expert is named '{rule.expert}'{near}")
-            for key in (*rule.params, *rule.gradient):
-                listed = self.params.get(key)
-                if not isinstance(listed, list) or len(listed) != len(self.experts):
-                    raise ValueError(
-                        f"rules: list '{key}' of every expert in params, of which a rule changes one"
-                    )
+        _refuse_unlisted(self.rules, list(self.experts), self.params)
+        for name in self.onto:
+            if name not in self.experts and not (name == "base" and self.base):
+                raise ValueError(
+                    f"onto: '{name}' is neither the base nor an expert{did_you_mean(name, self.experts)}"
+                )
         return self
+
+    def refuse_set_by_parts(self, names: Iterable[str]) -> None:
+        """Raises UserError for a parameter that a part of the stack sets: another value would change nothing."""
+        for name in names:
+            for i, part in enumerate(self.stack):
+                if any(name in values for values in (part.params, *(r.params for r in part.rules))):
+                    raise UserError(
+                        f"'{name}' is set by part {i + 1} of the stack, whose own counts; change it there"
+                    )
 
     @classmethod
     def of(cls, value: Recipe | Mapping[str, Any]) -> Recipe:
@@ -278,6 +400,10 @@ class Recipe(BaseModel):
             "donor",
             "vocabulary",
             "packing",
+            "tokens",
+            "pad_to_multiple_of",
+            "missing_tokens",
+            "chat_template",
             "allow_locked",
             "requantise",
             "fitted",

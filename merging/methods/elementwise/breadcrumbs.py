@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Iterator, Literal, Mapping, Sequence
 
 from mergeline.merging.algebra import combine, quantiles, sparsify
 from mergeline.merging.algebra.slots import Slot, Unit, Views
@@ -20,6 +20,8 @@ def _scope(params: Mapping[str, Any]) -> Unit:
 def _wrong(params: Mapping[str, Any], _experts: int) -> Iterator[str]:
     if params["variant"] == "mergellm" and params["bottom_rate"] is None:
         yield "the mergellm variant needs bottom_rate, the share of smallest entries that are dropped"
+    if params["rescale"] and params["variant"] != "mergekit":
+        yield "rescale is the mergekit variant's alone: set variant to mergekit"
     if params["variant"] != "official" and params["scope"] != "tensor":
         yield f"the {params['variant']} variant works on whole tensors: set scope to tensor"
     if params["variant"] == "mergellm":
@@ -53,8 +55,12 @@ def bounds(
     bottom_rate: float | None,
     remove_first: bool,
     variant: str,
+    rescale: bool,
 ) -> list[list[float] | None]:
-    """Smallest and largest magnitude kept, one pair an expert; None keeps nothing."""
+    """Smallest and largest magnitude kept, one pair an expert; None keeps nothing.
+
+    With `rescale` a third number: what mergekit multiplies the kept entries by.
+    """
     kept_T = [
         _places(views.elements, share, rate, bottom_rate, remove_first, variant)
         for share, rate in zip(
@@ -63,7 +69,20 @@ def bounds(
     ]
     places = [[first + 1, last + 1] if first <= last else [1, 1] for first, last in kept_T]
     found = quantiles.kth_smallest(views.each, lambda x: x.task_vectors, "element", places)
-    return [limits if first <= last else None for limits, (first, last) in zip(found, kept_T)]
+    limits_T = [limits if first <= last else None for limits, (first, last) in zip(found, kept_T)]
+    if not rescale:
+        return limits_T
+    ratio_T = sparsify.l1_ratios(views, lambda x: [_kept(x, t, limits) for t, limits in enumerate(limits_T)])
+    return [limits and [*limits, ratio] for limits, ratio in zip(limits_T, ratio_T)]
+
+
+def _kept(x: Slot, t: int, limits: Sequence[float | Tensor] | None) -> Tensor:
+    """The entries of a task vector that are kept, times the ratio that stands behind the limits: (X)."""
+    tau_X = x.task_vectors[t]
+    if not limits:
+        return 0 * tau_X
+    kept_X = sparsify.keep_between(tau_X, *limits[:2])
+    return kept_X * limits[2] if len(limits) > 2 else kept_X
 
 
 @method(
@@ -83,6 +102,7 @@ def breadcrumbs(
     weights: Weights | None = None,
     normalize: bool = False,
     elect: bool = False,
+    rescale: bool = False,
     remove_first: bool = True,
     bottom_rate: BelowOne | None = None,
     scope: Literal["row", "tensor"] = "row",
@@ -101,6 +121,7 @@ def breadcrumbs(
         weights: one number an expert, in their order, 1 by default
         outlier_rate: share of the largest entries that are dropped
         elect: add only the entries that agree with the elected sign
+        rescale: give what is kept of each task vector its L1 norm back; the mergekit variant's alone
         remove_first: whether outliers are dropped before `density` is counted; else they count as kept
         bottom_rate: share of the smallest entries that are dropped; the mergellm variant's alone
     Trap:
@@ -116,5 +137,5 @@ def breadcrumbs(
         else:
             first, last = _places(tau_X.shape[-1], share_T[t], rate_T[t], bottom_rate, remove_first, variant)
             limits = quantiles.row_order(tau_X, [first, last]) if first <= last else None
-        tau_TX.append(sparsify.keep_between(tau_X, *limits) if limits else 0 * tau_X)
+        tau_TX.append(_kept(x, t, limits))
     return combine.merge_signed(tau_TX, weights, elect, normalize)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Mapping
+from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping
 
 from mergeline.merging.algebra import combine, quantiles, sparsify, sums
 from mergeline.merging.algebra.slots import Slot, View, Views
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 def _over(params: Mapping[str, Any]) -> Literal["model", "tensor"]:
     return "model" if params["scope"] == "global" and params["variant"] != "mergekit" else "tensor"
+
+
+def _wrong(params: Mapping[str, Any], _experts: int) -> Iterator[str]:
+    if params["rescale"] and params["variant"] != "mergekit":
+        yield "rescale is the mergekit variant's alone: set variant to mergekit"
 
 
 def trim(views: Views, *, density: float | list[float], variant: str) -> dict[str, Any]:
@@ -33,12 +38,23 @@ def trim(views: Views, *, density: float | list[float], variant: str) -> dict[st
     return {"thresholds": thresholds, "majority": float(majority > 0) - float(majority < 0)}
 
 
+def trim_to_norms(
+    views: Views, *, density: float | list[float], variant: str, rescale: bool
+) -> dict[str, Any]:
+    """As `trim`; with `rescale` also what mergekit multiplies trimmed task vectors by, one an expert."""
+    found = trim(views, density=density, variant=variant)
+    if rescale:
+        found["ratios"] = sparsify.l1_ratios(views, lambda x: sparsify.trimmed(x, found["thresholds"]))
+    return found
+
+
 @method(
     paper="2306.01708",
     code="prateeky2806/ties-merging@44e7891f",
     scale=1.0,
     needs=("base",),
-    measure=Look(trim, over=_over),
+    measure=Look(trim_to_norms, over=_over),
+    check=_wrong,
 )
 def ties(
     x: Slot,
@@ -47,6 +63,7 @@ def ties(
     reduce: Literal["mean", "sum", "max"] = "mean",
     weights: Weights | None = None,
     normalize: bool = True,
+    rescale: bool = False,
     scope: Literal["global", "tensor"] = "global",
     variant: Literal["official", "mergelm", "mergekit"] = "official",
 ) -> Tensor:
@@ -60,6 +77,7 @@ def ties(
     Parameters:
         normalize: with `reduce: mean`, whether to divide by the number, or weights, of the entries that agree
         weights: one number an expert, in their order; the mergekit variant's alone
+        rescale: give each trimmed task vector its L1 norm back; the mergekit variant's alone
     Trap:
         The threshold is that of the whole model, so that tensors which no expert changed count. The official
         rule keeps one entry more than int(n · density), and all equals; mergekit trims tensor by tensor and
@@ -79,6 +97,8 @@ def merged_task_vector(
 ) -> Tensor:
     """What trimmed task vectors have in common, by the thresholds and the majority that `trim` found: (X)."""
     tau_TX = sparsify.trimmed(x, found["thresholds"])
+    if ratio_T := found.get("ratios"):
+        tau_TX = [tau_X * ratio for tau_X, ratio in zip(tau_TX, ratio_T)]
     undecided = found["majority"] or (-1.0 if variant == "official" else 0.0)
     sign_X = combine.elect_signs(tau_TX, weights, undecided)
     if reduce == "max":

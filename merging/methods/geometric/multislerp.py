@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def coordinates(views: Views, *, weights: list[float] | None, epsilon: float) -> list[float]:
+def coordinates(views: Views, *, weights: list[float] | None, normalize: bool, epsilon: float) -> list[float]:
     """The mean as a combination of the vectors: one coefficient each, from their T x T Gram matrix."""
     gram_TT = combine.gram_of_vectors(views)
     weight_T = torch.tensor(weights or [1.0] * len(gram_TT), dtype=torch.float64)
-    weight_T = weight_T / weight_T.sum()
+    if normalize:
+        weight_T = weight_T / weight_T.sum()
     norm_T = gram_TT.diagonal().sqrt()
     unit_T = weight_T / (norm_T + epsilon)
     length = (unit_T @ gram_TT @ unit_T).clamp(min=0).sqrt()
@@ -28,7 +29,7 @@ def coordinates(views: Views, *, weights: list[float] | None, epsilon: float) ->
 
 
 def _wrong(params: Mapping[str, Any], _experts: int) -> Iterator[str]:
-    if params["weights"] and abs(sum(params["weights"])) < 1e-12:
+    if params["normalize"] and params["weights"] and abs(sum(params["weights"])) < 1e-12:
         yield "the weights sum to 0, so they cannot be normalised; change one"
 
 
@@ -44,18 +45,20 @@ def multislerp(
     x: Slot,
     *,
     weights: Weights | None = None,
+    normalize: bool = True,
     epsilon: Positive = 1e-8,
     scope: Literal["tensor"] = "tensor",
 ) -> Tensor:
     """The direction of the weighted mean of unit vectors, times the weighted mean of norms.
 
-    With a base, of the task vectors. Weights are divided by their sum. Where the unit vectors cancel it is their
-    weighted mean, which the official code has for two only.
+    With a base, of the task vectors. Weights are divided by their sum, unless `normalize` is false. Where the unit
+    vectors cancel it is their weighted mean, which the official code has for two only.
 
     Formula:
         v = θ, or τ with a base;  u = Σₜ wₜ vₜ / ‖vₜ‖, the weights summing to 1
         (u / ‖u‖) · Σₜ wₜ ‖vₜ‖, plus the base if there is one
     Parameters:
+        normalize: divide the weights by their sum; else norms are summed by weight, not averaged
         epsilon: is added to norms, and is the length below which no direction is left
     Trap:
         A base changes the result: then task vectors are merged. The official step in the tangent space is

@@ -164,6 +164,68 @@ def test_transformers_opens_a_union(tmp_path):
     )
 
 
+def test_rows_of_tokens_come_from_where_the_recipe_says(tmp_path):
+    base = save(tmp_path / "base", 0, [*WORDS, None])
+    one = save(tmp_path / "one", 1, [*WORDS, "<x>"], added=("<x>",))
+    two = save(tmp_path / "two", 2, [*WORDS, "<y>"], added=("<y>",))
+    recipe = {
+        "method": "linear",
+        "params": {"weights": [1, 1, 1]},
+        "vocabulary": "union",
+        "pad_to_multiple_of": 4,
+    }
+    recipe |= {"experts": {"base_model": base, "one": one, "two": two}, "missing_tokens": "mean"}
+    recipe["tokens"] = {
+        "a": {"expert": "one", "force": True},
+        "<y>": {"expert": "two", "token": "b"},
+        "<new>": {"zero": True},
+    }
+    merge(recipe, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vocab_size"] == len(found) == 8
+    assert found[0].tolist() == row("a", 1)
+    for i, token in enumerate(WORDS[1:], 1):
+        assert found[i].tolist() == average(token, 0, 1, 2)
+    assert found[4].tolist() == row("<x>", 1)  # the only one that has it
+    expected = torch.tensor([row("b", 2), row("b", 2), row("<y>", 2)]).mean(0)
+    assert torch.allclose(found[5], expected)
+    assert torch.allclose(found[7], found[:7].mean(0), atol=0.1)  # the mean of each, merged
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    entries = {e["content"]: (e["id"], e["special"]) for e in tokenizer["added_tokens"]}
+    assert entries == {"<x>": (4, True), "<y>": (5, True), "<new>": (6, False)}
+    assert "bit-identical" in verify(tmp_path / "out")
+    warnings = make_plan(recipe).warnings
+    assert any("multiple of 4" in w for w in warnings) and any("added as ordinary" in w for w in warnings)
+
+
+def test_a_token_that_several_have_gets_the_mean_of_their_rows_or_the_named_ones(tmp_path):
+    base = save(tmp_path / "base", 0, WORDS)
+    one, two, three = (save(tmp_path / n, i, [*WORDS, "<x>"], added=("<x>",)) for i, n in enumerate("abc", 1))
+    recipe = {"method": "average", "experts": {"base_model": base, "a": one, "b": two, "c": three}}
+    recipe["vocabulary"] = "union"
+    for missing, stand_in in (("first", 1), ("b", 2)):
+        found, _ = merged({**recipe, "missing_tokens": missing}, tmp_path / f"of-{missing}")
+        assert found[4].tolist() == average("<x>", stand_in, 1, 2, 3)
+    found, _ = merged({**recipe, "missing_tokens": "mean"}, tmp_path / "of-mean")
+    assert found[4].tolist() == average("<x>", 1, 2, 3)
+
+
+def test_tokens_that_have_no_row_are_left_out(tmp_path):
+    base = save(tmp_path / "base", 0, WORDS)
+    one = save(tmp_path / "one", 1, [*WORDS, "<x>"], added=("<x>",))
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [{"id": 7, "content": "<beyond>", "special": True}]
+    tokenizer["model"]["merges"] = ["a b", ["<beyond>", "c"]]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = {"method": "average", "base": base, "experts": {"one": one}}
+    found, _ = merged(recipe, tmp_path / "out")
+    assert found.tolist() == [row(t, 1) for t in WORDS]
+    written = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert written["added_tokens"] == [] and written["model"]["merges"] == ["a b"]
+    assert any("'<beyond>' first" in w and "beyond its 4 rows" in w for w in make_plan(recipe).warnings)
+
+
 def refuse(recipe: dict[str, Any], out: Path, *parts: str) -> None:
     with refused(*parts):
         merge(recipe, out)
@@ -178,13 +240,14 @@ def test_what_is_refused(tmp_path):
         "'bare'", "'base' 4, 'bare' 5 rows", "no tokenizer.json",
     )  # fmt: skip
     other = save(tmp_path / "other", 1, [*WORDS, "x"])
-    refuse(
-        {"method": "average", "base": base, "experts": {"other": other}, "vocabulary": "union"}, tmp_path / "out",
-        "'other'", "'x'", "none of its added tokens", "donor's vocabulary",
-    )  # fmt: skip
-    (other / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 9}}}))
     recipe = {"method": "average", "base": base, "experts": {"other": other}}
-    refuse(recipe, tmp_path / "out", "tokenizer.json", "the id 9", "5 rows")
+    for tokens, part in (
+        ({"q": {"expert": "othre"}}, "did you mean 'other'?"),
+        ({"q": {"expert": "other"}}, "'other' has no token 'q'"),
+        ({"q": {"expert": "other", "id": 7}}, "'other' has no row 7"),
+    ):
+        refuse({**recipe, "tokens": tokens}, tmp_path / "out", "tokens: 'q'", part)
+    refuse({**recipe, "missing_tokens": "othre"}, tmp_path / "out", "missing_tokens", "did you mean 'other'?")
     (other / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 0}}}))
     refuse(recipe, tmp_path / "out", "tokenizer.json", "one id to two tokens")
     for text in (
