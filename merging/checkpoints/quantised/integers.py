@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
-from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, bad, rows_together
+from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, bad, rows_across
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class AcrossTensor(QuantisedTensor):
 
     @property
     def step(self) -> int:
-        return rows_together(self.width)
+        return rows_across(self.width)
 
     def rows(self, elements: Elements, first: int, last: int) -> Tensor:
         words, zeros, scales = self.parts[:3]

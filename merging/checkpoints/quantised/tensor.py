@@ -75,7 +75,7 @@ class QuantisedTensor(TensorInfo):
         return out
 
 
-def rows_together(width: int) -> int:
+def rows_across(width: int) -> int:
     """Rows to compute together where the stored matrix lies across: a multiple of 32."""
     return max(-(-_AT_ONCE // max(width, 1)) // 32, 1) * 32
 

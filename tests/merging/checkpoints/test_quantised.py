@@ -272,7 +272,9 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, list[str]]] =
     "an unknown method": (
         {"X.W_q": torch.ones(4, dtype=torch.uint8)}, {"quant_method": "hqq"}, ["hqq in config.json", "float16"],
     ),
-    "an unknown method of known names": (BLOCKS, {**FP8, "quant_method": "quark"}, ["quantised by quark"]),
+    "an unknown method of known names": (
+        BLOCKS, {**FP8, "quant_method": "quark"}, ["(quark in config.json), which cannot be read"],
+    ),
     "sparse": (
         {"X.weight": BLOCKS["X.weight"], "X.weight_scale": torch.ones(1)},
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},

@@ -153,7 +153,7 @@ def test_a_scale_of_nan_is_refused_and_nothing_is_written(family, tmp_path):
 def test_what_cannot_be_read_is_a_problem_of_the_plan(family, tmp_path):
     configure(tmp_path / "b", quantization_config={**FP8, "quant_method": "hqq"})
     [problem] = make_plan({"method": "ties", **family}).problems
-    assert problem.startswith("b: ") and "says that it is quantised by hqq" in problem
+    assert problem.startswith("b: ") and "is quantised (hqq in config.json), which cannot be read" in problem
 
 
 def test_an_adapter_adds_to_the_floats_of_a_quantised_base(family, tmp_path):
