@@ -15,6 +15,7 @@ from mergeline.merging.algebra.slots import View, all_finite, block_elements
 from mergeline.merging.architecture import Model, describe
 from mergeline.merging.checkpoints.adapters import AdaptedTensor, composed, is_bare
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, content_digest, hasher
+from mergeline.merging.checkpoints.quantised.tensor import forget
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
@@ -155,6 +156,7 @@ class Files:
     def __exit__(self, *_: Any) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
+        forget()
 
     def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""

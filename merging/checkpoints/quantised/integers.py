@@ -81,10 +81,11 @@ class AcrossTensor(QuantisedTensor):
         rows, width = info.shape
         if info.nbytes > _KEPT:
             return torch.stack([elements(info, r * width + first, r * width + last) for r in range(rows)])
-        kept: dict[str, Tensor] = vars(self._last).setdefault("kept", {})
-        if info.name not in kept:
-            kept[info.name] = elements(info, 0, rows * width).reshape(rows, width)
-        return kept[info.name][:, first:last]
+        kept: tuple[int, Tensor] | None = vars(self._last).get(info.name)
+        if kept is None:
+            kept = 0, elements(info, 0, rows * width).reshape(rows, width)
+            vars(self._last)[info.name] = kept
+        return kept[1][:, first:last]
 
 
 @dataclass(frozen=True)
