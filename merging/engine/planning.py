@@ -425,7 +425,12 @@ def _say_what_is_written(plan: Plan) -> None:
     elif any(
         isinstance(info, QuantisedTensor) for c in plan.checkpoints.values() for info in c.tensors.values()
     ):
-        plan.warnings.append("what is written is not quantised: its config.json has no quantization_config")
+        beside = (
+            "its config.json has no quantization_config"
+            if plan.donor
+            else "no config.json lies beside it, for which a folder must be the base or the donor"
+        )
+        plan.warnings.append(f"what is written is not quantised: {beside}")
 
 
 def _requantise(plan: Plan) -> Iterator[str]:

@@ -22,6 +22,7 @@ from mergeline.merging.checkpoints.checkpoint import (
     content_digest,
     hasher,
 )
+from mergeline.merging.checkpoints.quantised.tensor import forget
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
@@ -164,6 +165,7 @@ class Files:
     def __exit__(self, *_: Any) -> None:
         while self._opened:
             self._opened.popitem()[1].close()
+        forget()
 
     def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""

@@ -96,7 +96,11 @@ class _Reader:
         self.found.formats[kind] += 1
         self.found.firsts.setdefault(kind, tensor.name)
         self.found.used |= {part.name for part in (*tensor.parts, *more) if part}
-        if self.method is not None and kind.partition(" in ")[0] not in METHODS.get(self.method, ()):
+        if self.method is None:
+            return
+        if self.method not in METHODS:
+            raise self.refuse(f"is quantised ({self.method} in {CONFIG}), which cannot be read")
+        if kind.partition(" in ")[0] not in METHODS[self.method]:
             raise UserError(
                 f"{self.path}: {CONFIG} says that it is quantised by {self.method}, "
                 f"but '{tensor.parts[0].name}' is {kind}; take the {CONFIG} that belongs to the weights"

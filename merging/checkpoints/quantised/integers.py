@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
-from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, bad, rows_together
+from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, bad, rows_across
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class AcrossTensor(QuantisedTensor):
 
     @property
     def step(self) -> int:
-        return rows_together(self.width)
+        return rows_across(self.width)
 
     def rows(self, elements: Elements, first: int, last: int) -> Tensor:
         words, zeros, scales = self.parts[:3]
@@ -81,10 +81,11 @@ class AcrossTensor(QuantisedTensor):
         rows, width = info.shape
         if info.nbytes > _KEPT:
             return torch.stack([elements(info, r * width + first, r * width + last) for r in range(rows)])
-        kept: dict[str, Tensor] = vars(self._last).setdefault("kept", {})
-        if info.name not in kept:
-            kept[info.name] = elements(info, 0, rows * width).reshape(rows, width)
-        return kept[info.name][:, first:last]
+        kept: tuple[int, Tensor] | None = vars(self._last).get(info.name)
+        if kept is None:
+            kept = 0, elements(info, 0, rows * width).reshape(rows, width)
+            vars(self._last)[info.name] = kept
+        return kept[1][:, first:last]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -17,8 +18,34 @@ if TYPE_CHECKING:
 
 Elements = Callable[[TensorInfo, int, int], "Tensor"]
 
+_MOST_KEPT = 1 << 27  # bytes that a thread keeps of all tensors
 _AT_ONCE = 1 << 19  # elements that are computed at once, about
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+class _Keepers(threading.local):
+    """The tensors of which a thread keeps something, those it read last at the end."""
+
+    def __init__(self) -> None:
+        self.tensors: OrderedDict[int, QuantisedTensor] = OrderedDict()
+
+    def add(self, tensor: QuantisedTensor) -> None:
+        """Note a tensor that was read; others forget what they keep where all of it is too much."""
+        self.tensors.pop(id(tensor), None)
+        if vars(tensor._last):
+            self.tensors[id(tensor)] = tensor
+        while len(self.tensors) > 1 and sum(t.kept_bytes for t in self.tensors.values()) > _MOST_KEPT:
+            vars(self.tensors.popitem(last=False)[1]._last).clear()
+
+
+_KEEPERS = _Keepers()
+
+
+def forget() -> None:
+    """Let go of what this thread keeps of tensors that it did not read to their ends."""
+    for tensor in _KEEPERS.tensors.values():
+        vars(tensor._last).clear()
+    _KEEPERS.tensors.clear()
 
 
 @dataclass(frozen=True)
@@ -29,7 +56,7 @@ class QuantisedTensor(TensorInfo):
     """
 
     parts: tuple[TensorInfo, ...]
-    # Of a thread: rows that it computed and did not yet read all of.
+    # Of a thread: rows that it computed and did not yet read all of, and what it read and will want again.
     _last: threading.local = field(default_factory=threading.local, repr=False, compare=False, kw_only=True)
 
     @property
@@ -59,7 +86,7 @@ class QuantisedTensor(TensorInfo):
         out = torch.empty(stop - start, dtype=torch.float32)
         unit, at, total = self.width * self.step, start, prod(self.shape)
         while at < stop:
-            first, begun = at // unit * unit, getattr(self._last, "rows", None)
+            first, begun = at // unit * unit, vars(self._last).get("rows")
             if begun is None or not begun[0] <= at < begun[0] + len(begun[1]):
                 most = max(_AT_ONCE // unit, 1) * unit
                 end = min(first + most, -(-stop // unit) * unit, total)
@@ -69,13 +96,22 @@ class QuantisedTensor(TensorInfo):
             out[at - start : end - start] = values[at - first : end - first]
             at = end
             # Of rows that are computed together, the next stretch may want the rest.
-            self._last.rows = begun if first + len(values) > stop and self.step > 1 else None
+            if first + len(values) > stop and self.step > 1:
+                self._last.rows = begun
+            else:
+                vars(self._last).pop("rows", None)
         if stop == total:
             vars(self._last).clear()
+        _KEEPERS.add(self)
         return out
 
+    @property
+    def kept_bytes(self) -> int:
+        """What this thread keeps."""
+        return sum(part.nbytes for _, part in vars(self._last).values())
 
-def rows_together(width: int) -> int:
+
+def rows_across(width: int) -> int:
     """Rows to compute together where the stored matrix lies across: a multiple of 32."""
     return max(-(-_AT_ONCE // max(width, 1)) // 32, 1) * 32
 

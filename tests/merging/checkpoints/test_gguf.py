@@ -109,6 +109,17 @@ def test_a_gguf_expert_merges_with_a_base_of_safetensors(tmp_path):
     assert "bit-identical" in verify(tmp_path / "out")
 
 
+def test_a_base_of_gguf_has_no_configuration_to_carry(tmp_path):
+    for seed, name in enumerate(("base", "a")):
+        write(tmp_path / f"{name}.gguf", model("llama", seed), "Q8_0")
+    recipe = {"method": "ties", "base": tmp_path / "base.gguf", "experts": {"a": tmp_path / "a.gguf"}}
+    assert make_plan(recipe).warnings[-1].endswith("a folder must be the base or the donor")
+    merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()}
+    assert dtypes == {torch.bfloat16, torch.float32}  # norms are float32 in GGUF, and not quantised
+
+
 def test_the_parts_of_a_split_file_are_one_checkpoint(tmp_path):
     made = model("llama")
     write(tmp_path / "whole.gguf", made)

@@ -217,6 +217,20 @@ def test_matrices_that_lie_across_are_read_in_columns_where_they_are_large(tmp_p
     check(folder, "X.weight", expected)
 
 
+def test_a_thread_keeps_little_of_tensors_that_it_does_not_read_to_their_ends(tmp_path, monkeypatch):
+    tensors, expected = gptq(4, True, off=1)
+    stored = {key.replace("X", f"layers.{i}"): tensor for i in range(5) for key, tensor in tensors.items()}
+    view = opened(save(tmp_path / "in", stored, {"quant_method": "gptq", "bits": 4, "group_size": 16}))
+    infos: list[Any] = [*view.tensors.values()]
+    with Files() as files:
+        for limit in (1 << 27, 0):
+            monkeypatch.setattr("mergeline.merging.checkpoints.quantised.tensor._MOST_KEPT", limit)
+            for info in infos:
+                assert torch.equal(info.read(files.elements, 70, 90), expected.flatten()[70:90])
+            assert sum(info.kept_bytes > 0 for info in infos) == (5 if limit else 1)
+    assert sum(info.kept_bytes for info in infos) == 0
+
+
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 20), st.data())
 def test_any_stretch_of_any_shape_has_the_bits_of_the_whole(rows, columns, block, data):
     tensors = fp8_blocks((rows, columns), block)
@@ -272,7 +286,9 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, list[str]]] =
     "an unknown method": (
         {"X.W_q": torch.ones(4, dtype=torch.uint8)}, {"quant_method": "hqq"}, ["hqq in config.json", "float16"],
     ),
-    "an unknown method of known names": (BLOCKS, {**FP8, "quant_method": "quark"}, ["quantised by quark"]),
+    "an unknown method of known names": (
+        BLOCKS, {**FP8, "quant_method": "quark"}, ["(quark in config.json), which cannot be read"],
+    ),
     "sparse": (
         {"X.weight": BLOCKS["X.weight"], "X.weight_scale": torch.ones(1)},
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},

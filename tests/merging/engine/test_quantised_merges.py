@@ -15,6 +15,7 @@ from small_language_model import save_model
 from torch import Tensor
 
 from mergeline.merging import merge
+from mergeline.merging.api import merge_points
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.compress import compress, extract_expert
@@ -152,7 +153,7 @@ def test_a_scale_of_nan_is_refused_and_nothing_is_written(family, tmp_path):
 def test_what_cannot_be_read_is_a_problem_of_the_plan(family, tmp_path):
     configure(tmp_path / "b", quantization_config={**FP8, "quant_method": "hqq"})
     [problem] = make_plan({"method": "ties", **family}).problems
-    assert problem.startswith("b: ") and "says that it is quantised by hqq" in problem
+    assert problem.startswith("b: ") and "is quantised (hqq in config.json), which cannot be read" in problem
 
 
 def test_an_adapter_adds_to_the_floats_of_a_quantised_base(family, tmp_path):
@@ -204,6 +205,25 @@ def test_a_quantised_embedding_of_another_vocabulary_is_gathered_in_float32(tmp_
     merge(recipe, tmp_path / "out")
     found = load_file(tmp_path / "out" / WEIGHTS)["model.embed_tokens.weight"]
     assert torch.equal(found, (code.float() * scale)[[0, 1, 2, 3, 5, 4]])
+
+
+def test_layers_of_quantised_experts_are_stacked(family, tmp_path):
+    layers = [
+        {"expert": "a", "layers": [0, 1]},
+        {"expert": "b", "layers": [0, 0]},
+        {"expert": "b", "layers": [0, 1]},
+    ]
+    merge({"method": "passthrough", "experts": family["experts"], "stack": layers}, tmp_path / "out")
+    found, expert = load_file(tmp_path / "out" / WEIGHTS), values(tmp_path / "b")
+    for layer, own in ((2, 0), (3, 0), (4, 1)):
+        name = QUERY.replace("layers.0", f"layers.{layer}")
+        assert torch.equal(found[name], expert[QUERY.replace("layers.0", f"layers.{own}")].bfloat16())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_what_is_kept_from_a_quantised_expert_is_rounded_once(family, tmp_path):
+    merge({"method": "ties", **family, "keep": {QUERY: "b"}}, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[QUERY], values(tmp_path / "b")[QUERY].bfloat16())
 
 
 # --------------------------------------------------------------------------------------- written quantised again
@@ -337,3 +357,13 @@ def test_the_command_says_the_error(family, mergeline, tmp_path):
     given = ["--method", "ties", "--base", tmp_path / "base", "--expert", tmp_path / "a"]
     done = mergeline("merge", *given, "--requantise", "--out", tmp_path / "out")
     assert done.code == 0 and "requantised 14 tensors: relative error " in done.out, done
+
+
+def test_points_of_a_sweep_each_say_their_error(family, tmp_path):
+    quantise(tmp_path / "base")
+    recipe = {"method": "task_arithmetic", **family, "requantise": True}
+    points = [({**recipe, "params": {"scale": scale}}, tmp_path / f"{scale}") for scale in (0.1, 2.0)]
+    found = merge_points(points)
+    alone = [merge(*point, force=True) for point in points]
+    assert [made["requantised"] for made in found] == [made["requantised"] for made in alone]
+    assert found[0]["requantised"] != found[1]["requantised"]
