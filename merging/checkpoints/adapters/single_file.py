@@ -206,9 +206,8 @@ def _layers(
     for name, info, height in zip(names, infos, heights):
         left = Factor(up, range(start, start + height), range(rank))
         scaling = 1 / rank if alpha else config.lora_scaling(module, rank) if config else 1.0
-        update: Update = Added(left, Factor.of(down), scaling, alpha=alpha)
-        if magnitude:
-            update = WithMagnitude(update, info, magnitude)
+        added = Added(left, Factor.of(down), scaling, alpha=alpha)
+        update: Update = WithMagnitude(added, info, magnitude) if magnitude else added
         found[name] = adapted(name, info, info.shape, update, name.removesuffix(".weight"))
         start += height
     return found
