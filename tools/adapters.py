@@ -1,0 +1,135 @@
+"""Writes docs/adapters.md: every kind of adapter beside PEFT, the largest difference measured, or why it is refused.
+
+python tools/adapters.py
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "tests" / "helpers"))
+
+HEAD = """# Adapters
+
+Written by `python tools/adapters.py`, not by hand: what Mergeline makes of an adapter and its base, beside PEFT's
+`merge_and_unload`, on tiny models of the real classes, in float32. The difference is the largest of any entry.
+
+An expert that is an adapter stands for its base as it changes it, block by block, whatever the method. What no weights
+stand for, and what is not read, is refused by its name in one line.
+
+## Kinds
+
+| adapter | equal to PEFT; largest difference |
+|---|---|
+"""
+REFUSED = """
+## Refused
+
+| adapter | the line |
+|---|---|
+"""
+TAIL = """
+## Tied embeddings
+
+Where the base's output matrix is its embedding, PEFT wraps one of the two modules, and the other stays the base's:
+the merge then has an output matrix of its own, `tie_word_embeddings` is false, and the plan says so. Rows of single
+tokens, and what PEFT keeps tied (`ensure_weight_tying`, and both are in the file), stay tied. The reference is what
+the adapted model computes: `merge_and_unload` of PEFT 0.21 adds LoRA of one of the two to both.
+
+## Packed experts
+
+`target_parameters` has the factors of all experts in two matrices. PEFT orders their columns by rank first, Unsloth by
+expert first, and files do not say which: PEFT's order is read, and the recipe's `packing: unsloth` reads the other. The
+plan says so. Experts may lie packed or one by one on disk.
+
+## Without a base
+
+`mergeline extract-lora` of adapters alone, with `average`, `linear` or `task_arithmetic`, makes one adapter whose
+factors stand one after the other (PEFT's `combination_type="cat"`): exact, and the ranks add up. `--rank cat` does the
+same where there is a base. `mergeline merge` needs the base.
+
+## Single files of diffusion models
+
+`lora_unet_....lora_down.weight` (sd-scripts, with the layers of SDXL and FLUX as their own code calls them),
+`unet....lora_A.weight` and `unet....lora.down.weight` (diffusers, for SDXL, SD3 and FLUX) are merged into the
+component whose folder is the base: `unet`, `transformer`, `text_encoder` or `text_encoder_2`. Parts for others are
+named by the plan. Each layer has its own `alpha`; diffusers 0.42 gives layers of attention the most frequent one. LoHa,
+LoKr and Tucker factors (`lora_mid`) of such files are refused.
+"""
+
+
+def main() -> None:
+    import warnings
+
+    import adapter_kinds
+    import peft_adapters
+
+    warnings.simplefilter("ignore")
+    peft_adapters.transformers.logging.set_verbosity_error()
+    rows = "".join(f"| {case} | {difference:.0e} |\n" for case, difference in _measured(adapter_kinds.KINDS))
+    lines = "".join(f"| {case} | {line} |\n" for case, line in _refused(adapter_kinds.REFUSED))
+    (REPOSITORY / "docs" / "adapters.md").write_text(HEAD + rows + REFUSED + lines + TAIL)
+
+
+def _measured(kinds: dict) -> Iterator[tuple[str, float]]:
+    import peft
+    from adapter_kinds import maker
+    from peft_adapters import save_any
+    from safetensors.torch import load_file
+
+    from mergeline.merging import merge
+
+    for case, (model, kind, config) in kinds.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            maker(model)().save_pretrained(folder / "base")
+            adapted = save_any(maker(model)(), folder / "lora", getattr(peft, f"{kind}Config")(**config))
+            adapted.merge_and_unload().save_pretrained(folder / "peft")
+            experts = {"a": folder / "lora"}
+            merge({"method": "average", "base": folder / "base", "experts": experts}, folder / "out")
+            ours, theirs = (load_file(folder / f / "model.safetensors") for f in ("out", "peft"))
+            yield case, max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+def _refused(cases: dict) -> Iterator[tuple[str, str]]:
+    import json
+
+    import peft
+    from adapter_kinds import maker
+    from peft_adapters import llama, save_any
+
+    from mergeline.merging.engine.planning import make_plan
+
+    def line(folder: Path) -> str:
+        plan = make_plan({"method": "average", "base": folder / "base", "experts": {"a": folder / "lora"}})
+        return plan.problems[0].partition("adapter_config.json: ")[2].replace("|", "\\|")
+
+    for case, (model, kind, config, _) in cases.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            maker(model)().save_pretrained(folder / "base")
+            save_any(maker(model)(), folder / "lora", getattr(peft, f"{kind}Config")(**config))
+            yield case, line(folder)
+    changes = {
+        "aLoRA": {"alora_invocation_tokens": [1]}, "prompts": {"peft_type": "PREFIX_TUNING"},
+        "other kinds": {"peft_type": "BOFT"}, "layer_replication": {"layer_replication": [[0, 1]]},
+        "QALoRA": {"use_qalora": True}, "KaSA": {"kasa_config": {"x": 1}}, "VeLoRA": {"velora_config": {"x": 1}},
+        "MonteCLoRA": {"monteclora_config": {"x": 1}}, "BD-LoRA": {"use_bdlora": {"nblocks": 2}},
+        "Arrow": {"arrow_config": {"x": 1}}, "PiSSA and others that change the base": {"init_lora_weights": "pissa"},
+    }  # fmt: skip
+    for case, change in changes.items():
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            llama().save_pretrained(folder / "base")
+            save_any(llama(), folder / "lora", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+            path = folder / "lora" / "adapter_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+            yield case, line(folder)
+
+
+if __name__ == "__main__":
+    main()
