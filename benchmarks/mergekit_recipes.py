@@ -126,9 +126,10 @@ def outcome(folder: Path) -> tuple[str, str]:
             merge(plan, out)
         except UserError as error:
             return ("option", option) if truncated else ("refused", str(error).replace(str(folder), ""))
+        random = config["merge_method"] in _RANDOM
         if problem := _differs(folder / "expected", out, config["merge_method"]):
-            return ("option", option) if truncated else ("different", problem)
-        return ("random" if config["merge_method"] in _RANDOM else "equal"), ""
+            return ("option", option) if truncated else ("random" if random else "different", problem)
+        return ("random" if random else "equal"), ""
 
 
 def _differs(expected: Path, out: Path, method: str) -> str | None:
