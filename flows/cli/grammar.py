@@ -370,6 +370,11 @@ def _recipe(command: argparse.ArgumentParser) -> None:
         help="the tokens of the merge, where they differ (default: donor)",
     )
     command.add_argument(
+        "--packing",
+        choices=["peft", "unsloth"],
+        help="how LoRA of packed experts lies in its file (default: peft)",
+    )
+    command.add_argument(
         "--donor", metavar="NAME", help="whose configuration and tokenizer are carried (default: base)"
     )
     command.add_argument(

@@ -169,6 +169,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         "shard_size": args.shard_size,
         "donor": args.donor,
         "vocabulary": args.vocabulary,
+        "packing": args.packing,
         "allow_locked": args.allow_locked or None,
         "methods": [*written.get("methods", []), *args.methods] if args.methods else None,
     }
