@@ -377,6 +377,11 @@ def _recipe(command: argparse.ArgumentParser) -> None:
         help="how experts of a mixture lie in the merge (default: as_base)",
     )
     command.add_argument(
+        "--packing",
+        choices=["peft", "unsloth"],
+        help="how LoRA of packed experts lies in its file (default: peft)",
+    )
+    command.add_argument(
         "--donor", metavar="NAME", help="whose configuration and tokenizer are carried (default: base)"
     )
     command.add_argument(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # Options that change one recipe.
 _OF_ONE = (
     "method", "base", "expert", "set", "statistics", "include", "exclude", "heads", "keep", "dtype", "seed",
-    "shard_size", "donor", "vocabulary", "allow_locked", "table",
+    "shard_size", "donor", "vocabulary", "layout", "packing", "requantise", "allow_locked", "table",
 )  # fmt: skip
 _FEW = 3  # notes on what is replaced
 
@@ -261,6 +261,7 @@ def _recipe(args: argparse.Namespace, bring: Callable[[str], Path]) -> Recipe:
         "donor": args.donor,
         "vocabulary": args.vocabulary,
         "layout": args.layout,
+        "packing": args.packing,
         "allow_locked": args.allow_locked or None,
         "requantise": args.requantise or None,
         "methods": [*written.get("methods", []), *args.methods] if args.methods else None,

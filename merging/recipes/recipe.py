@@ -275,6 +275,9 @@ class Recipe(BaseModel):
     (`merging.checkpoints.task_adapters`); `router` lies beside a compressed store, and finds the expert of an input
     (`merging.checkpoints.router`). Both are made by learned methods.
 
+    `packing` says how LoRA's factors of packed experts lie in adapters, which their files do not say
+    (`merging.checkpoints.adapters.packed`).
+
     `allow_locked` merges experts that are locked against it (`merging.engine.mergelock`), as their owner must permit.
 
     `requantise` writes what is quantised in the base in the base's own format, where that is a plain rounding.
