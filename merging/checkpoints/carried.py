@@ -24,6 +24,7 @@ from mergeline.merging.checkpoints.components import (
     parts_of_pipeline,
 )
 from mergeline.merging.checkpoints.modules import read_modules
+from mergeline.merging.checkpoints.remote import REMOTE
 from mergeline.merging.checkpoints.vocabulary import Alignment
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.files import read_object
@@ -46,7 +47,7 @@ _OTHER_WEIGHTS = (
     ".sig",
 )
 # What Mergeline lays beside weights itself, or makes anew.
-_OURS = ("README.md", "manifest.json", PROVENANCE, "heads", "adapters", "__pycache__")
+_OURS = ("README.md", "manifest.json", PROVENANCE, "heads", "adapters", "__pycache__", REMOTE)
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 

@@ -284,7 +284,9 @@ def _open_gguf(files: list[Path], path: Path) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     """A folder with all of its components."""
     parts = component_folders(folder)
-    own = [_open_files(folder)] if not parts or any(folder.glob("*.safetensors")) else []
+    if not parts:
+        return _open_files(folder)
+    own = [_open_files(folder)] if any(folder.glob("*.safetensors")) else []
     tensors = {name: info for checkpoint in own for name, info in checkpoint.tensors.items()}
     metadata = own[0].metadata if own else {}
     for part in parts:
