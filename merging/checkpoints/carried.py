@@ -38,6 +38,7 @@ _OTHER_WEIGHTS = (
     ".index.json",
     *PICKLE_SUFFIXES,
     ".gguf",
+    ".distcp",
     ".msgpack",
     ".h5",
     ".onnx",

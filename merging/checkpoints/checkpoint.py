@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Self
 
-from mergeline.merging.checkpoints import gguf_header
+from mergeline.merging.checkpoints import dcp, gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
 from mergeline.merging.checkpoints.components import component_folders
 from mergeline.merging.checkpoints.remote import data_of, true_size
+from mergeline.merging.checkpoints.shards import Chunk, gather
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import open_regular, parsed_json, read_json, safe_name
 
@@ -69,9 +70,23 @@ class TensorInfo:
         """The dtype of what `read` gives."""
         return self.dtype
 
+    @property
+    def files(self) -> set[Path]:
+        """Where it lies."""
+        return {self.file}
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether `read` gives what lies in files, and nothing that is computed from it."""
+        return type(self) is TensorInfo
+
     def bytes_in(self, counts: Callable[[Path], bool]) -> int:
         """About what is read for it from the files that count."""
         return self.nbytes if counts(self.file) else 0
+
+    def fill(self, opened: Callable[[Path], StoredBytes], buffer: Tensor, start: int) -> None:
+        """Read the stored bytes from `start` on into all of a buffer, uint8 (raises UserError if a file is cut off)."""
+        opened(self.file).read_into(buffer.numpy().data, self, start)
 
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         """Elements [start, stop), flattened; `elements` reads what is stored."""
@@ -122,9 +137,84 @@ class StoredBytes:
             done += got
 
 
+_BITS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # bytes of an element -> a dtype that has them
+
+
+@dataclass(frozen=True)
+class ShardedTensor(TensorInfo):
+    """A tensor that is stored in chunks, which fill it; its place is that of the first."""
+
+    chunks: tuple[Chunk, ...] = field(kw_only=True)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+    @property
+    def files(self) -> set[Path]:
+        return {self.file, *(chunk.file for chunk in self.chunks)}
+
+    @property
+    def is_stored(self) -> bool:
+        return True
+
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks if counts(chunk.file))
+
+    def fill(self, opened: Callable[[Path], StoredBytes], buffer: Tensor, start: int) -> None:
+        import torch
+
+        width = DTYPES[self.dtype][1]
+
+        def read(chunk: Chunk, first: int, into: Tensor) -> None:
+            part = TensorInfo(self.name, self.dtype, chunk.sizes, chunk.file, chunk.start, chunk.stop)
+            opened(chunk.file).read_into(into.view(torch.uint8).numpy().data, part, first * width)
+
+        gather(buffer.view(getattr(torch, _BITS[width])), self.shape, self.chunks, start // width, read)
+
+
+class Files:
+    """Files that are open for reading, by their tensors' places; a context manager that closes them."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, StoredBytes] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        while self._opened:
+            self._opened.popitem()[1].close()
+
+    def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""
+        import torch
+
+        dtype, size = DTYPES[info.dtype]
+        # What goes to an accelerator is read into pinned memory, from which copies need not be waited for.
+        buffer = torch.empty((stop - start) * size, dtype=torch.uint8, pin_memory=self.device != "cpu")
+        self.fill(buffer, info, start * size)
+        return buffer.view(getattr(torch, dtype))
+
+    def fill(self, buffer: Tensor, info: TensorInfo, start: int) -> None:
+        """Read a stored tensor's bytes from `start` on into all of a buffer, uint8 (raises UserError as `elements`)."""
+        info.fill(self._stored, buffer, start)
+
+    def _stored(self, path: Path) -> StoredBytes:
+        if path not in self._opened:
+            opened = StoredBytes(path)
+            if self._opened.setdefault(path, opened) is not opened:  # another thread was faster
+                opened.close()
+        return self._opened[path]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The headers of a checkpoint; `tensors` is sorted by name. settings: of a GGUF file.
+
+    notes: sentences on what of its files is not among the tensors.
 
     A checkpoint with an `original` is a view of it: fewer tensors, other names, rows in another order, or what an
     adapter makes of its base.
@@ -135,6 +225,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     original: Checkpoint | None = field(default=None, kw_only=True)
     settings: dict[str, Any] | None = field(default=None, kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -169,18 +260,20 @@ class Checkpoint:
                 "checkpoint with `passthrough`, and take what that writes"
             )
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        with StoredBytes(info.file) as stored:
-            stored.read_into(buffer.numpy().data, info, 0)
+        with Files() as files:
+            files.fill(buffer, info, 0)
         return buffer.view(getattr(torch, DTYPES[info.dtype][0])).reshape(info.shape)
 
-    def chunks(self, name: str) -> Iterator[bytearray]:
+    def chunks(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor, a few megabytes at a time."""
+        import torch
+
         info = self.tensors[name]
-        with StoredBytes(info.file) as stored:
+        with Files() as files:
             for start in range(0, info.nbytes, _CHUNK):
-                chunk = bytearray(min(info.nbytes - start, _CHUNK))
-                stored.read_into(memoryview(chunk), info, start)
-                yield chunk
+                chunk = torch.empty(min(info.nbytes - start, _CHUNK), dtype=torch.uint8)
+                files.fill(chunk, info, start)
+                yield chunk.numpy().data
 
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:
@@ -239,6 +332,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is named, or begins, like a pickle; or a folder holds no other weights."""
+    if path.is_dir() and dcp.is_training_shards(path):
+        return False
     if path.is_dir():
         return not any(path.glob("*.safetensors")) and any(
             f.suffix in PICKLE_SUFFIXES for f in path.iterdir()
@@ -284,7 +379,9 @@ def _open_gguf(files: list[Path], path: Path) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     """A folder with all of its components."""
     parts = component_folders(folder)
-    own = [_open_files(folder)] if not parts or any(folder.glob("*.safetensors")) else []
+    if not parts:
+        return _open_files(folder)
+    own = [_open_files(folder)] if any(folder.glob("*.safetensors")) else []
     tensors = {name: info for checkpoint in own for name, info in checkpoint.tensors.items()}
     metadata = own[0].metadata if own else {}
     for part in parts:
@@ -296,8 +393,40 @@ def _open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
 
 
+def open_statistics(kind: str, path: Path) -> Checkpoint:
+    """A checkpoint of statistics; `fisher` of training shards are Adam's second moments, by the parameters' names.
+
+    Raises:
+        UserError: as `open_checkpoint`; there are no second moments.
+    """
+    if kind != "fisher" or not dcp.is_training_shards(path):
+        return open_checkpoint(path)
+    try:
+        return _of_shards(path, *_training_shards(path).second_moments())
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+
+
+def _training_shards(folder: Path) -> dcp.Folder:
+    return dcp.Folder(folder, dict(DTYPES.values()))
+
+
+def _of_shards(folder: Path, shards: list[dcp.Shards], notes: list[str]) -> Checkpoint:
+    names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in shards:
+        first = tensor.chunks[0] if tensor.chunks else Chunk(folder / dcp.METADATA, 0, 0, (), (), ())
+        at = (first.file, first.start, first.stop)
+        tensors[tensor.name] = ShardedTensor(
+            tensor.name, names[tensor.dtype], tensor.shape, *at, chunks=tuple(tensor.chunks)
+        )
+    return Checkpoint(folder, dict(sorted(tensors.items())), notes=tuple(notes))
+
+
 def _open_files(folder: Path) -> Checkpoint:
     """The weights that lie in a folder itself."""
+    if dcp.is_training_shards(folder):
+        return _of_shards(folder, *_training_shards(folder).model())
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():
