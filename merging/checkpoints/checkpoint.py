@@ -84,9 +84,9 @@ class TensorInfo:
         """About what is read for it from the files that count."""
         return self.nbytes if counts(self.file) else 0
 
-    def fill(self, opened: Callable[[Path], StoredBytes], buffer: Tensor, start: int) -> None:
-        """Read the stored bytes from `start` on into all of a buffer, uint8 (raises UserError if a file is cut off)."""
-        opened(self.file).read_into(buffer.numpy().data, self, start)
+    def fill(self, opened: Callable[[Path], StoredBytes], view: memoryview, start: int) -> None:
+        """Read the stored bytes from `start` on into all of a view (raises UserError if a file ends before)."""
+        opened(self.file).read_into(view, self, start)
 
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         """Elements [start, stop), flattened; `elements` reads what is stored."""
@@ -161,16 +161,19 @@ class ShardedTensor(TensorInfo):
     def bytes_in(self, counts: Callable[[Path], bool]) -> int:
         return sum(chunk.stop - chunk.start for chunk in self.chunks if counts(chunk.file))
 
-    def fill(self, opened: Callable[[Path], StoredBytes], buffer: Tensor, start: int) -> None:
+    def fill(self, opened: Callable[[Path], StoredBytes], view: memoryview, start: int) -> None:
+        if not len(view):
+            return
         import torch
 
         width = DTYPES[self.dtype][1]
+        out = torch.frombuffer(view, dtype=getattr(torch, _BITS[width]))
 
         def read(chunk: Chunk, first: int, into: Tensor) -> None:
             part = TensorInfo(self.name, self.dtype, chunk.sizes, chunk.file, chunk.start, chunk.stop)
             opened(chunk.file).read_into(into.view(torch.uint8).numpy().data, part, first * width)
 
-        gather(buffer.view(getattr(torch, _BITS[width])), self.shape, self.chunks, start // width, read)
+        gather(out, self.shape, self.chunks, start // width, read)
 
 
 class Files:
@@ -200,7 +203,11 @@ class Files:
 
     def fill(self, buffer: Tensor, info: TensorInfo, start: int) -> None:
         """Read a stored tensor's bytes from `start` on into all of a buffer, uint8 (raises UserError as `elements`)."""
-        info.fill(self._stored, buffer, start)
+        self.fill_view(buffer.numpy().data, info, start)
+
+    def fill_view(self, view: memoryview, info: TensorInfo, start: int) -> None:
+        """As `fill`, without torch where the tensor lies in one piece."""
+        info.fill(self._stored, view, start)
 
     def _stored(self, path: Path) -> StoredBytes:
         if path not in self._opened:
@@ -264,16 +271,14 @@ class Checkpoint:
             files.fill(buffer, info, 0)
         return buffer.view(getattr(torch, DTYPES[info.dtype][0])).reshape(info.shape)
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
+    def chunks(self, name: str) -> Iterator[bytearray]:
         """The bytes of a tensor, a few megabytes at a time."""
-        import torch
-
         info = self.tensors[name]
         with Files() as files:
             for start in range(0, info.nbytes, _CHUNK):
-                chunk = torch.empty(min(info.nbytes - start, _CHUNK), dtype=torch.uint8)
-                files.fill(chunk, info, start)
-                yield chunk.numpy().data
+                chunk = bytearray(min(info.nbytes - start, _CHUNK))
+                files.fill_view(memoryview(chunk), info, start)
+                yield chunk
 
     @cached_property
     def tensor_hashes(self) -> dict[str, str]:

@@ -127,7 +127,7 @@ def _row(chunk: Chunk, row: int) -> Chunk:
 
 def _copy(rows: Tensor, row: int, chunk: Chunk, read: Read) -> None:
     """What a chunk has of rows from `row` on, to its place among them."""
-    from mergeline.merging.lazy import torch
+    import torch
 
     low, high = max(chunk.offsets[0], row), min(chunk.offsets[0] + chunk.sizes[0], row + len(rows))
     if low >= high or 0 in chunk.sizes:
