@@ -19,7 +19,7 @@ from mergeline.merging.checkpoints import dcp, gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
 from mergeline.merging.checkpoints.components import component_folders
 from mergeline.merging.checkpoints.remote import data_of, true_size
-from mergeline.merging.checkpoints.shards import Chunk, gather
+from mergeline.merging.checkpoints.shards import Chunk, contiguous, gather, tile
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import open_regular, parsed_json, read_json, safe_name
 
@@ -404,10 +404,11 @@ def open_statistics(kind: str, path: Path) -> Checkpoint:
     Raises:
         UserError: as `open_checkpoint`; there are no second moments.
     """
-    if kind != "fisher" or not dcp.is_training_shards(path):
+    shards = dcp.folder_of_optimiser(path) if kind == "fisher" and path.is_dir() else None
+    if shards is None:
         return open_checkpoint(path)
     try:
-        return _of_shards(path, *_training_shards(path).second_moments())
+        return _of_shards(path, *_training_shards(shards).second_moments())
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
 
@@ -430,13 +431,18 @@ def _of_shards(folder: Path, shards: list[dcp.Shards], notes: list[str]) -> Chec
 
 def _open_files(folder: Path) -> Checkpoint:
     """The weights that lie in a folder itself."""
-    if dcp.is_training_shards(folder):
-        return _of_shards(folder, *_training_shards(folder).model())
+    shards = dcp.folder_of_model(folder)
+    if shards or not any(folder.glob("*.safetensors")):
+        dcp.refuse_other_frameworks(folder)
+    if shards:
+        return _of_shards(folder, *_training_shards(shards).model())
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():
             return _open_sharded(folder, index)
     files = sorted(folder.glob("*.safetensors"))
+    if pieces := sorted(folder.glob(dcp.PIECES)):
+        return _open_pieces(folder, pieces)
     known = [folder / f"{stem}.safetensors" for stem in STEMS]
     files = [file for file in known if file in files][:1] or files
     for other in () if files else sorted(folder.glob("pytorch_model*.bin")):
@@ -448,6 +454,38 @@ def _open_files(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}: needs {WEIGHTS}, {INDEX} or one *.safetensors file; found {found}")
     tensors, metadata = _read_header(safe_name(folder, files[0].name, folder))
     return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
+
+
+def _open_pieces(folder: Path, files: list[Path]) -> Checkpoint:
+    """Files of safetensors with boxes of tensors, as the processes of a training wrote them."""
+    pieces: dict[str, list[tuple[Chunk, str]]] = {}
+    for file in files:
+        found, metadata = _read_header(safe_name(folder, file.name, folder))
+        offsets = dcp.offsets_of_pieces(metadata, file)
+        for name, info in found.items():
+            if len(offsets.get(name, ())) != len(info.shape):
+                raise UserError(f"{file}: does not say where in '{name}' its part lies; copy it again")
+            chunk = contiguous(file, info.start, info.stop, offsets.get(name, ()), info.shape)
+            pieces.setdefault(name, []).append((chunk, info.dtype))
+    tensors: dict[str, TensorInfo] = {}
+    for name in (name for name in sorted(pieces) if not dcp.is_of_optimiser(name)):
+        chunks, dtypes = [chunk for chunk, _ in pieces[name]], {dtype for _, dtype in pieces[name]}
+        ends = ([at + size for at, size in zip(c.offsets, c.sizes)] for c in chunks)
+        shape = tuple(max(along) for along in zip(*ends))
+        chunks = [chunk for chunk in chunks if 0 not in chunk.sizes]
+        if len(dtypes) > 1 or math.prod(shape) and not tile(shape, chunks):
+            raise UserError(
+                f"{folder}: the parts of '{name}' leave a hole, overlap or differ in dtype; copy all files"
+            )
+        first = pieces[name][0][0]
+        at = (first.file, first.start, first.stop)
+        tensors[name] = ShardedTensor(name, dtypes.pop(), shape, *at, chunks=tuple(chunks))
+    notes = [
+        f"training shards: {len(files)} files are taken for all; nothing in them says how many there were"
+    ]
+    if rest := len(pieces) - len(tensors):
+        notes.append(f"training shards: left out, for they are no weights: {rest} tensors of the optimizer")
+    return Checkpoint(folder, tensors, notes=tuple(notes))
 
 
 def _open_sharded(folder: Path, index: Path) -> Checkpoint:

@@ -20,7 +20,7 @@ from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 from mergeline.merging.checkpoints.pickled import Entries, Made, Name, Stored, Unreadable, read_pickle
 from mergeline.merging.checkpoints.shards import Chunk, tile
 from mergeline.merging.errors import UserError
-from mergeline.merging.reading import open_regular, safe_name
+from mergeline.merging.reading import open_regular, parsed_json, safe_name
 
 METADATA = ".metadata"
 _OF_METADATA, _OF_FILES = "torch.distributed.checkpoint.metadata.", "torch.distributed.checkpoint.filesystem."
@@ -32,6 +32,16 @@ _MODEL = ("model", "module", "state_dict", "model_state_dict")  # what holds the
 _OPTIMISERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict")
 _MOMENTS = "exp_avg_sq"
 _FEW = 4
+_SHARDING = "DCP_SHARDING_INFO"  # in the header of safetensors
+PIECES = "shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"  # files of torch's HuggingFaceStorageWriter
+_MEGATRON = (
+    "a checkpoint of Megatron Core, whose names and layouts are its own: make safetensors of it by "
+    "`AutoBridge.export_ckpt` of Megatron Bridge"
+)
+_DEEPSPEED = (
+    "shards of DeepSpeed: make safetensors of them by the script beside them, `zero_to_fp32.py . OUT "
+    "--safe_serialization`"
+)
 
 
 @dataclass(frozen=True)
@@ -221,8 +231,69 @@ class Folder:
 
 
 def is_training_shards(folder: Path) -> bool:
-    """Whether a folder has the metadata of torch.distributed.checkpoint."""
-    return (folder / METADATA).is_file()
+    """Whether a folder, or what Accelerate calls the model in it, has the metadata of torch.distributed.checkpoint."""
+    return folder_of_model(folder) is not None
+
+
+def folder_of_model(folder: Path) -> Path | None:
+    """Where the metadata of a model lie: in the folder, or in `pytorch_model_fsdp_0`, which Accelerate writes."""
+    return _with_metadata(folder, "pytorch_model_fsdp_[0-9]")
+
+
+def folder_of_optimiser(folder: Path) -> Path | None:
+    """The same of the state of an optimizer (`optimizer_0`)."""
+    return _with_metadata(folder, "optimizer_[0-9]")
+
+
+def _with_metadata(folder: Path, name: str) -> Path | None:
+    if (folder / METADATA).is_file():
+        return folder
+    if any(folder.glob("*.safetensors")):
+        return None
+    found = [safe_name(folder, path.parent.name, folder) for path in folder.glob(f"{name}/{METADATA}")]
+    return found[0] if len(found) == 1 else None
+
+
+_VERL = "shards of verl: make safetensors of them by `python -m verl.model_merger merge`"
+# Files that frameworks write, all of which are there -> whose they are, and what makes safetensors of them.
+_ELSEWHERE = {
+    ("common.pt", METADATA): _MEGATRON,
+    ("iter_[0-9]*/common.pt",): _MEGATRON,
+    ("mp_rank_[0-9]*/model_optim_rng.pt",): _MEGATRON,
+    ("iter_[0-9]*/mp_rank_[0-9]*/model_optim_rng.pt",): _MEGATRON,
+    ("mp_rank_[0-9]*_model_states.pt",): _DEEPSPEED,
+    ("global_step[0-9]*/*_model_states.pt",): _DEEPSPEED,
+    ("model_world_size_[0-9]*_rank_[0-9]*.pt",): _VERL,
+}
+
+
+def refuse_other_frameworks(folder: Path) -> None:
+    """Raises UserError for checkpoints of training that are not read, with the name of what converts them."""
+    for patterns, whose in _ELSEWHERE.items():
+        if all(next(folder.glob(pattern), None) for pattern in patterns):
+            raise UserError(f"{folder}: holds {whose}")
+
+
+def offsets_of_pieces(metadata: Mapping[str, str], file: Path) -> dict[str, tuple[int, ...]]:
+    """Where each tensor of a file of torch's HuggingFaceStorageWriter lies in the whole one, by its name.
+
+    Raises:
+        UserError: the header does not say it.
+    """
+    try:
+        info = parsed_json(metadata[_SHARDING])
+        found = {name: _size(entry["saved_offsets"]) for name, entry in info.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{file}: is named like a shard of a training, and its header does not say where in the tensors it lies "
+            f"({_SHARDING}: {type(error).__name__})"
+        ) from None
+    return found
+
+
+def is_of_optimiser(name: str) -> bool:
+    """Whether a tensor belongs to the state of an optimizer, by its name in a flat checkpoint."""
+    return _is_of_optimiser((name,))
 
 
 def _holder(path: tuple[str, ...]) -> tuple[str, ...]:

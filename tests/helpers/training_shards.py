@@ -93,6 +93,8 @@ def train(rank: int, meeting: str, folder: str) -> None:
     state = run_state(model, optimizer)
     state["model"]["columns"] = distribute_tensor(columns, mesh, [Shard(1)])
     dcp.save(state, checkpoint_id=folder)
+    pieces = dcp.HuggingFaceStorageWriter(f"{folder}-pieces", save_distributed=True)
+    dcp.save(state["model"], storage_writer=pieces)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(model, optimizer, options=whole)
     if rank == 0:
@@ -104,7 +106,7 @@ def train(rank: int, meeting: str, folder: str) -> None:
 
 
 def save_by_two(folder: Path) -> Path:
-    """A folder that two processes wrote; beside it `NAME.safetensors` and `NAME-squares.safetensors`."""
+    """A folder that two processes wrote; beside it `NAME.safetensors`, `NAME-squares.safetensors`, `NAME-pieces/`."""
     meeting = folder.with_name("meeting")
     begin = [sys.executable, "-c", _WORKER, str(REPOSITORY / "tests/helpers")]
     workers = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_shards import run_state, save_by_two, save_shards, trained
 
-from mergeline.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_statistics
+from mergeline.merging.checkpoints.checkpoint import Checkpoint, is_pickle, open_checkpoint, open_statistics
 from mergeline.merging.checkpoints.dcp import METADATA
 from mergeline.merging.checkpoints.pickled import Entries, Made, Unreadable, read_pickle
 from mergeline.merging.checkpoints.shards import Chunk, contiguous, gather, tile
@@ -55,6 +56,7 @@ def test_what_two_processes_sharded_is_read_as_one(tmp_path: Path) -> None:
     folder = save_by_two(tmp_path / "step-2")
     for read, file in (
         (open_checkpoint(folder), f"{folder}.safetensors"),
+        (open_checkpoint(folder.with_name("step-2-pieces")), f"{folder}.safetensors"),
         (open_statistics("fisher", folder), f"{folder}-squares.safetensors"),
     ):
         assert_holds(read, load_file(file))
@@ -114,6 +116,54 @@ def test_second_moments_have_the_names_of_their_parameters(tmp_path: Path, flat:
     folder = save_shards(state, tmp_path / "shards")
     assert_holds(open_statistics("fisher", folder), squares)
     assert_holds(open_statistics("instruction", folder), model.state_dict())
+
+
+def test_what_accelerate_writes_is_found_in_its_folders(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    state = run_state(model, optimizer)
+    squares = {name: own["exp_avg_sq"] for name, own in state["optim"]["state"].items()}
+    save_shards({"model": state["model"]}, tmp_path / "pytorch_model_fsdp_0")
+    save_shards({"optimizer": state["optim"]}, tmp_path / "optimizer_0")
+    (tmp_path / "scheduler.pt").touch()
+    assert_holds(open_checkpoint(tmp_path), model.state_dict())
+    assert_holds(open_statistics("fisher", tmp_path), squares)
+    assert not is_pickle(tmp_path)
+
+
+def save_pieces(folder: Path, *pieces: dict[str, tuple[list[int], Tensor]]) -> Path:
+    """Files as torch's HuggingFaceStorageWriter writes them, one a process."""
+    folder.mkdir()
+    for i, parts in enumerate(pieces, start=1):
+        info = {"DCP_SHARDING_INFO": json.dumps({n: {"saved_offsets": at} for n, (at, _) in parts.items()})}
+        file = folder / f"shard-{i:05}-model-00001-of-00001.safetensors"
+        save_file({name: part.contiguous() for name, (_, part) in parts.items()}, file, info)
+    return folder
+
+
+def test_pieces_of_safetensors_are_read_as_whole_tensors(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    state = {"a": torch.randn(5, 3), "b": torch.randn(4), "step": torch.tensor(2)}
+    first = {"a": ([0, 0], state["a"][:, :2]), "b": ([0], state["b"]), "step": ([], state["step"])}
+    second = {"a": ([0, 2], state["a"][:, 2:]), "optim.state.b.exp_avg": ([0], torch.ones(4))}
+    checkpoint = open_checkpoint(save_pieces(tmp_path / "pieces", first, second))
+    assert_holds(checkpoint, state)
+    assert [note.partition(": ")[2][:8] for note in checkpoint.notes] == ["2 files ", "left out"]
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "real"), save_distributed=True)
+    assert_holds(open_checkpoint(save_shards(state, tmp_path / "real", storage_writer=writer)), state)
+
+
+def test_pieces_that_leave_a_hole_or_do_not_say_where_they_lie_are_refused(tmp_path: Path) -> None:
+    hole = [{"a": ([0], torch.ones(2))}, {"a": ([3], torch.ones(2))}]
+    with refused("'a' leave a hole"):
+        open_checkpoint(save_pieces(tmp_path / "hole", *hole))
+    with refused("'a' leave a hole, overlap"):
+        open_checkpoint(save_pieces(tmp_path / "overlap", hole[0], hole[0]))
+    with refused("does not say where in 'a'"):
+        open_checkpoint(save_pieces(tmp_path / "axes", {"a": ([0, 0], torch.ones(2))}))
+    save_file({"a": torch.ones(2)}, tmp_path / "axes" / "shard-00001-model-00001-of-00001.safetensors")
+    with refused("DCP_SHARDING_INFO"):
+        open_checkpoint(tmp_path / "axes")
 
 
 @given(data=st.data())
@@ -277,6 +327,25 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
     with refused(str(folder), "cut off"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (["common.pt", ".metadata"], "Megatron Core"),
+        (["iter_0000100/mp_rank_00/model_optim_rng.pt"], "AutoBridge.export_ckpt"),
+        (["global_step5/mp_rank_00_model_states.pt", "zero_to_fp32.py"], "zero_to_fp32.py . OUT"),
+        (["model_world_size_2_rank_0.pt"], "verl.model_merger"),
+    ],
+)
+def test_shards_of_other_frameworks_are_refused_with_their_converter(
+    tmp_path: Path, files: list[str], words: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with refused(str(tmp_path), words):
+        open_checkpoint(tmp_path)
 
 
 def test_two_models_in_one_folder_are_refused(tmp_path: Path) -> None:
