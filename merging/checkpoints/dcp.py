@@ -12,7 +12,7 @@ import io
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
@@ -362,7 +362,7 @@ class _Blobs:
                     raise Unreadable("its chunk is big-endian")
                 if "data.pkl" not in entries:
                     raise Unreadable("its chunk is no file of torch.save")
-                dtype, sizes, strides, first, key = _tensor(read_pickle(window.bytes_of(entries["data.pkl"])))
+                dtype, sizes, strides, first, key = _tensor(window.bytes_of(entries["data.pkl"]))
                 storage = entries.get(f"data/{key}")
                 if storage is None:
                     raise Unreadable("its chunk has no storage")
@@ -427,8 +427,10 @@ class _Window(io.RawIOBase):
         return self.read(entry.file_size)
 
 
-def _tensor(value: Any) -> tuple[str, tuple[int, ...], tuple[int, ...], int, str]:
+@lru_cache(maxsize=4096)  # chunks of one shape have the same pickle
+def _tensor(pickled: bytes) -> tuple[str, tuple[int, ...], tuple[int, ...], int, str]:
     """dtype, shape, strides, first element and key of the storage of a tensor that was pickled by `torch.save`."""
+    value = read_pickle(pickled)
     if _is(value, "torch._utils._rebuild_parameter") and isinstance(value.args, tuple) and value.args:
         value = value.args[0]
     versions = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
