@@ -9,6 +9,7 @@ https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ _MOST_METADATA = 1 << 26  # bytes; the chunks of some hundred thousand parts of 
 _MOST_IN_BLOB = 1 << 16  # bytes of what stands before the storage of a chunk
 _MOST_AXES = 64  # of a tensor; torch has no more
 _MODEL = ("model", "module", "state_dict", "model_state_dict")  # what holds the model among what was saved
-_OPTIMISERS = ("optim", "optimizer", "optimizers", "optimizer_state_dict", "optim_state_dict")
+_OPTIMISER = re.compile(r"optim(izer)?s?(_states?(_dict)?|_[0-9]+)?")
 _MOMENTS = "exp_avg_sq"
 _FEW = 4
 _SHARDING = "DCP_SHARDING_INFO"  # in the header of safetensors
@@ -306,7 +307,7 @@ def _holder(path: tuple[str, ...]) -> tuple[str, ...]:
 
 def _is_of_optimiser(path: tuple[str, ...]) -> bool:
     parts = ".".join(path[:2]).split(".")[:2]
-    return any(part in _OPTIMISERS for part in parts)
+    return any(_OPTIMISER.fullmatch(part) for part in parts)
 
 
 class _InBlob(NamedTuple):

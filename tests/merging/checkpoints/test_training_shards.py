@@ -88,6 +88,7 @@ def test_tensors_that_do_not_lie_row_by_row_are_read_in_their_order(tmp_path: Pa
     [
         lambda model, optim: {"model": model, "optimizer": optim},
         lambda model, optim: {"app": {"model": model, "optim": optim}},
+        lambda model, optim: {"model": model, "optimizer_0": optim},
         lambda model, optim: {"state_dict": model, "epoch": 3, "rng": torch.zeros(2)},
         lambda model, optim: {**model, "optimizer": optim, "train_state": {"step": torch.tensor(3)}},
         lambda model, optim: model,
@@ -98,8 +99,12 @@ def test_the_model_is_found_among_what_was_saved(
 ) -> None:
     model = {"model.layers.0.weight": torch.randn(3, 2), "lm_head.weight": torch.randn(4)}
     optim = {"state": {name: {"exp_avg_sq": tensor.square()} for name, tensor in model.items()}}
-    folder = save_shards(nest(model, optim), tmp_path / "shards")
+    state = nest(model, optim)
+    folder = save_shards(state, tmp_path / "shards")
     assert_holds(open_checkpoint(folder), model)
+    if "exp_avg_sq" in str(state):
+        squares = {name: tensor.square() for name, tensor in model.items()}
+        assert_holds(open_statistics("fisher", folder), squares)
 
 
 @pytest.mark.parametrize("flat", [False, True])
