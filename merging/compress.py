@@ -21,7 +21,14 @@ from mergeline.merging.algebra.slots import MatrixView, View, block_elements, by
 from mergeline.merging.architecture import Matrix, describe
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import carry
-from mergeline.merging.checkpoints.checkpoint import DTYPES, FLOATS, Checkpoint, TensorInfo, open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import (
+    DTYPES,
+    FLOATS,
+    Checkpoint,
+    Files,
+    TensorInfo,
+    open_checkpoint,
+)
 from mergeline.merging.checkpoints.companions import WEIGHTS
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec, TensorWriter
 from mergeline.merging.engine.blocks import merged_blocks, rounded
@@ -40,7 +47,7 @@ from mergeline.merging.engine.output import opened, publish_all
 from mergeline.merging.engine.places import refuse_place
 from mergeline.merging.engine.plan import Entry, Plan
 from mergeline.merging.engine.planning import make_plan
-from mergeline.merging.engine.sources import FileInputs, Files
+from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.engine.work import Finished, Progress, found_for, hashes_read, run
 from mergeline.merging.errors import UserError, did_you_mean, plainly
 from mergeline.merging.files import staged

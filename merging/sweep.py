@@ -172,7 +172,12 @@ def _shares(plan: Plan, memory: int | None, workers: int | None) -> tuple[int | 
 
 def _points_at_a_time(plan: Plan) -> int:
     """How many points may keep their files open, by the limit of this process."""
-    read = {info.file for checkpoint in plan.experts.values() for info in checkpoint.stored.tensors.values()}
+    read = {
+        file
+        for checkpoint in plan.experts.values()
+        for info in checkpoint.stored.tensors.values()
+        for file in info.files
+    }
     written = 1 + (plan.bytes_written // plan.recipe.shard_size if plan.recipe.shard_size else 0)
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:

@@ -15,7 +15,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mergeline.merging.api import merge
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
-from mergeline.merging.checkpoints.checkpoint import header_digest, open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import (
+    Checkpoint,
+    header_digest,
+    open_checkpoint,
+    open_statistics,
+)
 from mergeline.merging.checkpoints.companions import hub_id
 from mergeline.merging.checkpoints.heads import HEADS
 from mergeline.merging.checkpoints.router import ROUTER
@@ -220,9 +225,15 @@ def verify(out: Path, public_key: Path | None = None, again: bool = True, bring:
     _check_output(out, manifest)
     folder = out if out.is_dir() else out.parent
     inputs = _Inputs(folder, bring)
+    statistics = manifest.recipe.statistics if isinstance(manifest, _Manifest) else {}
+
+    def opened(name: str, origin: _Origin) -> Checkpoint:
+        of_kind = any(origin is known for known in statistics.get(name, []))
+        return open_statistics(name, inputs.at(origin)) if of_kind else open_checkpoint(inputs.at(origin))
+
     for name, origin in origins:
         # What is remote is read once, by the new merge.
-        if not inputs.remote(origin) and open_checkpoint(inputs.at(origin)).digest() != origin.digest:
+        if not inputs.remote(origin) and opened(name, origin).digest() != origin.digest:
             raise _other_input(str(folder / origin.path), name, origin)
     with _scratch(out) as scratch:
         place = scratch / f"again{out.suffix if out.is_file() else ''}"

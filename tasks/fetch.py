@@ -140,6 +140,11 @@ def choose_weights(source: Source, allow_pickle: bool) -> str:
             f"{source.name}: '{pickle}' is a pickle, which can run code when it is opened; convert it to "
             "safetensors, or allow it with --allow-pickle (in params.yaml: allow_pickle: true)"
         )
+    if any(name.endswith(".distcp") for name in names):
+        raise UserError(
+            f"{source.name}: holds training shards, which are not fetched: merge the folder where it lies (by "
+            "`passthrough` it becomes safetensors), and name the merge here"
+        )
     if found := _pick(names, (), (_GGUF_SUFFIX,), source.name):
         return found
     raise UserError(

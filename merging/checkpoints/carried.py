@@ -41,6 +41,7 @@ _OTHER_WEIGHTS = (
     ".index.json",
     *PICKLE_SUFFIXES,
     ".gguf",
+    ".distcp",
     ".msgpack",
     ".h5",
     ".onnx",

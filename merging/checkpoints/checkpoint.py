@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Self
 
-from mergeline.merging.checkpoints import gguf_header
+from mergeline.merging.checkpoints import dcp, gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
 from mergeline.merging.checkpoints.components import component_folders
 from mergeline.merging.checkpoints.remote import data_of, true_size
+from mergeline.merging.checkpoints.shards import Chunk, contiguous, gather, tile
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import open_regular, parsed_json, read_json, safe_name
 
@@ -69,9 +70,23 @@ class TensorInfo:
         """The dtype of what `read` gives."""
         return self.dtype
 
+    @property
+    def files(self) -> set[Path]:
+        """Where it lies."""
+        return {self.file}
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether `read` gives what lies in files, and nothing that is computed from it."""
+        return type(self) is TensorInfo
+
     def bytes_in(self, counts: Callable[[Path], bool]) -> int:
         """About what is read for it from the files that count."""
         return self.nbytes if counts(self.file) else 0
+
+    def fill(self, opened: Callable[[Path], StoredBytes], view: memoryview, start: int) -> None:
+        """Read the stored bytes from `start` on into all of a view (raises UserError if a file ends before)."""
+        opened(self.file).read_into(view, self, start)
 
     def read(self, elements: Callable[[TensorInfo, int, int], Tensor], start: int, stop: int) -> Tensor:
         """Elements [start, stop), flattened; `elements` reads what is stored."""
@@ -122,9 +137,91 @@ class StoredBytes:
             done += got
 
 
+_BITS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}  # bytes of an element -> a dtype that has them
+
+
+@dataclass(frozen=True)
+class ShardedTensor(TensorInfo):
+    """A tensor that is stored in chunks, which fill it; its place is that of the first."""
+
+    chunks: tuple[Chunk, ...] = field(kw_only=True)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+    @property
+    def files(self) -> set[Path]:
+        return {self.file, *(chunk.file for chunk in self.chunks)}
+
+    @property
+    def is_stored(self) -> bool:
+        return True
+
+    def bytes_in(self, counts: Callable[[Path], bool]) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks if counts(chunk.file))
+
+    def fill(self, opened: Callable[[Path], StoredBytes], view: memoryview, start: int) -> None:
+        if not len(view):
+            return
+        import torch
+
+        width = DTYPES[self.dtype][1]
+        out = torch.frombuffer(view, dtype=getattr(torch, _BITS[width]))
+
+        def read(chunk: Chunk, first: int, into: Tensor) -> None:
+            part = TensorInfo(self.name, self.dtype, chunk.sizes, chunk.file, chunk.start, chunk.stop)
+            opened(chunk.file).read_into(into.view(torch.uint8).numpy().data, part, first * width)
+
+        gather(out, self.shape, self.chunks, start // width, read)
+
+
+class Files:
+    """Files that are open for reading, by their tensors' places; a context manager that closes them."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, StoredBytes] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        while self._opened:
+            self._opened.popitem()[1].close()
+
+    def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""
+        import torch
+
+        dtype, size = DTYPES[info.dtype]
+        # What goes to an accelerator is read into pinned memory, from which copies need not be waited for.
+        buffer = torch.empty((stop - start) * size, dtype=torch.uint8, pin_memory=self.device != "cpu")
+        self.fill(buffer, info, start * size)
+        return buffer.view(getattr(torch, dtype))
+
+    def fill(self, buffer: Tensor, info: TensorInfo, start: int) -> None:
+        """Read a stored tensor's bytes from `start` on into all of a buffer, uint8 (raises UserError as `elements`)."""
+        self.fill_view(buffer.numpy().data, info, start)
+
+    def fill_view(self, view: memoryview, info: TensorInfo, start: int) -> None:
+        """As `fill`, without torch where the tensor lies in one piece."""
+        info.fill(self._stored, view, start)
+
+    def _stored(self, path: Path) -> StoredBytes:
+        if path not in self._opened:
+            opened = StoredBytes(path)
+            if self._opened.setdefault(path, opened) is not opened:  # another thread was faster
+                opened.close()
+        return self._opened[path]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The headers of a checkpoint; `tensors` is sorted by name. settings: of a GGUF file.
+
+    notes: sentences on what of its files is not among the tensors.
 
     A checkpoint with an `original` is a view of it: fewer tensors, other names, rows in another order, or what an
     adapter makes of its base.
@@ -135,6 +232,7 @@ class Checkpoint:
     metadata: dict[str, str] = field(default_factory=dict)
     original: Checkpoint | None = field(default=None, kw_only=True)
     settings: dict[str, Any] | None = field(default=None, kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -169,17 +267,17 @@ class Checkpoint:
                 "checkpoint with `passthrough`, and take what that writes"
             )
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        with StoredBytes(info.file) as stored:
-            stored.read_into(buffer.numpy().data, info, 0)
+        with Files() as files:
+            files.fill(buffer, info, 0)
         return buffer.view(getattr(torch, DTYPES[info.dtype][0])).reshape(info.shape)
 
     def chunks(self, name: str) -> Iterator[bytearray]:
         """The bytes of a tensor, a few megabytes at a time."""
         info = self.tensors[name]
-        with StoredBytes(info.file) as stored:
+        with Files() as files:
             for start in range(0, info.nbytes, _CHUNK):
                 chunk = bytearray(min(info.nbytes - start, _CHUNK))
-                stored.read_into(memoryview(chunk), info, start)
+                files.fill_view(memoryview(chunk), info, start)
                 yield chunk
 
     @cached_property
@@ -239,6 +337,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is named, or begins, like a pickle; or a folder holds no other weights."""
+    if path.is_dir() and dcp.is_training_shards(path):
+        return False
     if path.is_dir():
         return not any(path.glob("*.safetensors")) and any(
             f.suffix in PICKLE_SUFFIXES for f in path.iterdir()
@@ -298,13 +398,51 @@ def _open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
 
 
+def open_statistics(kind: str, path: Path) -> Checkpoint:
+    """A checkpoint of statistics; `fisher` of training shards are Adam's second moments, by the parameters' names.
+
+    Raises:
+        UserError: as `open_checkpoint`; there are no second moments.
+    """
+    shards = dcp.folder_of_optimiser(path) if kind == "fisher" and path.is_dir() else None
+    if shards is None:
+        return open_checkpoint(path)
+    try:
+        return _of_shards(path, *_training_shards(shards).second_moments())
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+
+
+def _training_shards(folder: Path) -> dcp.Folder:
+    return dcp.Folder(folder, dict(DTYPES.values()))
+
+
+def _of_shards(folder: Path, shards: list[dcp.Shards], notes: list[str]) -> Checkpoint:
+    names = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
+    tensors: dict[str, TensorInfo] = {}
+    for tensor in shards:
+        first = tensor.chunks[0] if tensor.chunks else Chunk(folder / dcp.METADATA, 0, 0, (), (), ())
+        at = (first.file, first.start, first.stop)
+        tensors[tensor.name] = ShardedTensor(
+            tensor.name, names[tensor.dtype], tensor.shape, *at, chunks=tuple(tensor.chunks)
+        )
+    return Checkpoint(folder, dict(sorted(tensors.items())), notes=tuple(notes))
+
+
 def _open_files(folder: Path) -> Checkpoint:
     """The weights that lie in a folder itself."""
+    shards = dcp.folder_of_model(folder)
+    if shards or not any(folder.glob("*.safetensors")):
+        dcp.refuse_other_frameworks(folder)
+    if shards:
+        return _of_shards(folder, *_training_shards(shards).model())
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.exists():
             return _open_sharded(folder, index)
     files = sorted(folder.glob("*.safetensors"))
+    if pieces := sorted(folder.glob(dcp.PIECES)):
+        return _open_pieces(folder, pieces)
     known = [folder / f"{stem}.safetensors" for stem in STEMS]
     files = [file for file in known if file in files][:1] or files
     for other in () if files else sorted(folder.glob("pytorch_model*.bin")):
@@ -316,6 +454,38 @@ def _open_files(folder: Path) -> Checkpoint:
         raise UserError(f"{folder}: needs {WEIGHTS}, {INDEX} or one *.safetensors file; found {found}")
     tensors, metadata = _read_header(safe_name(folder, files[0].name, folder))
     return Checkpoint(folder, dict(sorted(tensors.items())), metadata)
+
+
+def _open_pieces(folder: Path, files: list[Path]) -> Checkpoint:
+    """Files of safetensors with boxes of tensors, as the processes of a training wrote them."""
+    pieces: dict[str, list[tuple[Chunk, str]]] = {}
+    for file in files:
+        found, metadata = _read_header(safe_name(folder, file.name, folder))
+        offsets = dcp.offsets_of_pieces(metadata, file)
+        for name, info in found.items():
+            if len(offsets.get(name, ())) != len(info.shape):
+                raise UserError(f"{file}: does not say where in '{name}' its part lies; copy it again")
+            chunk = contiguous(file, info.start, info.stop, offsets.get(name, ()), info.shape)
+            pieces.setdefault(name, []).append((chunk, info.dtype))
+    tensors: dict[str, TensorInfo] = {}
+    for name in (name for name in sorted(pieces) if not dcp.is_of_optimiser(name)):
+        chunks, dtypes = [chunk for chunk, _ in pieces[name]], {dtype for _, dtype in pieces[name]}
+        ends = ([at + size for at, size in zip(c.offsets, c.sizes)] for c in chunks)
+        shape = tuple(max(along) for along in zip(*ends))
+        chunks = [chunk for chunk in chunks if 0 not in chunk.sizes]
+        if len(dtypes) > 1 or math.prod(shape) and not tile(shape, chunks):
+            raise UserError(
+                f"{folder}: the parts of '{name}' leave a hole, overlap or differ in dtype; copy all files"
+            )
+        first = pieces[name][0][0]
+        at = (first.file, first.start, first.stop)
+        tensors[name] = ShardedTensor(name, dtypes.pop(), shape, *at, chunks=tuple(chunks))
+    notes = [
+        f"training shards: {len(files)} files are taken for all; nothing in them says how many there were"
+    ]
+    if rest := len(pieces) - len(tensors):
+        notes.append(f"training shards: left out, for they are no weights: {rest} tensors of the optimizer")
+    return Checkpoint(folder, tensors, notes=tuple(notes))
 
 
 def _open_sharded(folder: Path, index: Path) -> Checkpoint:

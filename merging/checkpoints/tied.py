@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Mapping
 
 from mergeline.merging.architecture import Role, describe, memory_name
 from mergeline.merging.checkpoints.checkpoint import Checkpoint
 from mergeline.merging.checkpoints.companions import read_config
 
 
-def without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
+def without_tied_head(checkpoint: Checkpoint, config: Mapping[str, Any] | None = None) -> Checkpoint:
     """Leave out an output matrix that the configuration says is the embedding, so that it is not merged beside it.
 
-    transformers ignores such a tensor, and writes none (`tie_word_embeddings`).
+    transformers ignores such a tensor, and writes none (`tie_word_embeddings`). config: by default that of its folder.
 
     Raises:
         UserError: a configuration that is no JSON object.
     """
-    config = read_config(checkpoint.folder)
+    config = read_config(checkpoint.folder) if config is None else config
     if config.get("tie_word_embeddings") is not True:
         return checkpoint
     tensors = describe({name: info.shape for name, info in checkpoint.tensors.items()}, config).tensors

@@ -10,13 +10,15 @@ from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import Checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG, STEMS, TOKENIZER
 from mergeline.merging.checkpoints.components import PIPELINE
+from mergeline.merging.checkpoints.dcp import METADATA
 from mergeline.merging.checkpoints.modules import MODULES
 from mergeline.merging.checkpoints.remote import refuse_changed_remotes
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import sha256_of
 
 _BESIDE = (
-    *(f"{stem}.safetensors.index.json" for stem in STEMS), ADAPTER_CONFIG, CONFIG, TOKENIZER, PIPELINE, MODULES
+    *(f"{stem}.safetensors.index.json" for stem in STEMS), ADAPTER_CONFIG, CONFIG, TOKENIZER, PIPELINE, MODULES,
+    METADATA
 )  # fmt: skip
 
 
@@ -33,7 +35,7 @@ class Stamp(NamedTuple):
 
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """The files that a checkpoint is read from: weights, and what lies beside them and is looked at."""
-    weights = {info.file for info in checkpoint.stored.tensors.values()}
+    weights = {file for info in checkpoint.stored.tensors.values() for file in info.files}
     folders = {checkpoint.folder, *(file.parent for file in weights)}
     beside = (folder / name for folder in folders for name in _BESIDE)
     return sorted(weights.union(path for path in beside if path.is_file()))

@@ -28,9 +28,16 @@ from mergeline.merging.checkpoints.adapters import (
     unties,
 )
 from mergeline.merging.checkpoints.carried import carried_files, left_out
-from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
-from mergeline.merging.checkpoints.companions import read_config
+from mergeline.merging.checkpoints.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    TensorInfo,
+    open_checkpoint,
+    open_statistics,
+)
+from mergeline.merging.checkpoints.companions import CONFIG, read_config
 from mergeline.merging.checkpoints.components import component_folders
+from mergeline.merging.checkpoints.dcp import is_training_shards
 from mergeline.merging.checkpoints.layouts import one_layout
 from mergeline.merging.checkpoints.modules import module_notes
 from mergeline.merging.checkpoints.quantised.formats import dequantised
@@ -62,6 +69,7 @@ class Headers:
 
     def __init__(self) -> None:
         self._checkpoints: dict[Path, Checkpoint] = {}
+        self._statistics: dict[tuple[str, Path], Checkpoint] = {}
         self._models: dict[str, Model] = {}
         self.stamps: dict[
             Path, dict[Path, Stamp]
@@ -71,8 +79,18 @@ class Headers:
         """As `open_checkpoint`."""
         if path not in self._checkpoints:
             self._checkpoints[path] = open_checkpoint(path)
-            self.stamps[path] = stamps(files_of(self._checkpoints[path]))
+            self._stamp(path, self._checkpoints[path])
         return self._checkpoints[path]
+
+    def open_statistics(self, kind: str, path: Path) -> Checkpoint:
+        """As `checkpoint.open_statistics`."""
+        if (kind, path) not in self._statistics:
+            self._statistics[kind, path] = open_statistics(kind, path)
+            self._stamp(path, self._statistics[kind, path])
+        return self._statistics[kind, path]
+
+    def _stamp(self, path: Path, checkpoint: Checkpoint) -> None:
+        self.stamps[path] = {**stamps(files_of(checkpoint)), **self.stamps.get(path, {})}
 
     def describe(
         self, shapes: Mapping[str, tuple[int, ...]], configs: Mapping[str, Mapping[str, Any]]
@@ -134,8 +152,10 @@ def _open(plan: Plan, headers: Headers) -> None:
         **({"base": plan.recipe.base} if plan.recipe.base else {}),
     }.items():
         try:
-            checkpoint, notes = dequantised(headers.open(path))
-            checkpoint = without_tied_head(checkpoint)
+            opened = headers.open(path)
+            checkpoint, notes = dequantised(opened)
+            checkpoint = without_tied_head(checkpoint, _config_for(plan.recipe, path))
+            notes = [*opened.notes, *notes]
             plan.stamps |= headers.stamps[path]
             plan.warnings += [f"{name}: {note}" for note in notes]
         except UserError as error:
@@ -166,12 +186,29 @@ def _open(plan: Plan, headers: Headers) -> None:
     for kind, paths in plan.recipe.statistics.items():
         files = paths if isinstance(paths, list) else [paths]
         try:
-            plan.statistics[kind] = [headers.open(file) for file in files]
-            for file in files:
+            plan.statistics[kind] = [headers.open_statistics(kind, file) for file in files]
+            for file, opened in zip(files, plan.statistics[kind]):
                 plan.stamps |= headers.stamps[file]
+                plan.warnings += [
+                    said
+                    for note in opened.notes
+                    if (said := f"statistics '{kind}': {note}") not in plan.warnings
+                ]
         except UserError as error:
             plan.problems.append(f"statistics '{kind}': {error}")
     _open_companions(plan)
+
+
+def _config_for(recipe: Recipe, path: Path) -> dict[str, Any] | None:
+    """The configuration of the model for training shards that have none; None for any other checkpoint."""
+    if not _has_no_config(path):
+        return None
+    folders = [recipe.experts.get(recipe.donor or ""), recipe.base, *recipe.experts.values()]
+    return next((found for folder in folders if folder and (found := read_config(folder))), None)
+
+
+def _has_no_config(path: Path) -> bool:
+    return is_training_shards(path) and not (path / CONFIG).exists()
 
 
 def _open_companions(plan: Plan) -> None:
@@ -361,15 +398,24 @@ def _untie(plan: Plan, adapters: Mapping[str, Checkpoint]) -> TiedHead | None:
 
 
 def _find_donor(plan: Plan) -> None:
-    """The named donor; or else the base, or the first expert where there is no base, if it is a folder."""
+    """The named donor; or else the base, or the first expert where there is no base, if it is a folder.
+
+    Training shards have no configuration: who has one comes before them.
+    """
     known = plan.checkpoints
     name = plan.recipe.donor
     if name is not None and name not in known:
         plan.problems.append(f"donor '{name}' is neither the base nor an expert{did_you_mean(name, known)}")
         return
-    path = known[name or next(iter(known))].path
+    donor = name or next((n for n, c in known.items() if not _has_no_config(c.path)), next(iter(known)))
+    path = known[donor].path
     if path.is_dir():
         plan.donor = path
+        if _has_no_config(path):
+            plan.warnings.append(
+                "training shards have no config.json: the merge will have none, nor a tokenizer; name as base the "
+                "folder that the training began with"
+            )
     elif name is not None:
         plan.problems.append(
             f"donor '{name}': {path} is one file, with no configuration of its own; name a folder"
@@ -383,10 +429,10 @@ def _find_donor(plan: Plan) -> None:
             plan.warnings += module_notes(path, others)
             plan.warnings += _left_out(path)
     except UserError as error:
-        plan.problems.append(f"{name or next(iter(known))}: {error}")
+        plan.problems.append(f"{donor}: {error}")
         return
     if not plan.adapter_only:
-        _align(plan, known, name or next(iter(known)))
+        _align(plan, known, donor)
 
 
 def _left_out(donor: Path) -> Iterator[str]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import threading
 from functools import cached_property
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Self, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.slots import View, all_finite, block_elements
 from mergeline.merging.architecture import Model, describe
@@ -17,7 +16,7 @@ from mergeline.merging.checkpoints.adapters import AdaptedTensor, composed, is_b
 from mergeline.merging.checkpoints.checkpoint import (
     DTYPES,
     Checkpoint,
-    StoredBytes,
+    Files,
     TensorInfo,
     content_digest,
     hasher,
@@ -151,42 +150,6 @@ def refuse_nonfinite(origin: str, name: str, value: Tensor) -> None:
     raise UserError(f"'{origin}': tensor '{name}' holds {kind}; leave this checkpoint out or repair it")
 
 
-class Files:
-    """Files that are open for reading, by their tensors' places; a context manager that closes them."""
-
-    device = "cpu"
-
-    def __init__(self) -> None:
-        self._opened: dict[Path, StoredBytes] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        while self._opened:
-            self._opened.popitem()[1].close()
-        forget()
-
-    def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""
-        dtype, size = DTYPES[info.dtype]
-        # What goes to an accelerator is read into pinned memory, from which copies need not be waited for.
-        buffer = torch.empty((stop - start) * size, dtype=torch.uint8, pin_memory=self.device != "cpu")
-        self.fill(buffer, info, start * size)
-        return buffer.view(getattr(torch, dtype))
-
-    def fill(self, buffer: Tensor, info: TensorInfo, start: int) -> None:
-        """Read a stored tensor's bytes from `start` on into all of a buffer, uint8 (raises UserError as `elements`)."""
-        self._stored(info.file).read_into(buffer.numpy().data, info, start)
-
-    def _stored(self, path: Path) -> StoredBytes:
-        if path not in self._opened:
-            opened = StoredBytes(path)
-            if self._opened.setdefault(path, opened) is not opened:  # another thread was faster
-                opened.close()
-        return self._opened[path]
-
-
 class FileInputs(_Source, Files):
     """The checkpoints of a plan."""
 
@@ -198,6 +161,10 @@ class FileInputs(_Source, Files):
         self.has_base = plan.base is not None
         self._checkpoints = plan.checkpoints
         self._entries = {entry.name: entry for entry in plan.entries}
+
+    def __exit__(self, *_: Any) -> None:
+        super().__exit__()
+        forget()
 
     def view(self, entry: Entry) -> View:
         experts, has_base = list(entry.sources), entry.base is not None
@@ -216,14 +183,14 @@ class FileInputs(_Source, Files):
         """Elements from `start` on as `read` gives them, into all of a contiguous tensor (n,)."""
         info = self._info(origin, name)
         # What was looked at before, and needs no conversion, is read to its place.
-        seen, plain = (origin, name) in self.hashes, type(info) is TensorInfo and out.device.type == "cpu"
+        seen, plain = (origin, name) in self.hashes, info.is_stored and out.device.type == "cpu"
         if seen and plain and getattr(torch, DTYPES[info.dtype][0]) == out.dtype:
             self.fill(out.view(torch.uint8), info, start * out.itemsize)
         else:
             out.copy_(self.read(origin, name, start, start + len(out)))
 
     def statistic(self, kind: str, key: str, start: int, stop: int) -> Tensor:
-        return self.elements(self.plan.statistic(kind, key), start, stop).to(self.device)
+        return self.plan.statistic(kind, key).read(self.elements, start, stop).to(self.device)
 
     def has_statistic(self, kind: str, key: str) -> bool:
         checkpoint, key = self.plan.statistics_of(kind, key)
@@ -267,7 +234,7 @@ class FileInputs(_Source, Files):
         checkpoint: Checkpoint = self._checkpoints[origin]
         stored = checkpoint.stored
         # Of a stack a tensor may have been read under other names, or as the base of some of its parts.
-        read = {(t.file, t.start, t.stop): n for n, t in checkpoint.tensors.items() if type(t) is TensorInfo}
+        read = {(t.file, t.start, t.stop): n for n, t in checkpoint.tensors.items() if t.is_stored}
         names = {name: read.get((t.file, t.start, t.stop)) for name, t in stored.tensors.items()}
         return content_digest(
             (t.name, t.dtype, t.shape,

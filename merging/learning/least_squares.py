@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Seq
 
 from mergeline.merging.api import merge
 from mergeline.merging.architecture import Role, TensorRole
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import Files, open_checkpoint
 from mergeline.merging.engine.planning import make_plan
-from mergeline.merging.engine.sources import FileInputs, Files
+from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.engine.work import Count
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch

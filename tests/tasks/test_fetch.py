@@ -230,6 +230,7 @@ def test_link_out_of_the_folder_is_refused_unless_named(tmp_path, bring):
             r"mine: is quantised \(hqq in config.json\), which cannot be read",
         ),
         ({"model.safetensors": WEIGHTS, "config.json": b"{"}, "config.json: is not valid JSON"),
+        ({"__0_0.distcp": b"", ".metadata": b""}, "holds training shards.*passthrough"),
         ({"pytorch_model.bin": b"", "notes.txt": b""}, r"'pytorch_model.bin' is a pickle.*--allow-pickle"),
     ],
 )

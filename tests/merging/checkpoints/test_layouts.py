@@ -14,10 +14,9 @@ from model_zoo import build
 from safetensors.torch import save_file
 
 from mergeline.merging import merge
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import Files, open_checkpoint
 from mergeline.merging.checkpoints.layouts import one_layout
 from mergeline.merging.engine.planning import make_plan
-from mergeline.merging.engine.sources import Files
 from mergeline.merging.verify import verify
 
 # What transformers writes with a tensor for each expert, and has packed in memory.

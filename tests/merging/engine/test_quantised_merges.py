@@ -16,11 +16,10 @@ from torch import Tensor
 
 from mergeline.merging import merge
 from mergeline.merging.api import merge_points
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import Files, open_checkpoint
 from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.compress import compress, extract_expert
 from mergeline.merging.engine.planning import make_plan
-from mergeline.merging.engine.sources import Files
 from mergeline.merging.extract_lora import extract_lora
 from mergeline.merging.verify import verify
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from math import acos, cos, exp, log, sin, sqrt, tanh
 from typing import Any
 
@@ -343,6 +344,30 @@ def test_ema_is_the_recurrence_over_the_last_checkpoints(count, decay, window):
         expected = decay * expected + (1 - decay) * value
     params = {"decay": decay, "window": window}
     assert merged("ema", [[v] for v in values], **params).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "schedule, decay",
+    [
+        ("linear", lambda s: 1 - s),
+        ("cosine", lambda s: 0.5 + 0.5 * math.cos(math.pi * s)),
+        ("1-sqrt", lambda s: 1 - s**0.5),
+    ],
+)
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=8))
+def test_a_schedule_gives_the_checkpoint_of_a_run_whose_updates_decay(schedule, decay, values):
+    expected = float(values[0])
+    for t, (before, after) in enumerate(zip(values, values[1:]), start=1):
+        expected += decay(t / len(values)) * (after - before)
+    found = merged("linear", [[float(v)] for v in values], schedule=schedule).item()
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_linear_decay_is_the_mean_and_a_schedule_takes_no_weights():
+    rows = [[1.0], [2.0], [6.0]]
+    assert merged("linear", rows, schedule="linear").item() == pytest.approx(3)
+    with refused("weights and schedule say the same"):
+        merged("linear", rows, schedule="cosine", weights=[1, 2, 3])
 
 
 def test_greedy_soup_is_the_mean_of_its_members():
