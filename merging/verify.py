@@ -27,6 +27,7 @@ from mergeline.merging.errors import UserError
 from mergeline.merging.export import export_task
 from mergeline.merging.extract_lora import extract_lora
 from mergeline.merging.files import read_object, user_errors
+from mergeline.merging.merge_experts import STATISTICS, merge_experts
 from mergeline.merging.methods.contract import catalogue
 from mergeline.merging.reading import open_regular, parsed_json, sha256_of
 from mergeline.merging.signature import check_signature
@@ -99,6 +100,17 @@ class _Adapter(BaseModel):
     modules_to_save: list[str]
 
 
+class _Mixture(BaseModel):
+    """How experts of a mixture were merged."""
+
+    method: Literal["mc_smoe", "sub_moe", "prune"]
+    experts: int | None
+    groups: dict[str, Any] | list[Any] | None
+    router: Literal["average", "dominant", "wide"]
+    align: bool
+    rank: int | float | None
+
+
 class _Extracted(BaseModel):
     """How an expert was given back by a store."""
 
@@ -127,6 +139,7 @@ class _Manifest(_Written):
     device: str
     store: dict[str, Any] | None = None  # of a compressed store
     adapter: _Adapter | None = None
+    mixture: _Mixture | None = None
 
     def make_again(self, folder: Path, inputs: _Inputs, place: Path) -> Manifest:
         """Merge into `place`; the manifest lies in `folder`."""
@@ -140,6 +153,10 @@ class _Manifest(_Written):
             "adapters": {task: adapter_path(folder, task) for task in recipe.adapters},
             "router": recipe.router and folder / ROUTER,
         }
+        if self.mixture:
+            statistics = next(iter(read.pop("statistics").get(STATISTICS, [])), None)
+            asked = self.mixture.model_dump()
+            return merge_experts(read, place, statistics=statistics, **asked, device=self.device)
         if self.adapter:
             return extract_lora(read, place, **self.adapter.model_dump(), device=self.device)
         return (compress if self.store else merge)(read, place, device=self.device)

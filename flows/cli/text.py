@@ -121,6 +121,20 @@ def adapter(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"left out: {left['tensors']} tensors with {share}"
 
 
+def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """How many experts of a mixture are left, in how many layers, and which are in no group."""
+    made = manifest["mixture"]
+    counts = [len(groups) for groups in made["merged"].values()]
+    stay = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    alone = sum(len(group) == 1 for groups in made["merged"].values() for group in groups)
+    yield (
+        f"{len(counts)} layers of {made['of']} experts: {stay} are left, {alone} of {sum(counts)} as they were, "
+        f"{size(manifest['output']['bytes'])}"
+    )
+    if left := sum(map(len, made["left_out"].values())):
+        yield f"left out: {left} experts"
+
+
 def checkpoint(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
     """What is in a checkpoint, of `tasks.inspection.describe`."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())

@@ -6,8 +6,9 @@ import json
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Mapping, Sequence
 
+from mergeline.merging.architecture.mixtures import COUNTS
 from mergeline.merging.checkpoints.checkpoint import DTYPES
 from mergeline.merging.checkpoints.companions import (
     CONFIG,
@@ -57,12 +58,14 @@ def carry(
     layers: Sequence[int] | None = None,
     quantised: bool = False,
     untied: bool = False,
+    experts: int | None = None,
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
     config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
     no quantisation unless the weights are `quantised` again, and says whether the output matrix is no longer the
-    embedding (`untied`); the tokenizer knows the tokens that were added to it.
+    embedding (`untied`), and how many `experts` a layer has where these were made fewer; the tokenizer knows the tokens
+    that were added to it.
 
     Raises:
         UserError: as `carried_files`.
@@ -89,6 +92,8 @@ def carry(
         kinds = config.get("layer_types")
         if isinstance(kinds, list) and max(layers) < len(kinds):
             config["layer_types"] = [kinds[layer] for layer in layers]
+    if experts is not None:
+        changed |= _replace(config, COUNTS, experts)
     if untied:
         _replace(config, ("tie_word_embeddings",), False)
         config["tie_word_embeddings"], changed = False, True
@@ -156,6 +161,17 @@ def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
         key: without_quantisation(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in parts.items()
     }
+
+
+def values_in(config: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:
+    """What a configuration, and its parts, say under these keys, but None."""
+    found = []
+    for key, value in config.items():
+        if key in keys and value is not None:
+            found.append(value)
+        elif isinstance(value, dict) and key.endswith("_config"):
+            found += values_in(value, keys)
+    return found
 
 
 def _replace(config: dict[str, Any], keys: Sequence[str], new: Any) -> bool:

@@ -186,7 +186,9 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
             plan.recipe.requantise,
             plan.untied is not None,
         )
-        carry(plan.donor, specs, folder, plan.alignment, layers, quantised, untied)
+        carry(
+            plan.donor, specs, folder, plan.alignment, layers, quantised, untied, plan.kept_experts
+        )  # fmt: skip
     (folder / CARD).write_text(model_card(manifest))
 
 

@@ -165,6 +165,7 @@ class Plan:
     alignment: Alignment | None = None  # of vocabularies that differ
     stack: Stack | None = None  # of ranges of layers
     adapter_only: bool = False  # of adapters without a base, which can become nothing else
+    kept_experts: int | None = None  # of each layer, of a mixture that is made smaller
     untied: str | None = None  # an output matrix of its own, of a base whose embedding is it
     adapters: dict[str, TaskAdapter] = field(default_factory=dict)  # that lie beside the merge, by task
     router: Router | None = None  # that lies beside a store
