@@ -16,7 +16,7 @@ from mergeline.merging.algebra import expert_groups, linear
 from mergeline.merging.algebra.expert_groups import Groups
 from mergeline.merging.architecture.mixtures import CHOSEN, COUNTS, GROUPS, Mixture, Place, mixtures
 from mergeline.merging.canonical import canonical_json
-from mergeline.merging.checkpoints.carried import values_in
+from mergeline.merging.checkpoints.carried import replaced, values_in
 from mergeline.merging.checkpoints.checkpoint import DTYPES, open_checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG, WEIGHTS, read_config
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec, TensorWriter
@@ -214,7 +214,7 @@ class _Layout:
         said = {"mixture": self.told()}
         self.metadata = checkpoint_metadata(plan) | {"mergeline.experts": canonical_json(said)}
         if not settings.wide:
-            plan.kept_experts = self.count
+            plan.configured = lambda config: replaced(config, COUNTS, self.count)
 
     def _check_counts(self, found: Sequence[Mixture], config: Mapping[str, Any]) -> None:
         counts = {len(mixture.experts) for mixture in found}

@@ -168,6 +168,7 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         "statistics of a mixture's experts on texts, for merge-experts",
         _collect_experts,
     )
+    add("moe", merge_commands.moe, "make dense models the experts of one mixture, as mergekit-moe", _moe)
     add(
         "verify",
         merge_commands.verify,
@@ -583,6 +584,21 @@ def _collect_experts(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     command.add_argument("--out", type=Path, required=True, metavar="P", help="a safetensors file")
     _force(command)
+
+
+def _moe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "config", type=Path, metavar="CONFIG", help="YAML, as of mergekit-moe (see docs/moe.md)"
+    )
+    command.add_argument(
+        "--routers", type=Path, metavar="P", help="rows of the routers, safetensors, in place of gate_mode"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
+    _shard_size(command)
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    _resources(command)
+    _out(command)
+    _json(command)
 
 
 def _sign(command: argparse.ArgumentParser) -> None:

@@ -163,6 +163,21 @@ def collect_experts(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def moe(args: argparse.Namespace) -> None:
+    from mergeline.tasks.fetch import local_checkpoint
+    from mergeline.tasks.language.moe import make_moe_of
+
+    with _replacing(args, [args.out]):
+        manifest = make_moe_of(
+            args.config, args.out, local_checkpoint, routers=args.routers, seed=args.seed, shard_size=args.shard_size,
+            device=args.device, memory=args.memory, workers=args.workers, progress=text.progress(), force=args.force,
+        )  # fmt: skip
+    if args.json:
+        print(text.as_json({"out": str(args.out), **manifest}))
+    else:
+        print(f"{args.out}  {manifest['output']['digest']}", *text.moe(manifest), sep="\n")
+
+
 def verify(args: argparse.Namespace) -> None:
     from mergeline.merging.verify import verify
     from mergeline.tasks.remote import streamed

@@ -135,6 +135,20 @@ def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"left out: {left} experts"
 
 
+def moe(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a mixture of dense models is, and what of its router is to be known."""
+    made = manifest["moe"]
+    shared = " and a shared one" if made["shared"] else ""
+    yield (
+        f"{made['kind']}: {len(made['experts'])} experts{shared}, a token sent to {made['experts_per_token']}, "
+        f"{size(manifest['output']['bytes'])}"
+    )
+    if made["routers"] != "file":
+        yield "its router is drawn at random: train it"
+    if layers := made["unbalanced"]:
+        yield f"rows of the router are nearly alike in {len(layers)} layers, first {layers[0]}: take other prompts"
+
+
 def checkpoint(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
     """What is in a checkpoint, of `tasks.inspection.describe`."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())

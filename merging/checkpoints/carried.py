@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, Sequence
 
-from mergeline.merging.architecture.mixtures import COUNTS
 from mergeline.merging.checkpoints.checkpoint import DTYPES
 from mergeline.merging.checkpoints.companions import (
     CONFIG,
@@ -58,14 +58,14 @@ def carry(
     layers: Sequence[int] | None = None,
     quantised: bool = False,
     untied: bool = False,
-    experts: int | None = None,
+    configured: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> None:
     """Copy what describes the donor's weights, and make it true of what was written.
 
     config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
     no quantisation unless the weights are `quantised` again, and says whether the output matrix is no longer the
-    embedding (`untied`), and how many `experts` a layer has where these were made fewer; the tokenizer knows the tokens
-    that were added to it.
+    embedding (`untied`); `configured` says what becomes of it where another kind, or size, of model was written. The
+    tokenizer knows the tokens that were added to it.
 
     Raises:
         UserError: as `carried_files`.
@@ -92,8 +92,8 @@ def carry(
         kinds = config.get("layer_types")
         if isinstance(kinds, list) and max(layers) < len(kinds):
             config["layer_types"] = [kinds[layer] for layer in layers]
-    if experts is not None:
-        changed |= _replace(config, COUNTS, experts)
+    if configured is not None:
+        config, changed = configured(config), True
     if untied:
         _replace(config, ("tie_word_embeddings",), False)
         config["tie_word_embeddings"], changed = False, True
@@ -161,6 +161,13 @@ def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
         key: without_quantisation(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in parts.items()
     }
+
+
+def replaced(config: dict[str, Any], keys: Sequence[str], new: Any) -> dict[str, Any]:
+    """A configuration with a value where it, or one of its parts, has another under these keys."""
+    config = copy.deepcopy(config)
+    _replace(config, keys, new)
+    return config
 
 
 def values_in(config: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:

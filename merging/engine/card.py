@@ -19,13 +19,14 @@ def model_card(manifest: dict[str, Any]) -> str:
     recipe = manifest["recipe"]
     method = get_method(recipe["method"])
     mixture = manifest.get("mixture")
-    by = mixture["method"] if mixture else method.id
+    moe = manifest.get("moe")
+    by = mixture["method"] if mixture else "moe" if moe else method.id
     origins = [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values()]
     models = [name for name in (hub_id(origin.get("source")) for origin in origins) if name]
     store, adapter = "store" in manifest, "adapter" in manifest
     relation, models = ("adapter", models[:1]) if adapter else ("merge", models)
     kind = "Compressed" if store else "An adapter of what was merged" if adapter else "Merged"
-    kind = "A mixture made smaller" if mixture else kind
+    kind = "A mixture made smaller" if mixture else "Dense models as experts" if moe else kind
     lines = [
         "---",
         *(["library_name: peft"] if adapter else []),
@@ -43,7 +44,11 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
         f"# {kind} by {by}",
         "",
-        _of_experts(mixture) if mixture else f"{_prose(method.summary)} Paper: {_prose(method.citation)}.",
+        _of_experts(mixture)
+        if mixture
+        else _of_models(moe)
+        if moe
+        else f"{_prose(method.summary)} Paper: {_prose(method.citation)}.",
         "",
         *_table(manifest, "store" if store else "adapter" if adapter else "merged"),
         "",
@@ -97,6 +102,18 @@ def _seen(fitted: dict[str, Any]) -> str:
         words += f" Default settings were chosen on {_cell(found.chosen_on)}."
     return words + (
         " Its test scores are of examples that it was fitted to." if found.split == "test" else ""
+    )
+
+
+def _of_models(moe: dict[str, Any]) -> str:
+    """What a mixture of dense models is made of."""
+    names = ", ".join(f"{_cell(e['name'])} ({_cell(e['of'])})" for e in moe["experts"])
+    routers = "of prompts or given" if moe["routers"] == "file" else "drawn at random: it is to be trained"
+    return (
+        f"Experts are the MLPs of {names}"
+        + (f", and for every token {_cell(moe['shared']['of'])}" if moe["shared"] else "")
+        + f"; all else is the base's. A token is sent to {moe['experts_per_token']} of them. The router is {routers}. "
+        "As mergekit-moe makes it (0.1.5)."
     )
 
 

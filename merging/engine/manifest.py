@@ -187,7 +187,7 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
             plan.untied is not None,
         )
         carry(
-            plan.donor, specs, folder, plan.alignment, layers, quantised, untied, plan.kept_experts
+            plan.donor, specs, folder, plan.alignment, layers, quantised, untied, plan.configured
         )  # fmt: skip
     (folder / CARD).write_text(model_card(manifest))
 
