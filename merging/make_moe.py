@@ -125,7 +125,7 @@ def make_moe(
         first that base and `shared` allow.
     routers: `random`, standard normal numbers; `uniform_random`, as torch begins a linear layer; or a safetensors file
         with `layers.L` (E, H) for each layer, rows for experts in order, and for the shared one after them.
-    experts_per_token: 2 by default; 1 for `deepseek` with a shared one.
+    experts_per_token: to how many of the experts a token is sent, beside the shared one; 2 by default.
 
     Memory is that of a block of a tensor; a killed run goes on after the last tensor. The manifest's `moe` says how.
 
@@ -202,7 +202,7 @@ class _Layout:
         self.plan, self.experts, self.shared, self.origins = plan, experts, shared, origins
         config = read_config(plan.donor) if plan.donor else {}
         self.id, self.kind = kind, _KINDS[kind]
-        self.chosen = chosen or (1 if self.id == "deepseek" and shared else 2)
+        self.chosen = 2 if chosen is None else chosen
         if not 1 <= self.chosen <= len(experts):
             raise UserError(
                 f"{len(experts)} experts, of which a token is sent to {self.chosen}: bring as many, or more"
