@@ -32,6 +32,8 @@ from mergeline.merging.errors import UserError
 from mergeline.merging.export import export_task
 from mergeline.merging.extract_lora import extract_lora
 from mergeline.merging.files import read_object, user_errors
+from mergeline.merging.make_moe import ROUTERS, Expert, make_moe
+from mergeline.merging.merge_experts import STATISTICS, merge_experts
 from mergeline.merging.methods.contract import catalogue
 from mergeline.merging.reading import open_regular, parsed_json, sha256_of
 from mergeline.merging.signature import check_signature
@@ -105,6 +107,61 @@ class _Adapter(BaseModel):
     modules_to_save: list[str]
 
 
+class _Mixture(BaseModel):
+    """How experts of a mixture were merged."""
+
+    method: Literal["mc_smoe", "sub_moe", "prune"]
+    experts: int | None
+    groups: dict[str, Any] | list[Any] | None
+    router: Literal["average", "dominant", "wide"]
+    align: bool
+    rank: int | float | None
+
+
+class _OfMoe(BaseModel):
+    """A dense model that became an expert."""
+
+    name: str
+    of: str
+    residual_scale: float | None
+    noise_scale: float | None
+
+
+class _Moe(BaseModel):
+    """How a mixture was made of dense models."""
+
+    kind: Literal["mixtral", "qwen2", "qwen3", "deepseek"]
+    experts: list[_OfMoe]
+    shared: _OfMoe | None
+    routers: Literal["random", "uniform_random", "file"]
+    experts_per_token: int
+
+    def make_again(self, read: dict[str, Any], place: Path, device: str) -> Manifest:
+        """Make it into `place` of what was read."""
+        models = {**read["experts"], **({"base": read["base"]} if read["base"] else {})}
+
+        def expert(asked: _OfMoe) -> Expert:
+            if asked.of not in models:
+                raise UserError(f"the manifest was damaged: there is no model '{asked.of}'")
+            scales = asked.model_dump(include={"residual_scale", "noise_scale"})
+            return Expert(model=models[asked.of], **scales)
+
+        given = next(iter(read["statistics"].get(ROUTERS, [])), None)
+        return make_moe(
+            read["base"] or next(iter(models.values())),
+            {asked.name: expert(asked) for asked in self.experts},
+            place,
+            shared=expert(self.shared) if self.shared else None,
+            kind=self.kind,
+            routers=given or self.routers,
+            experts_per_token=self.experts_per_token,
+            dtype=read["dtype"],
+            seed=read["seed"],
+            shard_size=read["shard_size"],
+            device=device,
+        )
+
+
 class _Extracted(BaseModel):
     """How an expert was given back by a store."""
 
@@ -133,6 +190,8 @@ class _Manifest(_Written):
     device: str
     store: dict[str, Any] | None = None  # of a compressed store
     adapter: _Adapter | None = None
+    mixture: _Mixture | None = None
+    moe: _Moe | None = None
 
     def make_again(self, folder: Path, inputs: _Inputs, place: Path) -> Manifest:
         """Merge into `place`; the manifest lies in `folder`."""
@@ -147,6 +206,12 @@ class _Manifest(_Written):
             "adapters": {task: adapter_path(folder, task) for task in recipe.adapters},
             "router": recipe.router and folder / ROUTER,
         }
+        if self.moe:
+            return self.moe.make_again(read, place, self.device)
+        if self.mixture:
+            statistics = next(iter(read.pop("statistics").get(STATISTICS, [])), None)
+            asked = self.mixture.model_dump()
+            return merge_experts(read, place, statistics=statistics, **asked, device=self.device)
         if self.adapter:
             return extract_lora(read, place, **self.adapter.model_dump(), device=self.device)
         return (compress if self.store else merge)(read, place, device=self.device)

@@ -155,6 +155,7 @@ class Statistics(Strict):
     labels: Literal["true", "sampled", "empirical"] = "true"
     draws: Annotated[int, Field(ge=1)] = 1
     normalise: Literal["none", "global", "trace"] = "none"
+    outputs: bool = False
 
     @property
     def gathering(self) -> Gathering:

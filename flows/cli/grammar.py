@@ -157,6 +157,19 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         _engine,
     )
     add(
+        "merge-experts",
+        merge_commands.merge_experts,
+        "make the experts of a mixture fewer: merge groups of them, or leave the least used out",
+        _merge_experts,
+    )
+    add(
+        "collect-experts",
+        merge_commands.collect_experts,
+        "statistics of a mixture's experts on texts, for merge-experts",
+        _collect_experts,
+    )
+    add("moe", merge_commands.moe, "make dense models the experts of one mixture, as mergekit-moe", _moe)
+    add(
         "verify",
         merge_commands.verify,
         "re-derive a merge from its manifest and compare bit for bit",
@@ -513,6 +526,84 @@ def _adapter(command: argparse.ArgumentParser) -> None:
         "--out", required=True, type=Path, help="a folder for PEFT, or x.safetensors for bare factors"
     )
     _force(command)
+
+
+def _merge_experts(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder, a URI, or org/name of the Hub")
+    command.add_argument(
+        "--method",
+        choices=["mc_smoe", "sub_moe", "prune"],
+        default="mc_smoe",
+        help="how groups are found and merged (default: mc_smoe)",
+    )
+    command.add_argument("--experts", type=values.count, metavar="N", help="how many stay in each layer")
+    command.add_argument(
+        "--groups",
+        type=Path,
+        metavar="FILE",
+        help="JSON in place of --experts: lists of experts that become one",
+    )
+    command.add_argument(
+        "--statistics", type=Path, metavar="P", help="what `mergeline collect-experts` wrote of the model"
+    )
+    command.add_argument(
+        "--router",
+        choices=["average", "dominant", "wide"],
+        help="its row of a group; wide: all rows stay, and the group's expert stands in every member's place",
+    )
+    command.add_argument(
+        "--no-align",
+        action="store_true",
+        help="of mc_smoe: average hidden units as they lie, as Mixtral's own code",
+    )
+    command.add_argument(
+        "--rank",
+        type=values.rank,
+        metavar="R",
+        help="of sub_moe: directions that are kept, or a share of them",
+    )
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    command.add_argument(
+        "--layout", choices=["as_base", "packed", "per_expert"], help="default: as the model's"
+    )
+    _shard_size(command)
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    _resources(command)
+    _out(command)
+    _json(command)
+
+
+def _collect_experts(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder, a URI, or org/name of the Hub")
+    command.add_argument("--texts", type=Path, required=True, metavar="FILE", help="UTF-8, a text a line")
+    command.add_argument(
+        "--outputs", action="store_true", help="run all experts on every token, too: sub_moe needs it"
+    )
+    command.add_argument(
+        "--length", type=values.count, default=512, metavar="N", help="tokens of a text (512)"
+    )
+    command.add_argument(
+        "--examples", type=values.count, metavar="N", help="take so many texts, drawn by the seed"
+    )
+    command.add_argument("--seed", type=int, default=0, help="default: 0")
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    command.add_argument("--out", type=Path, required=True, metavar="P", help="a safetensors file")
+    _force(command)
+
+
+def _moe(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "config", type=Path, metavar="CONFIG", help="YAML, as of mergekit-moe (see docs/moe.md)"
+    )
+    command.add_argument(
+        "--routers", type=Path, metavar="P", help="rows of the routers, safetensors, in place of gate_mode"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
+    _shard_size(command)
+    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    _resources(command)
+    _out(command)
+    _json(command)
 
 
 def _sign(command: argparse.ArgumentParser) -> None:

@@ -130,6 +130,66 @@ def extract_lora(args: argparse.Namespace) -> None:
     print(*text.adapter(manifest), sep="\n")
 
 
+def merge_experts(args: argparse.Namespace) -> None:
+    from mergeline.merging.merge_experts import merge_experts
+    from mergeline.merging.reading import open_regular, parsed_json
+    from mergeline.tasks.fetch import local_checkpoint
+
+    options = {"dtype": args.dtype, "layout": args.layout, "shard_size": args.shard_size}
+    recipe = {
+        "method": "passthrough",
+        "experts": {"model": local_checkpoint(args.model)},
+        **{key: value for key, value in options.items() if value is not None},
+    }
+    groups = None
+    if args.groups:
+        try:
+            with open_regular(args.groups) as file:
+                groups = parsed_json(file.read().decode())
+        except OSError as error:
+            raise UserError(f"{args.groups}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise UserError(f"{args.groups}: is no JSON ({error})") from None
+    with _replacing(args, [args.out]):
+        manifest = merge_experts(
+            recipe, args.out, method=args.method, experts=args.experts, statistics=args.statistics, groups=groups,
+            router=args.router, align=not args.no_align, rank=args.rank, device=args.device, memory=args.memory,
+            workers=args.workers, progress=text.progress(), force=args.force,
+        )  # fmt: skip
+    if args.json:
+        print(text.as_json({"out": str(args.out), **manifest}))
+    else:
+        print(f"{args.out}  {manifest['output']['digest']}", *text.mixture(manifest), sep="\n")
+
+
+def collect_experts(args: argparse.Namespace) -> None:
+    from mergeline.tasks.fetch import local_checkpoint
+    from mergeline.tasks.language.expert_statistics import collect_experts
+
+    model = local_checkpoint(args.model)
+    print(
+        collect_experts(
+            model, args.texts, args.out, outputs=args.outputs, length=args.length, examples=args.examples,
+            seed=args.seed, device=args.device, force=args.force, progress=text.progress("collecting"),
+        )
+    )  # fmt: skip
+
+
+def moe(args: argparse.Namespace) -> None:
+    from mergeline.tasks.fetch import local_checkpoint
+    from mergeline.tasks.language.moe import make_moe_of
+
+    with _replacing(args, [args.out]):
+        manifest = make_moe_of(
+            args.config, args.out, local_checkpoint, routers=args.routers, seed=args.seed, shard_size=args.shard_size,
+            device=args.device, memory=args.memory, workers=args.workers, progress=text.progress(), force=args.force,
+        )  # fmt: skip
+    if args.json:
+        print(text.as_json({"out": str(args.out), **manifest}))
+    else:
+        print(f"{args.out}  {manifest['output']['digest']}", *text.moe(manifest), sep="\n")
+
+
 def verify(args: argparse.Namespace) -> None:
     from mergeline.merging.verify import verify
     from mergeline.tasks.remote import streamed

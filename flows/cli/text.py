@@ -121,6 +121,34 @@ def adapter(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"left out: {left['tensors']} tensors with {share}"
 
 
+def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """How many experts of a mixture are left, in how many layers, and which are in no group."""
+    made = manifest["mixture"]
+    counts = [len(groups) for groups in made["merged"].values()]
+    stay = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    alone = sum(len(group) == 1 for groups in made["merged"].values() for group in groups)
+    yield (
+        f"{len(counts)} layers of {made['of']} experts: {stay} are left, {alone} of {sum(counts)} as they were, "
+        f"{size(manifest['output']['bytes'])}"
+    )
+    if left := sum(map(len, made["left_out"].values())):
+        yield f"left out: {left} experts"
+
+
+def moe(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a mixture of dense models is, and what of its router is to be known."""
+    made = manifest["moe"]
+    shared = " and a shared one" if made["shared"] else ""
+    yield (
+        f"{made['kind']}: {len(made['experts'])} experts{shared}, a token sent to {made['experts_per_token']}, "
+        f"{size(manifest['output']['bytes'])}"
+    )
+    if made["routers"] != "file":
+        yield "its router is drawn at random: train it"
+    if layers := made["unbalanced"]:
+        yield f"rows of the router are nearly alike in {len(layers)} layers, first {layers[0]}: take other prompts"
+
+
 def checkpoint(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
     """What is in a checkpoint, of `tasks.inspection.describe`."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())

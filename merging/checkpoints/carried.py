@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from math import prod
 from pathlib import Path
-from typing import Any, Iterable, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.checkpoints.chat_templates import TEMPLATE, TOKENIZER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import DTYPES
@@ -53,26 +54,33 @@ _QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def carry(
-    donor: Path,
-    specs: Iterable[TensorSpec],
-    folder: Path,
-    alignment: Alignment | None = None,
-    layers: Sequence[tuple[Path, int]] | None = None,
-    chat_template: str | None = None,
-    quantised: bool = False,
-    untied: bool = False,
-) -> None:
-    """Copy what describes the donor's weights, and make it true of what was written.
+class Changes(NamedTuple):
+    """What was written otherwise than the donor's files say.
 
-    config.json names the dtype that most of the tensors have, the rows of the vocabulary and the layers of a stack, but
-    no quantisation unless the weights are `quantised` again, and says whether the output matrix is no longer the
-    embedding (`untied`); the tokenizer knows the tokens that were added to it. layers: folder and layer, as which each
-    layer of a stack is described. chat_template: in place of the donor's.
+    alignment: of vocabularies; the tokenizer knows the tokens that were added to it. layers: folder and layer, as which
+    each layer of a stack is described. chat_template: in place of the donor's. quantised: whether the weights are in
+    the donor's own format; else config.json says no quantisation. untied: whether the output matrix is no longer the
+    embedding. configured: what becomes of config.json where another kind, or size, of model was written.
+    """
+
+    alignment: Alignment | None = None
+    layers: Sequence[tuple[Path, int]] | None = None
+    chat_template: str | None = None
+    quantised: bool = False
+    untied: bool = False
+    configured: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+
+_NONE = Changes()
+
+
+def carry(donor: Path, specs: Iterable[TensorSpec], folder: Path, changes: Changes = _NONE) -> None:
+    """Copy what describes the donor's weights, and make it true of what was written: dtype, rows, layers and the rest.
 
     Raises:
         UserError: as `carried_files`.
     """
+    alignment, layers, chat_template, quantised, untied, configured = changes
     for name, path in carried_files(donor).items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)
@@ -97,6 +105,8 @@ def carry(
         _set_tokenizer_config(folder, set(), chat_template)
     if layers is not None:
         changed |= _stacked(config, layers, {path: read_config(path) for path, _ in layers if path.is_dir()})
+    if configured is not None:
+        config, changed = configured(config), True
     if untied:
         _replace(config, ("tie_word_embeddings",), False)
         config["tie_word_embeddings"], changed = False, True
@@ -233,6 +243,24 @@ def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:
         key: without_quantisation(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in parts.items()
     }
+
+
+def replaced(config: dict[str, Any], keys: Sequence[str], new: Any) -> dict[str, Any]:
+    """A configuration with a value where it, or one of its parts, has another under these keys."""
+    config = copy.deepcopy(config)
+    _replace(config, keys, new)
+    return config
+
+
+def values_in(config: Mapping[str, Any], keys: Sequence[str]) -> list[Any]:
+    """What a configuration, and its parts, say under these keys, but None."""
+    found = []
+    for key, value in config.items():
+        if key in keys and value is not None:
+            found.append(value)
+        elif isinstance(value, dict) and key.endswith("_config"):
+            found += values_in(value, keys)
+    return found
 
 
 def _replace(config: dict[str, Any], keys: Sequence[str], new: Any) -> bool:

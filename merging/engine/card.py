@@ -18,11 +18,15 @@ def model_card(manifest: dict[str, Any]) -> str:
     """Markdown with YAML front matter: what was merged, how, and the digests that prove it."""
     recipe = manifest["recipe"]
     method = get_method(recipe["method"])
+    mixture = manifest.get("mixture")
+    moe = manifest.get("moe")
+    by = mixture["method"] if mixture else "moe" if moe else method.id
     origins = [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values()]
     models = [name for name in (hub_id(origin.get("source")) for origin in origins) if name]
     store, adapter = "store" in manifest, "adapter" in manifest
     relation, models = ("adapter", models[:1]) if adapter else ("merge", models)
     kind = "Compressed" if store else "An adapter of what was merged" if adapter else "Merged"
+    kind = "A mixture made smaller" if mixture else "Dense models as experts" if moe else kind
     lines = [
         "---",
         *(["library_name: peft"] if adapter else []),
@@ -35,12 +39,16 @@ def model_card(manifest: dict[str, Any]) -> str:
         *(["- lora"] if adapter else []),
         "- merge",
         "- mergeline",
-        f"- {method.id}",
+        f"- {by}",
         "---",
         "",
-        f"# {kind} by {method.id}",
+        f"# {kind} by {by}",
         "",
-        f"{_prose(method.summary)} Paper: {_prose(method.citation)}.",
+        _of_experts(mixture)
+        if mixture
+        else _of_models(moe)
+        if moe
+        else f"{_prose(method.summary)} Paper: {_prose(method.citation)}.",
         "",
         *_table(manifest, "store" if store else "adapter" if adapter else "merged"),
         "",
@@ -104,6 +112,36 @@ def _seen(fitted: dict[str, Any]) -> str:
         words += f" Default settings were chosen on {_cell(found.chosen_on)}."
     return words + (
         " Its test scores are of examples that it was fitted to." if found.split == "test" else ""
+    )
+
+
+def _of_models(moe: dict[str, Any]) -> str:
+    """What a mixture of dense models is made of."""
+    names = ", ".join(f"{_cell(e['name'])} ({_cell(e['of'])})" for e in moe["experts"])
+    routers = "of prompts or given" if moe["routers"] == "file" else "drawn at random: it is to be trained"
+    return (
+        f"Experts are the MLPs of {names}"
+        + (f", and for every token {_cell(moe['shared']['of'])}" if moe["shared"] else "")
+        + f"; all else is the base's. A token is sent to {moe['experts_per_token']} of them. The router is {routers}. "
+        "As mergekit-moe makes it (0.1.5)."
+    )
+
+
+def _of_experts(mixture: dict[str, Any]) -> str:
+    """What was done to the experts of a mixture."""
+    counts = {len(groups) for groups in mixture["merged"].values()}
+    count = str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    done = {
+        "mc_smoe": "are averaged in groups by usage (M-SMoE, arXiv 2310.01334)",
+        "sub_moe": "are averaged in groups by usage, in the groups' leading directions (Sub-MoE, arXiv 2506.23266)",
+        "prune": "are left out where others are used more",
+    }[mixture["method"]]
+    left = sum(map(len, mixture["left_out"].values()))
+    return (
+        f"The {mixture['of']} experts of each of {len(mixture['merged'])} layers {done}: {count} are left"
+        + (", each in the place of all its members" if mixture["router"] == "wide" else "")
+        + f". {left} experts are in no group." * bool(left and mixture["method"] != "prune")
+        + "." * (not (left and mixture["method"] != "prune"))
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping
 
 from mergeline.merging.canonical import canonical_json, text_digest
-from mergeline.merging.checkpoints.carried import carry, without_quantisation
+from mergeline.merging.checkpoints.carried import Changes, carry, without_quantisation
 from mergeline.merging.checkpoints.checkpoint import content_digest, header_digest
 from mergeline.merging.checkpoints.companions import read_config, source_of
 from mergeline.merging.checkpoints.heads import write_head
@@ -205,9 +205,15 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
         layers = [(plan.checkpoints[name].path, i) for name, i in plan.stack.layers] if plan.stack else None
-        specs = [entry.spec for entry in plan.entries]
-        changes = {"quantised": plan.recipe.requantise, "untied": plan.untied is not None}
-        carry(plan.donor, specs, folder, plan.alignment, layers, plan.recipe.chat_template, **changes)
+        changes = Changes(
+            alignment=plan.alignment,
+            layers=layers,
+            chat_template=plan.recipe.chat_template,
+            quantised=plan.recipe.requantise,
+            untied=plan.untied is not None,
+            configured=plan.configured,
+        )
+        carry(plan.donor, [entry.spec for entry in plan.entries], folder, changes)
     (folder / CARD).write_text(model_card(manifest))
 
 

@@ -25,8 +25,9 @@ from mergeline.merging.engine.manifest import (
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import staging_of, user_errors
 
-# What a checkpoint was written as: by merge or sweep, compress, extract-lora, extract-expert, export.
-Kind = Literal["merge", "store", "adapter", "expert", "export"]
+# What a checkpoint was written as: by merge or sweep, compress, extract-lora, merge-experts, moe, extract-expert,
+# export.
+Kind = Literal["merge", "store", "adapter", "mixture", "moe", "expert", "export"]
 
 _MARK = "mergeline."  # how keys of the metadata of files begin that Mergeline wrote
 _STAGING = re.compile(r"\..*\.partial")
@@ -42,7 +43,8 @@ def kind_of(manifest: Mapping[str, Any]) -> Kind | None:
         return "export"
     if not isinstance(manifest.get("recipe"), dict):
         return None
-    return "store" if "store" in manifest else "adapter" if "adapter" in manifest else "merge"
+    kinds: tuple[Kind, ...] = ("store", "adapter", "mixture", "moe")
+    return next((kind for kind in kinds if kind in manifest), "merge")
 
 
 def replaced(out: Path) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Callable, Iterator, Literal
 
 from mergeline.merging.algebra.slots import MASK_BYTES, Unit, View, block_elements
 from mergeline.merging.algebra.statistics import STATISTICS
@@ -166,6 +166,8 @@ class Plan:
     alignment: Alignment | None = None  # of vocabularies that differ
     stack: Stack | None = None  # of ranges of layers
     adapter_only: bool = False  # of adapters without a base, which can become nothing else
+    # what becomes of config.json where another kind, or size, of model is written
+    configured: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     untied: str | None = None  # an output matrix of its own, of a base whose embedding is it
     adapters: dict[str, TaskAdapter] = field(default_factory=dict)  # that lie beside the merge, by task
     router: Router | None = None  # that lies beside a store

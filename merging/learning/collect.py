@@ -57,7 +57,8 @@ def collect(
     `x W^T`, of a convolution (M, N = I * prod(kernel)), of transformers' Conv1D and `x @ W` (N, M), of each matrix in
     packed experts; (N, N). fisher: the diagonal Fisher information, the mean over examples of squared gradients of
     log-probabilities, each example by itself, in the shape of the tensor; 0 for what the network does not run. usage:
-    how often each row of an embedding was looked up, (V,).
+    how often each row of an embedding was looked up, (V,). experts: of each mixture of experts, how often each of them
+    is chosen, and how alike they are (`merging.learning.expert_statistics`).
 
     All are float32. The network is left with the expert's weights. The metadata say what the statistics were made from;
     where a file says that it was made from the very same, nothing is done. The file appears whole or not at all.
@@ -70,10 +71,11 @@ def collect(
         UserError: an unknown kind, no examples or labels, a task without an owner of this name, a tensor that neither
             expert nor base has, NaN or Inf in weights, examples or statistics.
     """
+    from mergeline.merging.learning.expert_statistics import expert_statistics
     from mergeline.merging.learning.fisher import fisher
     from mergeline.merging.learning.gram import gram, usage
 
-    collectors = {"gram": gram, "fisher": fisher, "usage": usage}
+    collectors = {"gram": gram, "fisher": fisher, "usage": usage, "experts": expert_statistics}
     if kind not in collectors:
         raise UserError(
             f"statistics '{kind}' are not collected from examples{did_you_mean(kind, collectors)}"
@@ -83,14 +85,16 @@ def collect(
     tasks = _tasks(name, examples)
     experts = {name: checkpoint}
     held = open_checkpoint(checkpoint).tensors
-    plan = make_plan(
-        {
-            "method": "average",
-            "base": Path(base) if base else None,
-            "experts": experts,
-            "heads": sorted(head for head in network.apart if head in held),
-        }
-    )
+    recipe: dict[str, Any] = {
+        "method": "average",
+        "base": Path(base) if base else None,
+        "experts": experts,
+        "heads": sorted(head for head in network.apart if head in held),
+    }
+    # Files may have a tensor for each expert, where the model has them packed.
+    if kind == "experts" and not held.keys() & {n for n in network.tensors() if ".experts." in n}:
+        recipe["layout"] = "packed"
+    plan = make_plan(recipe)
     plan.check()
     chosen = {task: _chosen(examples.count(task), gathering.examples, seed, task) for task in tasks}
     facts = _facts(kind, name, plan, gathering, examples, chosen, seed)

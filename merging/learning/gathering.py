@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from mergeline.merging.engine.plan import Plan
 
-Kind = Literal["gram", "fisher", "usage"]
+Kind = Literal["gram", "fisher", "usage", "experts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # What can be set of each kind, beside the examples.
 SETTINGS: Mapping[Kind, tuple[str, ...]] = {
     "gram": ("memory",),
     "fisher": ("labels", "draws", "normalise"),
     "usage": (),
+    "experts": ("outputs",),
 }
 
 
@@ -34,7 +35,8 @@ class Gathering:
     much is summed up in one pass over the examples: every matrix (None), those of one layer (`layer`), or as many as
     take so many bytes. labels: of `fisher`, whether gradients are of all classes, weighted by their probabilities
     (`true`), of classes drawn from them (`sampled`, `draws` times), or of the examples' own labels (`empirical`).
-    normalise: of `fisher`, divide it by its L2 norm over the model (`global`) or by its sum (`trace`).
+    normalise: of `fisher`, divide it by its L2 norm over the model (`global`) or by its sum (`trace`). outputs: of
+    `experts`, run all of them on every token, and compare what they make of it.
     """
 
     examples: int | None = None
@@ -42,6 +44,7 @@ class Gathering:
     labels: Literal["true", "sampled", "empirical"] = "true"
     draws: int = 1
     normalise: Literal["none", "global", "trace"] = "none"
+    outputs: bool = False
 
 
 PLAIN = Gathering()

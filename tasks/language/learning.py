@@ -24,14 +24,19 @@ _BATCH = 16
 
 
 def network(params: Params, build: Path, like: Path) -> Network:
-    """The causal language model of `like`.
+    """The causal language model of `like`, as `network_of` has it."""
+    from mergeline.evaluation.language.models import load_model
+
+    return network_of(load_model(like, "float32", params.device).model)
+
+
+def network_of(model: Any) -> Network:
+    """A causal language model of transformers, whose weights become those of one checkpoint after another.
 
     Its features (R, d) are the last hidden states, after the last norm, of every token of the prompts; logits are what
     the head makes of them, without what some models do to these afterwards.
     """
-    from mergeline.evaluation.language.models import load_model
-
-    model: Any = load_model(like, "float32", params.device).model.requires_grad_(False)
+    model.requires_grad_(False)
 
     def run(module: Any, batch: Any) -> Tensor:
         mask = batch["attention_mask"]
