@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Self
 
 from mergeline.merging.checkpoints import gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
-from mergeline.merging.checkpoints.components import component_folders
+from mergeline.merging.checkpoints.components import component_folders, is_pipeline
 from mergeline.merging.checkpoints.remote import data_of, true_size
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import open_regular, parsed_json, read_json, safe_name
@@ -284,7 +284,8 @@ def _open_gguf(files: list[Path], path: Path) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     """A folder with all of its components."""
     parts = component_folders(folder)
-    own = [_open_files(folder)] if not parts or any(folder.glob("*.safetensors")) else []
+    beside = any(folder.glob("*.safetensors")) and not is_pipeline(folder)
+    own = [_open_files(folder)] if not parts or beside else []
     tensors = {name: info for checkpoint in own for name, info in checkpoint.tensors.items()}
     metadata = own[0].metadata if own else {}
     for part in parts:

@@ -263,7 +263,8 @@ class Plan:
 
     @cached_property
     def _remotes(self) -> set[Path]:
-        return {folder for folder in {c.stored.folder for c in self._stored} if is_remote(folder)}
+        folders = {info.file.parent for c in self._stored for info in c.stored.tensors.values()}
+        return {folder for folder in folders if is_remote(folder)}
 
     def _is_remote(self, file: Path) -> bool:
         return file.parent in self._remotes

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import refused
+from pipelines import stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from mergeline.merging import merge
@@ -23,39 +24,11 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 
 
-def pipeline(seed: int) -> Any:
-    """A tiny Stable Diffusion with random weights."""
-    from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(seed)
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
-    text = CLIPTextConfig(
-        vocab_size=4, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        unet=diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, attention_head_dim=4,
-            norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ),
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[]),
-        scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=CLIPImageProcessor(),
-        requires_safety_checker=False,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipelines")
     for seed, name in enumerate(("base", "a", "b")):
-        pipeline(seed).save_pretrained(root / name)
+        stable_diffusion(seed).save_pretrained(root / name)
     return root
 
 
