@@ -69,6 +69,14 @@ def component_of(name: str, components: Iterable[str]) -> str:
     return before + slash if slash and before in components else ""
 
 
+def by_component(names: Iterable[str], components: Iterable[str]) -> dict[str, list[str]]:
+    """Names of tensors by what stands before them in their component; in the order in which they come."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(component_of(name, components), []).append(name)
+    return found
+
+
 def configurations(folder: Path) -> dict[str, dict[str, Any]]:
     """The configuration of a folder and of each of its components, by what stands before the names of tensors.
 

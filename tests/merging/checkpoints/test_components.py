@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import refused
-from pipelines import stable_diffusion
+from pipelines import pipeline_files, stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from mergeline.merging import merge
@@ -145,3 +145,29 @@ def test_code_and_terms_travel_and_what_does_not_is_named(tmp_path):
     (base / "config.json").write_text("{}")
     plan = make_plan({"method": "average", "base": base, "experts": {"a": tmp_path / "a"}})
     assert "not carried from 'base': modeling_own.py, runs/, training_log.csv" in plan.warnings
+
+
+def test_each_component_is_dequantised_by_its_own_configuration(tmp_path):
+    name, codes = "down_blocks.0.attn.to_q.weight", torch.randn(32, 32).clamp(-4, 4).to(torch.float8_e4m3fn)
+    for folder in ("base", "a"):
+        for file, body in pipeline_files(0, width=32).items():
+            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / file).write_bytes(body)
+    unet = tmp_path / "a/unet"
+    for file in unet.glob("diffusion*"):
+        file.unlink()
+    scales = {f"{name}_scale_inv": torch.full((2, 2), 0.5)}
+    other = {"down_blocks.1.attn.to_q.weight": torch.ones(32, 32)}
+    save_file({name: codes, **scales, **other}, unet / "diffusion_pytorch_model.safetensors")
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    (unet / "config.json").write_text(json.dumps(config))
+    plan = make_plan({**recipe(tmp_path), "experts": {"a": tmp_path / "a"}})
+    assert not plan.problems
+    said = f"a: unet: 1 tensors are quantised (1 of FP8 in blocks of 16 x 16; 'unet/{name}' first)"
+    assert any(warning.startswith(said) for warning in plan.warnings)
+    merge(plan.recipe, tmp_path / "out")
+    found = load_file(tmp_path / "out" / UNET)
+    assert torch.equal(found[name], codes.float() * 0.5)
+    assert "quantization_config" not in (tmp_path / "out/unet/config.json").read_text()
+    (unet / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    assert "says that it is quantised by gptq" in make_plan(plan.recipe).problems[0]
