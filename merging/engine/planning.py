@@ -18,10 +18,12 @@ from mergeline.merging.canonical import canonical_json, text_digest
 from mergeline.merging.checkpoints.adapters import (
     ADAPTER_CONFIG,
     adapt,
+    adapt_component,
     alone,
     compose,
     is_adapter,
     is_bare,
+    is_lora_file,
     unties,
 )
 from mergeline.merging.checkpoints.carried import carried_files, left_out
@@ -195,6 +197,18 @@ def _adapt(plan: Plan) -> None:
             continue
         try:
             plan.experts[name], notes = adapt(plan.base, adapter, tied, plan.recipe.packing)
+            plan.warnings += [f"'{name}': {note}" for note in notes]
+        except UserError as error:
+            plan.problems.append(f"{name}: {error}")
+    for name, file in plan.experts.items():
+        if name in adapters or not is_lora_file(file):
+            continue
+        try:
+            if plan.base is None:
+                raise UserError(
+                    f"{file.path}: is LoRA of a pipeline: name the folder of the component to merge as base"
+                )
+            plan.experts[name], notes = adapt_component(plan.base, file)
             plan.warnings += [f"'{name}': {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")

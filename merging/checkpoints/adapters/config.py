@@ -112,7 +112,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         UserError: a kind that no weights can stand for, or that is not read; values that are none.
     """
     path = folder / ADAPTER_CONFIG
-    values = read_object(path)
+    return checked_config(path, read_object(path))
+
+
+def checked_config(path: Path, values: Mapping[str, Any]) -> AdapterConfig:
+    """What a configuration says that lies at `path` (raises UserError as `read_adapter_config`)."""
     kind = values.get("peft_type")
     if not isinstance(kind, str):
         raise UserError(f"{path}: does not say the peft_type of the adapter; download it again")

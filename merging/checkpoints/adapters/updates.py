@@ -84,12 +84,13 @@ class Added:
     right: Factor  # (R, N)
     scaling: float
     transposed: bool = False
+    alpha: TensorInfo | None = None  # a number that `scaling` is multiplied with
 
     row_axes = 1
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        return self.right.info, self.left.info
+        return (*([self.alpha] if self.alpha else []), self.right.info, self.left.info)
 
     @property
     def least_rows(self) -> int:
@@ -101,11 +102,14 @@ class Added:
 
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         left_MR, right_RN = self.left.read(elements, first, last), self.right.read(elements)
-        adapted_MN = (left_MR.double() @ right_RN.double()).mul_(self.scaling)
+        adapted_MN = (left_MR.double() @ right_RN.double()).mul_(self._scale(elements))
         return adapted_MN if base_MN is None else adapted_MN.add_(base_MN)
 
     def factors(self, elements: Elements) -> tuple[Tensor, Tensor] | None:
-        return self.left.read(elements).double() * self.scaling, self.right.read(elements).double()
+        return self.left.read(elements).double() * self._scale(elements), self.right.read(elements).double()
+
+    def _scale(self, elements: Elements) -> float:
+        return self.scaling * (elements(self.alpha, 0, 1).double().item() if self.alpha else 1.0)
 
 
 @dataclass(frozen=True)

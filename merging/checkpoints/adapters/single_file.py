@@ -1,0 +1,214 @@
+"""LoRA of diffusion models as one file, without a configuration: for all components of a pipeline at once.
+
+sd-scripts and LyCORIS write `lora_unet_NAME.lora_down.weight` and a scalar `alpha`, diffusers
+`unet.NAME.lora_A.weight`, and before that `unet.NAME.lora.down.weight`. The base is one component's folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from math import prod
+from typing import Any, Mapping, NamedTuple
+
+from mergeline.merging.architecture.diffusion import LayerNames
+from mergeline.merging.checkpoints.adapters.config import AdapterConfig, checked_config
+from mergeline.merging.checkpoints.adapters.names import BaseNames
+from mergeline.merging.checkpoints.adapters.tensor import Update, adapted
+from mergeline.merging.checkpoints.adapters.updates import Added, Factor, WithMagnitude
+from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from mergeline.merging.errors import UserError
+from mergeline.merging.reading import parsed_json
+
+_METADATA = "lora_adapter_metadata"  # where diffusers writes what PEFT says of an adapter
+# What keys of a component begin with, with `_` for `.` in the rest, or not.
+_UNDERSCORED = {
+    "lora_unet_": ("unet", "transformer"), "lora_transformer_": ("transformer",), "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",), "lora_te2_": ("text_encoder_2",), "lora_te3_": ("text_encoder_3",),
+}  # fmt: skip
+_DOTTED = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+_PART = re.compile(
+    r"(?P<module>.+?)(?:\.processor)?"
+    r"(?:\.(?P<of>(?:to|add)_\w+?)_lora|\.lora_linear_layer|\.lora)?"
+    r"\.(?:(?P<side>down|up|lora_down|lora_up|lora_A|lora_B)(?:\.default)?\.weight"
+    r"|(?P<alpha>alpha)|(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?))"
+)
+_SIDES = {"down": "A", "lora_down": "A", "lora_A": "A", "up": "B", "lora_up": "B", "lora_B": "B"}
+
+# Layers of attention that older diffusers had in processors.
+_OF_PROCESSORS = {"to_out": "to_out.0"}
+_OF_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_SIDE_OF_LORA = re.compile(
+    r"\.(lora_down|lora_up|lora_A|lora_B|lora\.down|lora\.up|hada_w1_a|lokr_w1(_a)?)\b|_lora\.(down|up)\."
+)
+
+
+class _Key(NamedTuple):
+    """What a key says: whose components', the layer, and its part; underscored: with `_` for `.`."""
+
+    components: tuple[str, ...]
+    module: str
+    part: str
+    underscored: bool
+
+
+def is_lora_file(checkpoint: Checkpoint) -> bool:
+    """Whether it is LoRA of the components of a pipeline."""
+    names = checkpoint.tensors
+    return bool(names) and any(_SIDE_OF_LORA.search(name) for name in names) and all(map(_components, names))
+
+
+def _components(name: str) -> tuple[tuple[str, ...], str, bool] | None:
+    """Whose key it is, the rest of it, and whether that has `_` for `.`."""
+    for start, components in _UNDERSCORED.items():
+        if name.startswith(start):
+            return components, name.removeprefix(start), True
+    start, _, rest = name.partition(".")
+    return ((start,), rest, False) if start in _DOTTED and rest else None
+
+
+def adapt_component(base: Checkpoint, file: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """What a file makes of one component, and what is to be said of it; reads headers alone.
+
+    Raises:
+        UserError: nothing of it is for this component, it does not fit, or is of another kind than LoRA.
+    """
+    names = BaseNames(base)
+    component = _component_of(base, names.config, file)
+    config = _config(file, component)
+    parts: dict[tuple[str, bool], dict[str, TensorInfo]] = {}
+    others = Counter[str]()
+    for name, info in file.tensors.items():
+        found = _read_key(name, file)
+        if component in found.components:
+            parts.setdefault((found.module, found.underscored), {})[found.part] = info
+        else:
+            others[found.components[0]] += 1
+    if not parts:
+        raise UserError(
+            f"{file.path}: holds nothing for {component}, but for {', '.join(sorted(others))}: name that folder as base"
+        )
+    per_block = names.config.get("layers_per_block")
+    modules = [n.removesuffix(".weight") for n in (*base.tensors, *names.in_memory) if n.endswith(".weight")]
+    if component.startswith("text_encoder"):  # which files of transformers 5 lack
+        modules += [f"text_model.{module}" for module in modules]
+    layers = LayerNames(modules, per_block if type(per_block) is int and 0 < per_block < 100 else 2)
+    tensors = dict(base.tensors)
+    for (module, underscored), sides in parts.items():
+        targets = layers.find(module) if underscored else (module,)
+        disk = [names.find(f"{target}.weight") for target in targets]
+        known = [name for name in disk if name is not None]
+        if not known or len(known) != len(disk):
+            raise UserError(
+                f"{file.path}: '{module}' is no layer of {component}; name the base that it is for"
+            )
+        tensors |= _layers(tensors, known, module, sides, config, file)
+    notes = [
+        f"{n} tensors of {file.path.name} are for {other}, not merged here"
+        for other, n in sorted(others.items())
+    ]
+    return file.view(tensors), notes
+
+
+def _component_of(base: Checkpoint, config: Mapping[str, Any], file: Checkpoint) -> str:
+    """Which component of a pipeline a folder is."""
+    kind = str(config.get("_class_name") or "")
+    name = base.folder.resolve().name
+    if "UNet" in kind:
+        return "unet"
+    if "Transformer" in kind:
+        return "transformer"
+    if name in _DOTTED:
+        return name
+    listed = config.get("architectures")
+    classes = listed if isinstance(listed, list) else []
+    if "CLIPTextModelWithProjection" in classes:
+        return "text_encoder_2"
+    if "CLIPTextModel" in classes:
+        return "text_encoder"
+    raise UserError(
+        f"{file.path}: is LoRA of a pipeline's components, and {base.path} does not say which it is: name a folder "
+        "such as unet, transformer or text_encoder, with its config.json"
+    )
+
+
+def _config(file: Checkpoint, component: str) -> AdapterConfig | None:
+    """What diffusers wrote of the adapter's configuration; None where there is nothing."""
+    text = file.metadata.get(_METADATA)
+    if text is None:
+        return None
+    try:
+        said = parsed_json(text)
+        if not isinstance(said, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise UserError(f"{file.path}: {_METADATA} is not valid JSON ({error}); download it again") from None
+    values = {
+        key.removeprefix(f"{component}."): v for key, v in said.items() if key.startswith(f"{component}.")
+    }
+    return checked_config(file.path, {**values, "peft_type": "LORA"}) if values else None
+
+
+def _read_key(name: str, file: Checkpoint) -> _Key:
+    whose = _components(name)
+    assert whose is not None, "all keys are of components"
+    components, rest, underscored = whose
+    found = _PART.fullmatch(rest)
+    if found is None:
+        raise UserError(
+            f"{file.path}: '{name}' is no part of LoRA or DoRA, which are read of single files; merge it with the "
+            "program that made it"
+        )
+    module = found["module"]
+    if found["of"]:
+        is_text = components[0].startswith("text_encoder")
+        module += "." + (_OF_TEXT if is_text else _OF_PROCESSORS).get(found["of"], found["of"])
+    part = "alpha" if found["alpha"] else "magnitude" if found["magnitude"] else _SIDES[found["side"]]
+    return _Key(components, module, part, underscored)
+
+
+def _layers(
+    tensors: Mapping[str, TensorInfo],
+    names: list[str],
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    config: AdapterConfig | None,
+    file: Checkpoint,
+) -> dict[str, TensorInfo]:
+    """What one pair of factors makes of a layer, or of several whose outputs are one after the other."""
+    down, up, alpha, magnitude = (parts.get(part) for part in ("A", "B", "alpha", "magnitude"))
+    if down is None or up is None or not down.shape or not up.shape or not down.shape[0]:
+        raise UserError(f"{file.path}: '{module}' lacks one of its factors; download the file again")
+    rank = down.shape[0]
+    infos = [tensors[name] for name in names]
+    heights = [info.shape[0] if info.shape else 0 for info in infos]
+    fits = (
+        all(part.is_float for part in (*parts.values(), *infos))
+        and all(len(info.shape) > 1 and prod(info.shape[1:]) * rank == prod(down.shape) for info in infos)
+        and up.shape[0] == sum(heights)
+        and prod(up.shape) == sum(heights) * rank
+        and (alpha is None or prod(alpha.shape) == 1)
+        and (
+            magnitude is None
+            or len(names) == 1
+            and magnitude.shape[:1] != (1,)
+            and prod(magnitude.shape) == heights[0]
+        )
+    )
+    if not fits:
+        shapes = [list(part.shape) for part in (down, up)]
+        raise UserError(
+            f"{file.path}: factors {shapes} do not fit '{names[0]}' of shape {list(infos[0].shape)}; name the base "
+            "that they were trained on"
+        )
+    found: dict[str, TensorInfo] = {}
+    start = 0
+    for name, info, height in zip(names, infos, heights):
+        left = Factor(up, range(start, start + height), range(rank))
+        scaling = 1 / rank if alpha else config.lora_scaling(module, rank) if config else 1.0
+        update: Update = Added(left, Factor.of(down), scaling, alpha=alpha)
+        if magnitude:
+            update = WithMagnitude(update, info, magnitude)
+        found[name] = adapted(name, info, info.shape, update, name.removesuffix(".weight"))
+        start += height
+    return found

@@ -1,0 +1,159 @@
+"""Adapters that are damaged: planned and merged, or refused in one line, without a traceback or a hang."""
+
+from __future__ import annotations
+
+import json
+import signal
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft_adapters import llama, mixtral, peft, save_any
+from safetensors.torch import load_file, save_file
+
+from mergeline.merging import merge
+from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.errors import UserError
+
+pytestmark = pytest.mark.slow
+CASES = 200  # of each kind of adapter
+PATIENCE = 20  # seconds
+LINEAR = ["q_proj", "down_proj"]
+KINDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "LoRA": (llama, "Lora", {"target_modules": LINEAR, "use_dora": True, "trainable_token_indices": [1, 3]}),
+    "LoHa": (llama, "LoHa", {"target_modules": LINEAR, "r": 2}),
+    "LoKr": (llama, "LoKr", {"target_modules": LINEAR, "r": 1, "decompose_both": True}),
+    "IA3": (llama, "IA3", {"target_modules": LINEAR, "feedforward_modules": ["down_proj"]}),
+    "OFT": (llama, "OFT", {"target_modules": LINEAR, "oft_block_size": 4, "coft": True}),
+    "VeRA": (llama, "Vera", {"target_modules": LINEAR, "r": 3}),
+    "HRA": (llama, "HRA", {"target_modules": LINEAR, "r": 2}),
+    "experts": (mixtral, "Lora", {"r": 2, "target_modules": [], "target_parameters": ["experts.down_proj"]}),
+}
+NUMBERS = st.sampled_from(
+    [-1, 0, 1, 2, 3, 5, 1e-300, 1e39, 2**31, 2**63, 10**400, float("nan"), float("inf"), True]
+)
+JUNK = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=4) | st.sampled_from(["q_proj", "(", ".*", "lm_head"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["q_proj", "a", "("]), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+SAID = st.dictionaries(st.sampled_from(["unet.r", "unet.lora_alpha", "unet.alpha_pattern"]), JUNK).map(
+    json.dumps
+)
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16, 24, 40]), max_size=4)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8])
+
+
+@cache
+def original(kind: str, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    model, config, values = KINDS[kind]
+    model().save_pretrained(folder / kind / "base")
+    save_any(model(), folder / kind / "lora", getattr(peft, f"{config}Config")(**values))
+    lora = folder / kind / "lora"
+    return json.loads((lora / "adapter_config.json").read_text()), load_file(
+        lora / "adapter_model.safetensors"
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    def late(*_: Any) -> None:
+        raise TimeoutError("hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def changed_tensors(data: st.DataObject, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Some of other shapes, dtypes or names, or away."""
+    found = dict(tensors)
+    for name in data.draw(st.lists(st.sampled_from(sorted(found)), max_size=3, unique=True)):
+        value = found.pop(name)
+        match data.draw(st.sampled_from(["shape", "dtype", "name", "away", "nan"])):
+            case "shape":
+                found[name] = torch.ones(data.draw(SHAPES))
+            case "dtype":
+                found[name] = value.to(data.draw(DTYPES))
+            case "name":
+                end = data.draw(st.sampled_from([".x", "", ".lora_A.weight", ".base_layer.weight", ".bias"]))
+                found[name.rpartition(".")[0] + end] = value
+            case "nan":
+                found[name] = value * float("nan")
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_adapter_is_merged_or_refused_in_one_line(kind, folder):
+    config, tensors = original(kind, folder)
+    keys = sorted(
+        {*config, "alora_invocation_tokens", "rank_pattern", "alpha_pattern", "token_indices", "alpha", "eps"}
+    )
+
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def damaged(data: st.DataObject) -> None:
+        values = dict(config)
+        for key in data.draw(st.lists(st.sampled_from(keys), max_size=2)):
+            values[key] = data.draw(JUNK)
+        lora, out = folder / kind / "lora", folder / kind / "out.safetensors"
+        (lora / "adapter_config.json").write_text(json.dumps(values))
+        save_file(changed_tensors(data, tensors) or tensors, lora / "adapter_model.safetensors")
+        recipe = {"method": "average", "base": folder / kind / "base", "experts": {"a": lora}}
+        with soon():
+            try:
+                make_plan(recipe)
+                merge(recipe, out)
+            except UserError as error:
+                assert "\n" not in str(error)
+                return
+            out.unlink()
+
+    damaged()
+
+
+def test_a_damaged_file_of_a_pipeline_is_merged_or_refused_in_one_line(folder):
+    base = folder / "unet"
+    base.mkdir()
+    (base / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    save_file(
+        {"mid_block.a.weight": torch.ones(8, 4), "conv_in.weight": torch.ones(8, 4, 3, 3)},
+        base / "x.safetensors",
+    )
+    tensors = {}
+    for module, shape in (("mid_block_a", (8, 4)), ("conv_in", (8, 4, 3, 3))):
+        tensors[f"lora_unet_{module}.lora_down.weight"] = torch.ones(2, *shape[1:])
+        tensors[f"lora_unet_{module}.lora_up.weight"] = torch.ones(8, 2, *[1] * (len(shape) - 2))
+        tensors[f"lora_unet_{module}.alpha"] = torch.tensor(1.0)
+
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def damaged(data: st.DataObject) -> None:
+        file, out = folder / "lora.safetensors", folder / "out.safetensors"
+        said = data.draw(st.none() | st.text(max_size=5) | SAID)
+        metadata = {} if said is None else {"lora_adapter_metadata": said}
+        save_file(changed_tensors(data, tensors) or tensors, file, metadata)
+        recipe = {"method": "average", "base": base, "experts": {"a": file}}
+        with soon():
+            try:
+                merge(recipe, out)
+            except UserError as error:
+                assert "\n" not in str(error)
+                return
+            out.unlink()
+
+    damaged()
