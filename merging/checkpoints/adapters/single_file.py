@@ -67,6 +67,11 @@ def _components(name: str) -> tuple[tuple[str, ...], str, bool] | None:
     return ((start,), rest, False) if start in _DOTTED and rest else None
 
 
+def components_in(file: Checkpoint) -> set[tuple[str, ...]]:
+    """The components that keys of a file of LoRA are for: of some it is one or another."""
+    return {whose[0] for whose in map(_components, file.tensors) if whose}
+
+
 def adapt_component(base: Checkpoint, file: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """What a file makes of one component, and what is to be said of it; reads headers alone.
 
@@ -206,9 +211,8 @@ def _layers(
     for name, info, height in zip(names, infos, heights):
         left = Factor(up, range(start, start + height), range(rank))
         scaling = 1 / rank if alpha else config.lora_scaling(module, rank) if config else 1.0
-        update: Update = Added(left, Factor.of(down), scaling, alpha=alpha)
-        if magnitude:
-            update = WithMagnitude(update, info, magnitude)
+        added = Added(left, Factor.of(down), scaling, alpha=alpha)
+        update: Update = WithMagnitude(added, info, magnitude) if magnitude else added
         found[name] = adapted(name, info, info.shape, update, name.removesuffix(".weight"))
         start += height
     return found

@@ -159,7 +159,8 @@ def test_each_component_is_dequantised_by_its_own_configuration(tmp_path):
     scales = {f"{name}_scale_inv": torch.full((2, 2), 0.5)}
     other = {"down_blocks.1.attn.to_q.weight": torch.ones(32, 32)}
     save_file({name: codes, **scales, **other}, unet / "diffusion_pytorch_model.safetensors")
-    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    said_there = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    config = {"quantization_config": said_there}
     (unet / "config.json").write_text(json.dumps(config))
     plan = make_plan({**recipe(tmp_path), "experts": {"a": tmp_path / "a"}})
     assert not plan.problems
@@ -169,5 +170,6 @@ def test_each_component_is_dequantised_by_its_own_configuration(tmp_path):
     found = load_file(tmp_path / "out" / UNET)
     assert torch.equal(found[name], codes.float() * 0.5)
     assert "quantization_config" not in (tmp_path / "out/unet/config.json").read_text()
-    (unet / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    config = {"quantization_config": {**said_there, "quant_method": "gptq"}}
+    (unet / "config.json").write_text(json.dumps(config))
     assert "says that it is quantised by gptq" in make_plan(plan.recipe).problems[0]
