@@ -1,7 +1,7 @@
 """Adapters as experts: the base as an adapter changes it, computed block by block as it is read.
 
 `tensor` is a tensor of the base with an update, and `updates` is what kinds of adapters add to it. `config` and `peft`
-read what PEFT writes, `single_file` LoRA of diffusion models, which `pipeline` gives to all components, and `bare` files
+read what PEFT writes, `single_file` LoRA of diffusion models, which `pipeline` gives to all components, `bare` files
 of nothing but factors.
 """
 

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from mergeline.merging import merge
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.describe import describe_family
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.verify import verify
+from mergeline.tasks import inspection
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -173,3 +175,17 @@ def test_each_component_is_dequantised_by_its_own_configuration(tmp_path):
     config = {"quantization_config": {**said_there, "quant_method": "gptq"}}
     (unet / "config.json").write_text(json.dumps(config))
     assert "says that it is quantised by gptq" in make_plan(plan.recipe).problems[0]
+
+
+def test_a_pipeline_is_described_component_by_component(family):
+    found = inspection.describe(family / "base")
+    parts = found["components"]
+    assert parts.keys() == {"unet", "vae", "text_encoder"}
+    assert sum(part["tensors"] for part in parts.values()) == found["tensors"]
+    assert sum(part["bytes"] for part in parts.values()) == found["bytes"]
+    assert inspection.describe(family / "base/unet")["components"] == {}
+    layers = {row["layer"]: row for row in describe_family(family / "base", {"a": family / "a"})["layers"]}
+    assert {"unet/down_blocks.0", "vae/outside blocks", "unet/outside blocks"} <= layers.keys()
+    assert sum(row["tensors"] for row in layers.values()) == found["tensors"]
+    differing = inspection.differences(family / "base", family / "a")["differences"]
+    assert {row["tensor"].partition("/")[0] for row in differing} == parts.keys()
