@@ -152,6 +152,11 @@ def compress(
         raise UserError(f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}")
     if plan.alignment:
         raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
+    if plan.components:
+        raise UserError(
+            f"the checkpoints have several components ({', '.join(plan.components)}), and a store is of one: compress "
+            "the folder of each"
+        )
     with opened(
         [plan], [out], device=device, memory=memory, workers=workers, factors=factors, need=plan.peak_bytes,
         lapack=plan.is_spectral, layout=lambda source: _Layout(plan, source), kind="store", force=force,

@@ -187,6 +187,11 @@ class Plan:
         return configurations(self.donor) if self.donor else {"": {}}
 
     @property
+    def components(self) -> list[str]:
+        """The names of the components of what is written; none of one checkpoint."""
+        return [prefix.rstrip("/") for prefix in self.parts if prefix]
+
+    @property
     def stems(self) -> dict[str, str]:
         """How names of files of weights begin, by the same."""
         return {prefix: stem_of(config) for prefix, config in self.parts.items()}

@@ -11,11 +11,13 @@ import torch
 from checkpoints import refused
 from hypothesis import given
 from hypothesis import strategies as st
+from junk import junked
 from places import GOLDENS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergeline.merging.checkpoints.tokens import meanings
+from mergeline.merging.errors import UserError
 from mergeline.merging.transplant import matching_pursuit, transplant
 from mergeline.merging.verify import verify
 
@@ -214,6 +216,25 @@ def test_rows_that_are_not_finite_are_refused(pair, tmp_path):
     with refused(f"tensor '{EMBEDDING}': a row is NaN or Inf"):
         transplant(own, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [40, pytest.param(2, marks=pytest.mark.slow)])
+def test_damaged_tokenizers_and_configurations_are_read_or_refused(pair, tmp_path, step):
+    """1,568 cases, where every second is tried."""
+    for path in (
+        folder / name
+        for folder in pair
+        for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
+    ):
+        text = path.read_text()
+        for i, (_, _, changed) in enumerate(junked(json.loads(text))):
+            if i % step == 0:
+                path.write_text(json.dumps(changed))
+                try:
+                    transplant(*pair, tmp_path / "out", neighbours=2, force=True)
+                except UserError as error:
+                    assert "\n" not in str(error)
+        path.write_text(text)
 
 
 def test_the_command(pair, tmp_path, mergeline):

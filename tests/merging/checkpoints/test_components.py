@@ -10,13 +10,19 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import refused
+from junk import junked
 from pipelines import pipeline_files, stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from mergeline.merging import merge
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.compress import compress
 from mergeline.merging.describe import describe_family
 from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.errors import UserError
+from mergeline.merging.export import export_task
+from mergeline.merging.extract_lora import extract_lora
+from mergeline.merging.transplant import transplant
 from mergeline.merging.verify import verify
 from mergeline.tasks import inspection
 
@@ -189,3 +195,35 @@ def test_a_pipeline_is_described_component_by_component(family):
     assert sum(row["tensors"] for row in layers.values()) == found["tensors"]
     differing = inspection.differences(family / "base", family / "a")["differences"]
     assert {row["tensor"].partition("/")[0] for row in differing} == parts.keys()
+
+
+def test_a_task_of_a_pipeline_is_exported_as_one(family, tmp_path):
+    merge(recipe(family, heads=["unet/conv_out.*"]), tmp_path / "merged")
+    export_task(tmp_path / "merged", "a", tmp_path / "out")
+    found, own = load_file(tmp_path / "out" / UNET), load_file(family / "a" / UNET)
+    assert torch.equal(found["conv_out.weight"], own["conv_out.weight"])
+    diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert "bit-identical" in verify(tmp_path / "out")
+
+
+def test_what_is_of_one_model_is_refused_of_a_pipeline(family, tmp_path):
+    one = {"method": "average", "base": family / "base", "experts": {"a": family / "a"}}
+    with refused("the base is a pipeline (text_encoder, unet, vae)"):
+        extract_lora(one, tmp_path / "out", rank=2)
+    extract_lora(one, tmp_path / "factors.safetensors", rank=2)
+    assert not make_plan({**one, "experts": {"a": tmp_path / "factors.safetensors"}}).problems
+    with refused("several components (text_encoder, unet, vae), and a store is of one"):
+        compress(recipe(family, method="tall_mask"), tmp_path / "store")
+    with refused("is of several components"):
+        transplant(family / "base", family / "a", tmp_path / "out")
+
+
+def test_what_lists_components_is_read_or_refused(family):
+    file = family / "base/model_index.json"
+    for i, (_, _, changed) in enumerate(junked(json.loads(file.read_text()))):
+        if i % 3 == 0:
+            file.write_text(json.dumps(changed))
+            try:
+                open_checkpoint(family / "base")
+            except UserError as error:
+                assert "\n" not in str(error)
