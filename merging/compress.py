@@ -164,6 +164,11 @@ def compress(
         raise UserError(
             f"a store keeps experts as they differ from their base; leave out {what}, or merge first"
         )
+    if plan.components:
+        raise UserError(
+            f"the checkpoints have several components ({', '.join(plan.components)}), and a store is of one: compress "
+            "the folder of each"
+        )
     with opened(
         [plan], [out], device=device, memory=memory, workers=workers, factors=factors, need=plan.peak_bytes,
         lapack=plan.is_spectral, layout=lambda source: _Layout(plan, source), kind="store", force=force,

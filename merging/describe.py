@@ -357,6 +357,11 @@ def _layer(view: View) -> tuple[str, int] | None:
     return None if role.tower is None or role.layer is None else (role.tower, role.layer)
 
 
+def _component(name: str) -> str:
+    """What stands before a tensor's name in a model of several components, as `unet/`."""
+    return name[: name.find("/") + 1]
+
+
 def _experts(names: Sequence[str], sums: Sums, measured: Sequence[_Measured]) -> Json:
     spectra = [m.spectra["base"] for m in measured if m.spectra]
     sides = torch.tensor([float(min(m.shape)) for m in measured if m.spectra], dtype=torch.float64)
@@ -430,15 +435,19 @@ def _interferences(spectra: Sequence[Spectra], ranks: int) -> list[float | None]
 
 
 def _layers(measured: Sequence[_Measured], ranks: Sequence[float], experts: int) -> list[Json]:
-    """A row for each block and one for what lies outside of blocks, in the order of the model."""
+    """A row for each block and one for what of each component lies outside of blocks, in the order of the model."""
     blocks = [m.layer for m in measured]
+    outside = sorted({_component(m.name) for m in measured if m.layer is None})
     rows, at = [], typical(ranks)
-    for block in sorted(set(filter(None, blocks))) + [None] * (None in blocks):
-        inside = [m for m, own in zip(measured, blocks) if own == block]
+    for block, component in [
+        *((b, "") for b in sorted(set(filter(None, blocks)))),
+        *((None, c) for c in outside),
+    ]:
+        inside = [m for m in measured if m.layer == block and (block or _component(m.name) == component)]
         sums = total((m.sums for m in inside), experts)
         around = {o: [m.spectra[o] for m in inside if o in m.spectra] for o in ("base", "mean")}
         row: Json = {
-            "layer": f"{block[0]}{block[1]}" if block else "outside blocks",
+            "layer": f"{block[0]}{block[1]}" if block else f"{component}outside blocks",
             "tower": block and block[0].rstrip("."),
             "block": block and block[1],
             "tensors": len(inside),

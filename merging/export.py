@@ -9,7 +9,8 @@ from typing import Callable
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import carried_files, carry
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mergeline.merging.checkpoints.companions import CONFIG
+from mergeline.merging.checkpoints.companions import CONFIG, stem_of
+from mergeline.merging.checkpoints.components import configurations
 from mergeline.merging.checkpoints.heads import read_head
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.engine.inputs import files_of, refuse_changed, stamps
@@ -58,7 +59,8 @@ def export_task(
     specs = [_spec(checkpoint, name) for name, checkpoint in sorted(sources.items())]
     metadata = {"format": "pt", "mergeline.export": canonical_json({"task": task})}
     with staged(out) as folder:
-        writer = CheckpointWriter(folder, specs, metadata, shard_size)
+        stems = {prefix: stem_of(own) for prefix, own in configurations(merge).items()}
+        writer = CheckpointWriter(folder, specs, metadata, shard_size, stems=stems)
         for done, spec in enumerate(specs, 1):
             sink = writer.open(spec.name)
             sink.append(sources[spec.name].read(spec.name))

@@ -30,6 +30,7 @@ from mergeline.merging.checkpoints.adapters import (
 )
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint
 from mergeline.merging.checkpoints.companions import WEIGHTS, hub_id, read_config, source_of
+from mergeline.merging.checkpoints.components import component_of
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.engine.blocks import merged_blocks, rounded
 from mergeline.merging.engine.manifest import Manifest, checkpoint_metadata
@@ -385,6 +386,15 @@ def _checked_base(plan: Plan, rank: Rank, modules_to_save: Sequence[str], bare: 
         raise UserError("the vocabularies differ, and an adapter has the base's alone; align them first")
     if plan.recipe.shard_size:
         raise UserError("an adapter is one file; leave --shard-size out")
+    if (
+        not bare
+        and plan.components
+        and all(component_of(entry.name, plan.components) for entry in plan.entries)
+    ):
+        raise UserError(
+            f"the base is a pipeline ({', '.join(plan.components)}), and an adapter of PEFT is of one model: name the "
+            "folder of one as base, or write a file of factors"
+        )
     if bare and modules_to_save:
         raise UserError(
             "a file of factors keeps no modules whole; name a folder, or leave --modules-to-save out"

@@ -37,6 +37,7 @@ from mergeline.merging.merge_experts import STATISTICS, merge_experts
 from mergeline.merging.methods.contract import catalogue
 from mergeline.merging.reading import open_regular, parsed_json, sha256_of
 from mergeline.merging.signature import check_signature
+from mergeline.merging.transplant import transplant
 
 Bring = Callable[[str], Path]  # makes of a URI a folder of headers whose data can be read
 
@@ -254,6 +255,36 @@ class _Export(_Written):
         return export_task(inputs.at(asked.merge), asked.task, place, shard_size=asked.shard_size)
 
 
+class _Transplanted(BaseModel):
+    """How a vocabulary was transplanted."""
+
+    model: _Origin
+    donor: _Origin
+    neighbours: int
+    shard_size: int | None
+
+    @property
+    def origins(self) -> list[tuple[str, _Origin]]:
+        return [("model", self.model), ("donor", self.donor)]
+
+
+class _Transplant(_Written):
+    """Of a model with the vocabulary of another."""
+
+    transplanted: _Transplanted
+
+    def make_again(self, folder: Path, inputs: _Inputs, place: Path) -> Manifest:
+        """Transplant into `place`; the manifest lies in `folder`."""
+        asked = self.transplanted
+        return transplant(
+            inputs.at(asked.model),
+            inputs.at(asked.donor),
+            place,
+            neighbours=asked.neighbours,
+            shard_size=asked.shard_size,
+        )
+
+
 def verify(out: Path, public_key: Path | None = None, again: bool = True, bring: Bring | None = None) -> str:
     """Check the files of `out` against its manifest, its inputs against their digests, and merge once more; or, for an
     expert of a store, extract it once more.
@@ -285,6 +316,8 @@ def verify(out: Path, public_key: Path | None = None, again: bool = True, bring:
         origins, what = manifest.recipe.origins, "a new merge of its inputs"
     elif isinstance(manifest, _Export):
         origins, what = manifest.exported.origins, "what its merge exports"
+    elif isinstance(manifest, _Transplant):
+        origins, what = manifest.transplanted.origins, "a new transplant of its inputs"
     else:
         origins, what = manifest.extracted.origins, "what its store gives back"
     _check_output(out, manifest)
@@ -316,13 +349,17 @@ def _other_input(where: str, name: str, origin: _Origin) -> UserError:
     return UserError(f"{where}: is no longer the '{name}' that was read for it ({origin.digest})")
 
 
-def _read(path: Path) -> tuple[Manifest, _Manifest | _Expert | _Export]:
+def _read(path: Path) -> tuple[Manifest, _Manifest | _Expert | _Export | _Transplant]:
     """A manifest as it is written, and what is needed of it, checked."""
     try:
         with open_regular(path) as file:
             text = file.read().decode()
         written = parsed_json(text)
-        kinds: dict[str, type[_Manifest | _Expert | _Export]] = {"extracted": _Expert, "exported": _Export}
+        kinds: dict[str, type[_Manifest | _Expert | _Export | _Transplant]] = {
+            "extracted": _Expert,
+            "exported": _Export,
+            "transplanted": _Transplant,
+        }
         kind = next((key for key in kinds if isinstance(written, dict) and key in written), "")
         manifest = kinds.get(kind, _Manifest).model_validate(written)
     except (FileNotFoundError, NotADirectoryError):
@@ -488,6 +525,8 @@ def _origins(manifest: Manifest) -> list[dict[str, Any]]:
         return [asked["store"], *([asked["base"]] if asked["base"] else [])]
     if "exported" in manifest:
         return [manifest["exported"]["merge"]]
+    if "transplanted" in manifest:
+        return [manifest["transplanted"][key] for key in ("model", "donor")]
     recipe = manifest["recipe"]
     statistics = [origin for files in recipe["statistics"].values() for origin in files]
     models = [*recipe["experts"].values(), *recipe.get("onto", {}).values()]

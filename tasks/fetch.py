@@ -3,7 +3,8 @@
 model.safetensors                     or shards, under their own names, + model.safetensors.index.json;
                                       the weights of a PEFT adapter keep their name
 config.json, tokenizer.json, ...      what describes the weights and lies beside them
-1_Pooling/config.json, ...            what the modules.json of sentence-transformers names in sub-folders
+unet/..., 1_Pooling/..., ...          the same of each sub-folder that the model_index.json of diffusers, or the
+                                      modules.json of sentence-transformers, names
 provenance.json                       source, revision (commit), digest, size and SHA-256 of every file
 """
 
@@ -16,19 +17,22 @@ import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergeline.merging.checkpoints.adapters import ADAPTER_WEIGHTS
 from mergeline.merging.checkpoints.checkpoint import DTYPES, is_pickle, open_checkpoint
 from mergeline.merging.checkpoints.companions import (
+    CONFIG,
     CONFIG_FILES,
     INDEX,
     PICKLE_SUFFIXES,
     PROVENANCE,
+    STEMS,
     WEIGHTS,
     is_repository,
 )
-from mergeline.merging.checkpoints.modules import MODULE_FILES, MODULES, parsed_modules, refuse_pickled
+from mergeline.merging.checkpoints.components import PIPELINE, holds_safetensors, listed_parts
+from mergeline.merging.checkpoints.modules import MODULES, parsed_modules, refuse_pickled
 from mergeline.merging.checkpoints.quantised.formats import refuse_unsupported
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.errors import UserError, did_you_mean
@@ -42,10 +46,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Where a folder holds several: first by name (open_clip's config describes its own weights; model.safetensors
-# beside them is for transformers), then the only one of a kind.
-_SAFE_NAMES = ("open_clip_model.safetensors", WEIGHTS, INDEX)
+# beside them is for transformers; variants, as of fp16, come last), then the only one of a kind.
+_SAFE_NAMES = (
+    "open_clip_model.safetensors",
+    *(f"{stem}.safetensors{index}" for stem in STEMS for index in ("", ".index.json")),
+)
 _SAFE_SUFFIXES = (".safetensors.index.json", ".safetensors")
-_PICKLE_NAMES = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PICKLE_NAMES = (
+    "open_clip_pytorch_model.bin",
+    *(f"{stem}.bin{index}" for stem in ("pytorch_model", STEMS[1]) for index in ("", ".index.json")),
+)
 _PICKLE_SUFFIXES = (".bin.index.json", *PICKLE_SUFFIXES)
 
 _GGUF_SUFFIX = ".gguf"
@@ -85,47 +95,106 @@ def fetch(
     shutil.rmtree(downloads, ignore_errors=True)
 
 
+class Folder(NamedTuple):
+    """A folder of a checkpoint. weights: the name of its file of them, or of their index; None where it has none."""
+
+    source: Source
+    weights: str | None
+
+
+def folders_of(source: Source, downloads: Path, allow_pickle: bool) -> dict[str, Folder]:
+    """The folder itself and those of its parts, by what stands before the names of files: "" and `unet/`.
+
+    The files that list the parts are brought, and nothing else.
+
+    Raises:
+        UserError: as `choose_weights`; a list of parts that is damaged or names folders elsewhere.
+    """
+    parts: dict[str, Folder] = {}
+    in_pipeline = False
+    if source.below and not source.chosen and PIPELINE in source.files:
+        shown = f"{source.name}: {PIPELINE}"
+        for name in listed_parts(bring(source, PIPELINE, downloads), shown):
+            inside = source.below(name)
+            if inside.files:
+                parts[f"{name}/"] = Folder(inside, _weights_of_part(inside, allow_pickle))
+        in_pipeline = any(folder.weights for folder in parts.values())
+    own = None if in_pipeline else choose_weights(source, allow_pickle)
+    if source.below and MODULES in source.files:
+        for module in parsed_modules(bring(source, MODULES, downloads), f"{source.name}: {MODULES}"):
+            if module.folder:
+                inside = source.below(module.folder)
+                refuse_pickled([*inside.files], module, source.name)
+                if inside.files:
+                    parts[f"{module.folder}/"] = Folder(inside, _weights_of_part(inside, allow_pickle))
+    return {"": Folder(source, own), **parts}
+
+
+def _weights_of_part(source: Source, allow_pickle: bool) -> str | None:
+    if not any(name.endswith((".safetensors", *PICKLE_SUFFIXES)) for name in source.files):
+        holds_safetensors(source.files, source.name)
+        return None
+    return choose_weights(source, allow_pickle)
+
+
 def _from_files(source: Source, staging: Path, downloads: Path, allow_pickle: bool) -> None:
     """Fill `staging` with weights and configuration files; all of them are here before the first is moved."""
-    weights = choose_weights(source, allow_pickle)
-    configs = {name: bring(source, name, downloads) for name in source.files if name in CONFIG_FILES}
-    if "config.json" in configs:
-        config = read_object(configs["config.json"], named=f"{source.name}: config.json")
+    brought = {
+        prefix: _bring_all(folder, downloads)
+        for prefix, folder in folders_of(source, downloads, allow_pickle).items()
+    }
+    for prefix, (folder, configs, index, files) in brought.items():
+        into, weights = staging / prefix, folder.weights
+        into.mkdir(exist_ok=True)
+        for name, path in configs.items():
+            _place(path, into / name, downloads)
+        if weights is None:
+            continue
+        if weights.endswith(_PICKLE_SUFFIXES):
+            _convert_pickles(files, into, folder.source.name, placed_as(weights))
+        elif index:
+            for name, path in files.items():
+                _place(path, into / name, downloads)
+            _place(index, into / placed_as(weights), downloads)
+        else:
+            _place(files[weights], into / placed_as(weights), downloads)
+
+
+class _Brought(NamedTuple):
+    """Where the files of a folder are here, by their names there."""
+
+    folder: Folder
+    configs: dict[str, Path]
+    index_file: Path | None
+    weights: dict[str, Path]
+
+
+def _bring_all(folder: Folder, downloads: Path) -> _Brought:
+    source, weights = folder
+    configs = {name: bring(source, name, downloads) for name in config_files(source)}
+    if CONFIG in configs:
+        config = read_object(configs[CONFIG], named=f"{source.name}: {CONFIG}")
         refuse_unsupported(config, source.name)
+    if weights is None:
+        return _Brought(folder, configs, None, {})
     is_pickle = weights.endswith(_PICKLE_SUFFIXES)
     index = bring(source, weights, downloads) if weights.endswith(".index.json") else None
     shards = shards_of(index, f"{source.name}: {weights}", is_pickle) if index else [weights]
-    files = {name: bring(source, name, downloads) for name in shards}
-    configs |= module_files_of(source, configs, downloads)
-
-    for name, path in configs.items():
-        (staging / name).parent.mkdir(exist_ok=True)
-        _place(path, staging / name, downloads)
-    if is_pickle:
-        _convert_pickles(files, staging, source.name)
-    elif index:
-        for name, path in files.items():
-            _place(path, staging / name, downloads)
-        _place(index, staging / INDEX, downloads)
-    else:
-        own = Path(weights).name
-        name = own if own == ADAPTER_WEIGHTS or own.endswith(_GGUF_SUFFIX) else WEIGHTS
-        _place(files[weights], staging / name, downloads)
+    return _Brought(folder, configs, index, {name: bring(source, name, downloads) for name in shards})
 
 
-def module_files_of(source: Source, configs: Mapping[str, Path], downloads: Path) -> dict[str, Path]:
-    """What lies in the sub-folders that a modules.json names: "1_Pooling/config.json" and such -> where it is here."""
-    if MODULES not in configs or not source.below:
-        return {}
-    found = {}
-    for module in parsed_modules(configs[MODULES], f"{source.name}: {MODULES}"):
-        if module.folder:
-            inside = source.below(module.folder)
-            refuse_pickled([*inside.files], module, source.name)
-            for name in MODULE_FILES:
-                if name in inside.files:
-                    found[f"{module.folder}/{name}"] = bring(inside, name, downloads)
-    return found
+def config_files(source: Source) -> list[str]:
+    """The files that describe weights; beside a file that was named no list of a pipeline's parts."""
+    return [n for n in source.files if n in CONFIG_FILES and not (source.chosen and n == PIPELINE)]
+
+
+def placed_as(weights: str) -> str:
+    """What a file of weights, or an index of them, is called here: as libraries open it, whatever variant it is."""
+    name = Path(weights).name
+    if name == ADAPTER_WEIGHTS or name.endswith(_GGUF_SUFFIX):
+        return name
+    stem = next((stem for stem in STEMS if name.startswith((f"{stem}.", f"{stem}-"))), STEMS[0])
+    return f"{stem}.safetensors" + (".index.json" if name.endswith(_SAFE_SUFFIXES[0]) else "")
 
 
 def choose_weights(source: Source, allow_pickle: bool) -> str:
@@ -197,11 +266,11 @@ def _place(path: Path, target: Path, downloads: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _convert_pickles(files: dict[str, Path], staging: Path, source: str) -> None:
+def _convert_pickles(files: dict[str, Path], folder: Path, source: str, named: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name, path in files.items():
         tensors |= _load_pickle(path, f"{source}: '{name}'")
-    _write_tensors(tensors, staging, source)
+    _write_tensors(tensors, folder, source, named)
 
 
 def _load_pickle(path: Path, where: str) -> dict[str, Tensor]:
@@ -223,15 +292,15 @@ def _load_pickle(path: Path, where: str) -> dict[str, Tensor]:
     return loaded
 
 
-def _write_tensors(tensors: dict[str, Tensor], folder: Path, source: str) -> None:
-    """Write one model.safetensors; tensors that shared memory share none in it."""
+def _write_tensors(tensors: dict[str, Tensor], folder: Path, source: str, named: str = WEIGHTS) -> None:
+    """Write one file of safetensors; tensors that shared memory share none in it."""
     stored_as = {f"torch.{name}": dtype for dtype, (name, _) in DTYPES.items()}
     specs = []
     for name, tensor in tensors.items():
         if str(tensor.dtype) not in stored_as:
             raise UserError(f"{source}: tensor '{name}' has the dtype {tensor.dtype}, which cannot be merged")
         specs.append(TensorSpec(name, stored_as[str(tensor.dtype)], tuple(tensor.shape), tensor.nbytes))
-    writer = CheckpointWriter(folder, specs, {"format": "pt"}, None)
+    writer = CheckpointWriter(folder, specs, {"format": "pt"}, None, file=named)
     try:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from mergeline.merging.checkpoints.components import by_component, component_folders
 from mergeline.merging.engine.inputs import files_of
 from mergeline.merging.engine.places import refuse_file
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Digest, size, dtypes and metadata of a checkpoint."""
+    """Digest, size, dtypes and metadata of a checkpoint; tensors and bytes of each component, if it has several."""
     checkpoint = open_checkpoint(path)
     return {
         "path": str(path),
@@ -25,6 +26,19 @@ def describe(path: Path) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "metadata": checkpoint.metadata,
+        "components": _components(checkpoint),
+    }
+
+
+def _components(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    parts = component_folders(checkpoint.path) if checkpoint.path.is_dir() else []
+    return {
+        prefix.rstrip("/") or ".": {
+            "tensors": len(names),
+            "bytes": sum(checkpoint.tensors[name].nbytes for name in names),
+        }
+        for prefix, names in by_component(checkpoint.tensors, parts).items()
+        if parts
     }
 
 

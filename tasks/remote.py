@@ -15,24 +15,22 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterator, Mapping, NamedTuple
 from urllib.parse import urlsplit
 
-from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import MAX_HEADER
 from mergeline.merging.checkpoints.companions import (
     CONFIG,
-    CONFIG_FILES,
-    INDEX,
     PROVENANCE,
     TOKENIZER,
-    WEIGHTS,
 )
+from mergeline.merging.checkpoints.components import PIPELINE
 from mergeline.merging.checkpoints.modules import MODULES
 from mergeline.merging.checkpoints.remote import AHEAD_BYTES, REMOTE, register
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import json_bytes, publish, read_object, staged, user_errors
-from mergeline.tasks.fetch import bring, choose_weights, held, module_files_of, shards_of
+from mergeline.tasks.fetch import Folder, bring, config_files, folders_of, held, placed_as, shards_of
 from mergeline.tasks.places import CACHED_HEADERS, user_cache
 from mergeline.tasks.private import private_folder, private_umask
 from mergeline.tasks.sources import (
@@ -46,7 +44,8 @@ from mergeline.tasks.sources import (
 )
 
 # What a plan reads besides headers; the others of CONFIG_FILES are copied beside a merge alone.
-_PLANNED_WITH = (CONFIG, TOKENIZER, ADAPTER_CONFIG, MODULES, "sentence_bert_config.json")
+_PLANNED_WITH = (CONFIG, TOKENIZER, ADAPTER_CONFIG, MODULES, PIPELINE, "sentence_bert_config.json")
+_DOWNLOADS = "downloads"  # of a folder that is being made
 _FIRST_BYTES = (
     1 << 12
 )  # of a file of weights: a shard's header is in them, or one more question brings the rest
@@ -61,7 +60,8 @@ class Remote:
     """A folder of headers.
 
     source: where the data is, without credentials, with the commit if there is one. where: what it was found by.
-    files: of weights, by their names in the folder, with the names, sizes and versions that they have there.
+    files: of weights, by their names in the folder, with the names, sizes and versions that they have there; each with
+    what stands before it, as `unet/`.
     """
 
     folder: Path
@@ -84,41 +84,47 @@ def remote_headers(found: Source, where: str, companions: bool = False) -> Remot
     Raises:
         NoHeaders: a pickle. NoParts: the server sends whole files alone. UserError: no access, no weights.
     """
-    weights = choose_weights(found, allow_pickle=True)
-    if not weights.endswith((".safetensors", ".safetensors.index.json")):
-        raise NoHeaders(
-            f"{found.name}: '{weights}' is a pickle, which can run code when it is opened; convert it to safetensors, "
-            "or allow it with --allow-pickle, which brings it here whole"
-        )
     with user_errors(user_cache()), private_umask():
         private_folder(user_cache())
         listed = [[n, f.version] for n, f in found.files.items() if isinstance(f, RemoteFile) and f.version]
-        if len(listed) == len(found.files):
-            out = _cached(found, weights, companions, listed)
+        has_parts = not found.revision and (MODULES in found.files or PIPELINE in found.files)
+        if len(listed) == len(found.files) and not has_parts:
+            out = _cached(found, companions, listed)
             if not (out / REMOTE).exists():
                 with staged(out) as staging:
-                    files, _ = _read_headers(found, weights, staging)
-                    _finish(found, files, staging, out, companions)
+                    read = _read_headers(found, staging)
+                    _finish(found, read, staging, out, companions)
         else:  # what has no versions is asked for its headers each time, and known by them
-            with staged(_cached(found, weights, companions, os.getpid())) as staging:
-                files, told = _read_headers(found, weights, staging)
-                out = _cached(found, weights, companions, told)
+            with staged(_cached(found, companions, os.getpid())) as staging:
+                read = _read_headers(found, staging)
+                out = _cached(found, companions, read.told)
                 if not (out / REMOTE).exists():
                     with staged(out) as own:
                         shutil.copytree(staging, own, dirs_exist_ok=True)
-                        _finish(found, files, own, out, companions)
+                        _finish(found, read, own, out, companions)
     try:
-        known = read_object(held(out) / REMOTE)["files"]
-        located = {
-            name: (_remote(found, of), of, size, version) for name, (of, size, version) in known.items()
-        }
+        located = {}
+        prefixes = read_object(held(out) / REMOTE)["folders"]
+        for prefix in prefixes:
+            inside = _below(found, prefix)
+            for name, (of, size, version) in read_object(out / prefix / REMOTE)["files"].items():
+                located[prefix + name] = _remote(inside, of), of, size, version
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{out / REMOTE}: was damaged; remove the folder") from None
     return Remote(out, found.pinned or found.name, where, located, is_pinned=found.revision is not None)
 
 
-def _cached(found: Source, weights: str, companions: bool, versions: Any) -> Path:
-    key = json.dumps([found.pinned or found.name, weights, companions, versions])
+def _below(source: Source, prefix: str) -> Source:
+    """The folder of a part, by what stands before the names of its files; of nothing the source itself."""
+    if not prefix:
+        return source
+    if source.below is None:
+        raise UserError(f"{source.name}: has no folder '{prefix}'; try again")
+    return source.below(prefix.rstrip("/"))
+
+
+def _cached(found: Source, companions: bool, versions: Any) -> Path:
+    key = json.dumps([found.pinned or found.name, found.chosen, companions, versions])
     return user_cache() / CACHED_HEADERS / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -129,22 +135,46 @@ def _remote(source: Source, name: str) -> RemoteFile:
     return file
 
 
-def _read_headers(
-    found: Source, weights: str, staging: Path
-) -> tuple[dict[str, tuple[str, int, str]], list[Any]]:
-    """Write index and headers of the weights into `staging`: names -> names there, sizes, versions; what tells them."""
-    names = {ADAPTER_WEIGHTS if Path(weights).name == ADAPTER_WEIGHTS else WEIGHTS: weights}
-    if weights.endswith(".index.json"):
-        index = _companion(found, weights, staging)
-        index.rename(staging / INDEX)
-        names = {name: name for name in shards_of(staging / INDEX, f"{found.name}: {weights}")}
-    with ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
-        read = [*pool.map(lambda name: _header(_remote(found, name)), names.values())]
-    for name, (header, _, _) in zip(names, read):
-        (staging / name).write_bytes(header)
-    files = {name: (of, size, version) for (name, of), (_, size, version) in zip(names.items(), read)}
+class _Headers(NamedTuple):
+    """What was read of a source.
+
+    folders: of its parts, and its own. files: of weights by folder and name here, with their names, sizes and versions
+    there. told: what tells these headers from others.
+    """
+
+    folders: dict[str, Folder]
+    files: dict[str, dict[str, tuple[str, int, str]]]
+    told: list[Any]
+
+
+def _read_headers(found: Source, staging: Path) -> _Headers:
+    """Write indexes and headers of the weights into `staging`."""
+    folders = folders_of(found, staging / _DOWNLOADS, allow_pickle=True)
+    places: list[tuple[str, str, str]] = []  # what stands before names, the name here and the one there
+    for prefix, (source, weights) in folders.items():
+        (staging / prefix).mkdir(exist_ok=True)
+        if weights is None:
+            continue
+        if not weights.endswith((".safetensors", ".safetensors.index.json")):
+            raise NoHeaders(
+                f"{source.name}: '{weights}' is a pickle, which can run code when it is opened; convert it to "
+                "safetensors, or allow it with --allow-pickle, which brings it here whole"
+            )
+        if weights.endswith(".index.json"):
+            index = staging / prefix / placed_as(weights)
+            _companion(source, weights, index, staging)
+            places += [(prefix, n, n) for n in shards_of(index, f"{source.name}: {weights}")]
+        else:
+            places.append((prefix, placed_as(weights), weights))
+    with ThreadPoolExecutor(min(_AT_ONCE, len(places))) as pool:
+        read = [*pool.map(lambda place: _header(_remote(folders[place[0]].source, place[2])), places)]
+    files: dict[str, dict[str, tuple[str, int, str]]] = {prefix: {} for prefix in folders}
+    for (prefix, name, of), (header, size, version) in zip(places, read):
+        (staging / prefix / name).write_bytes(header)
+        files[prefix][name] = of, size, version
     digests = [hashlib.sha256(header).hexdigest() for header, _, _ in read]
-    return files, [*sorted((name, *told) for name, told in files.items()), digests]
+    told = [[prefix, *place] for prefix, own in files.items() for place in sorted(own.items())]
+    return _Headers(folders, files, [told, digests])
 
 
 def _header(file: RemoteFile) -> tuple[bytes, int, str]:
@@ -181,45 +211,47 @@ def _bytes(file: RemoteFile, start: int, stop: int) -> tuple[bytes, int, str]:
     return data, size, version
 
 
-def _finish(
-    found: Source, files: Mapping[str, tuple[str, int, str]], staging: Path, out: Path, companions: bool
-) -> None:
+def _finish(found: Source, read: _Headers, staging: Path, out: Path, companions: bool) -> None:
     """Bring what lies beside the weights, say where all is from, and publish the folder."""
-    wanted = CONFIG_FILES if companions else _PLANNED_WITH
-    configs = {name: _companion(found, name, staging) for name in found.files if name in wanted}
-    downloads = staging / "downloads"
-    for name, path in module_files_of(found, configs, downloads).items():
-        (staging / name).parent.mkdir(exist_ok=True)
-        shutil.move(path, staging / name)
-    shutil.rmtree(downloads, ignore_errors=True)
+    brought = {}
     source = found.pinned or found.name
-    told = {
-        "source": source,
-        "files": files,
-        "sizes": {name: size for name, (_, size, _) in files.items()},
-    }
-    (staging / REMOTE).write_bytes(json_bytes(told))
+    for prefix, folder in read.folders.items():
+        for name in config_files(folder.source):
+            if companions or name in _PLANNED_WITH:
+                _companion(folder.source, name, staging / prefix / name, staging)
+                if content := _remote(folder.source, name).content:
+                    brought[content] = out / prefix / name
+        files = read.files[prefix]
+        told: dict[str, Any] = {
+            "source": f"{source}/{prefix}".rstrip("/") if prefix else source,
+            "files": files,
+            "sizes": {name: size for name, (_, size, _) in files.items()},
+        }
+        if not prefix:
+            told["folders"] = [p for p, own in read.files.items() if own or not p]
+        if files or not prefix:
+            (staging / prefix / REMOTE).write_bytes(json_bytes(told))
+    shutil.rmtree(staging / _DOWNLOADS, ignore_errors=True)
     (staging / PROVENANCE).write_bytes(json_bytes({"source": source, "revision": found.revision}))
     publish(staging, out)
-    _BROUGHT.update({c: out / n for n in configs if (c := _remote(found, n).content)})
+    _BROUGHT.update(brought)
 
 
 _BROUGHT: dict[str, Path] = {}  # companions by their content, which experts of one base have in common
 
 
-def _companion(found: Source, name: str, staging: Path) -> Path:
-    """Bring a small file into `staging`, from an earlier folder if that has the same one."""
+def _companion(found: Source, name: str, target: Path, staging: Path) -> None:
+    """Bring a small file to `target`, from an earlier folder if that has the same one."""
     file = _remote(found, name)
     if (file.size or 0) > _LARGEST_COMPANION:
         raise UserError(
             f"{file.where}: has {file.size} bytes; files beside weights have {_LARGEST_COMPANION} at most"
         )
-    target, earlier = staging / name, _BROUGHT.get(file.content or "")
+    earlier = _BROUGHT.get(file.content or "")
     if earlier and earlier.exists():
         shutil.copyfile(earlier, target)
     else:
-        shutil.move(bring(found, name, staging / "downloads"), target)
-    return target
+        shutil.move(bring(found, name, staging / _DOWNLOADS), target)
 
 
 # --------------------------------------------------------------------------------------- data
@@ -238,7 +270,8 @@ def streamed(where: str) -> Path:
 
 def let_data_be_read(remote: Remote) -> None:
     """Let this process read the data of a remote checkpoint, wherever it has the headers."""
-    register(remote.folder, _Data(remote))
+    for prefix in {name[: name.rfind("/") + 1] for name in remote.files}:
+        register(remote.folder / prefix, _Data(remote, prefix))
 
 
 @dataclass
@@ -266,11 +299,18 @@ _AHEAD_OF = _Windows()
 class _Data:
     """The data of a remote checkpoint; a tensor that is read from one end to the other is read ahead."""
 
-    def __init__(self, remote: Remote):
-        self._remote = remote
+    def __init__(self, remote: Remote, prefix: str):
+        """prefix: of the names of its files, which are of one folder."""
+        self._remote, self._prefix = remote, prefix
         self._files = {
-            name: _Ranges(file, size, version) for name, (file, _, size, version) in remote.files.items()
+            name.removeprefix(prefix): _Ranges(file, size, version)
+            for name, (file, _, size, version) in self._own()
         }
+
+    def _own(self) -> Iterator[tuple[str, tuple[RemoteFile, str, int, str]]]:
+        for name, place in self._remote.files.items():
+            if name[: name.rfind("/") + 1] == self._prefix:
+                yield name, place
 
     def read_into(self, view: memoryview, file: str, start: int, tensor: tuple[int, int]) -> None:
         windows, key = _AHEAD_OF.of, (id(self), file, tensor[0])
@@ -305,8 +345,8 @@ class _Data:
         """Raises UserError; looks at the versions of a listing, for others are held against theirs at every reading."""
         if self._remote.is_pinned:
             return
-        now = locate(self._remote.where).files
-        for file, name, _, _ in self._remote.files.values():
+        now = _below(locate(self._remote.where), self._prefix).files
+        for _, (file, name, _, _) in self._own():
             there = now.get(name)
             if file.version and not (isinstance(there, RemoteFile) and there.version == file.version):
                 raise _changed(file)

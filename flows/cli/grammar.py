@@ -149,6 +149,12 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
     )
     add("export", merge_commands.export, "a merge with heads as a plain checkpoint of one task", _export)
     add(
+        "transplant",
+        merge_commands.transplant,
+        "a model with the vocabulary and tokenizer of another",
+        _transplant,
+    )
+    add(
         "extract-lora",
         merge_commands.extract_lora,
         "what a merge, or one fine-tune, adds to its base, as a LoRA adapter",
@@ -506,6 +512,17 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--task", required=True, metavar="NAME", help="whose head: an expert's name")
     _out(command)
     _shard_size(command)
+
+
+def _transplant(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder, hf://org/name, or any other URI")
+    command.add_argument("donor", metavar="DONOR", help="whose vocabulary and tokenizer it gets")
+    command.add_argument(
+        "--neighbours", type=int, default=64, metavar="N", help="rows that a new one is the sum of (64)"
+    )
+    _out(command)
+    _shard_size(command)
+    _resources(command)
 
 
 def _adapter(command: argparse.ArgumentParser) -> None:

@@ -117,6 +117,19 @@ def export(args: argparse.Namespace) -> None:
     print(f"{args.out}  {manifest['output']['digest']}")
 
 
+def transplant(args: argparse.Namespace) -> None:
+    from mergeline.merging.transplant import transplant
+    from mergeline.tasks.fetch import local_checkpoint
+
+    options = {key: getattr(args, key) for key in ("neighbours", "shard_size", "workers", "memory", "force")}
+    model, donor = local_checkpoint(args.model), local_checkpoint(args.donor)
+    with _replacing(args, [args.out]):
+        manifest = transplant(model, donor, args.out, progress=text.progress(), **options)
+    tokens = manifest["transplanted"]["tokens"]
+    print(f"{args.out}  {manifest['output']['digest']}")
+    print(f"{tokens['same']} tokens keep their rows, {tokens['new']} new ones are approximated")
+
+
 def extract_lora(args: argparse.Namespace) -> None:
     from mergeline.merging.extract_lora import extract_lora
 

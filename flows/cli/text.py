@@ -155,6 +155,8 @@ def checkpoint(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{path}"
     yield f"  {found['digest']}"
     yield f"  {found['tensors']} tensors ({dtypes}), {size(found['bytes'])}"
+    for name, part in found["components"].items():
+        yield printable(f"    {name}: {part['tensors']} tensors, {size(part['bytes'])}")
     for name, value in found["metadata"].items():
         yield printable(f"  {name}: {value if len(value) <= _LONGEST else value[:_LONGEST] + ' ...'}")
 

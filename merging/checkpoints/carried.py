@@ -22,6 +22,7 @@ from mergeline.merging.checkpoints.companions import (
 from mergeline.merging.checkpoints.components import (
     component_folders,
     configurations,
+    is_pipeline,
     parts_of_pipeline,
 )
 from mergeline.merging.checkpoints.modules import read_modules
@@ -144,10 +145,10 @@ def left_out(donor: Path) -> list[str]:
     """What lies in a folder and is neither weights nor carried, sorted: names of files, and of folders with `/`."""
     carried = carried_files(donor)
     inside = {name.partition("/")[0] for name in [*carried, *component_folders(donor)]}
-    found = []
+    found, others = [], _OTHER_WEIGHTS[1:] if is_pipeline(donor) else _OTHER_WEIGHTS
     for path in donor.iterdir():
         name = path.name
-        known = name in inside or name.startswith(".") or name in _OURS or name.endswith(_OTHER_WEIGHTS)
+        known = name in inside or name.startswith(".") or name in _OURS or name.endswith(others)
         if not known:
             found.append(f"{name}/" if path.is_dir() else name)
     return sorted(found)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Self
 
 from mergeline.merging.checkpoints import dcp, gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
-from mergeline.merging.checkpoints.components import component_folders
+from mergeline.merging.checkpoints.components import component_folders, is_pipeline
 from mergeline.merging.checkpoints.remote import data_of, true_size
 from mergeline.merging.checkpoints.shards import Chunk, contiguous, gather, tile
 from mergeline.merging.errors import UserError
@@ -386,7 +386,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     parts = component_folders(folder)
     if not parts:
         return _open_files(folder)
-    own = [_open_files(folder)] if any(folder.glob("*.safetensors")) else []
+    own = [_open_files(folder)] if any(folder.glob("*.safetensors")) and not is_pipeline(folder) else []
     tensors = {name: info for checkpoint in own for name, info in checkpoint.tensors.items()}
     metadata = own[0].metadata if own else {}
     for part in parts:

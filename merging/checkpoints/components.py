@@ -16,6 +16,7 @@ from mergeline.merging.files import read_object
 from mergeline.merging.reading import safe_name
 
 PIPELINE = "model_index.json"
+_OF_OTHERS = (".onnx", ".msgpack", ".h5", ".xml", ".gguf")  # weights, as of ONNX, Flax and OpenVINO
 
 
 def component_folders(folder: Path) -> list[str]:
@@ -34,17 +35,46 @@ def parts_of_pipeline(folder: Path) -> list[str]:
     Raises:
         UserError: it is no JSON object, or names a folder elsewhere.
     """
-    listed = read_object(folder / PIPELINE)
-    names = [
-        name for name, value in listed.items() if isinstance(value, list) and len(value) == 2 and all(value)
-    ]
-    return sorted(name for name in names if safe_name(folder, name, folder / PIPELINE).is_dir())
+    return [name for name in listed_parts(folder / PIPELINE) if (folder / name).is_dir()]
+
+
+def listed_parts(file: Path, shown: str | None = None) -> list[str]:
+    """The sub-folders that a model_index.json names, sorted, whether they are there or not; errors call it `shown`.
+
+    Raises:
+        UserError: it is no JSON object, or names a folder elsewhere.
+    """
+    named = shown or str(file)
+    listed = read_object(file, named=named)
+    parts = [name for name, of in listed.items() if isinstance(of, list) and len(of) == 2 and all(of)]
+    for name in parts:
+        safe_name(file.parent, name, named)
+    return sorted(parts)
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is a pipeline, of which the components alone are opened.
+
+    What lies beside them is the same once more, in one file, for other programs.
+
+    Raises:
+        UserError: as `component_folders`.
+    """
+    return any(_has_weights(folder, name) for name in parts_of_pipeline(folder))
 
 
 def component_of(name: str, components: Iterable[str]) -> str:
     """What stands before a tensor's name in its component: `unet/`, or nothing for the folder's own."""
     before, slash, _ = name.partition("/")
     return before + slash if slash and before in components else ""
+
+
+def by_component(names: Iterable[str], components: Iterable[str]) -> dict[str, list[str]]:
+    """Names of tensors by what stands before them in their component; in the order in which they come."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(component_of(name, components), []).append(name)
+    return found
 
 
 def configurations(folder: Path) -> dict[str, dict[str, Any]]:
@@ -61,12 +91,24 @@ def configurations(folder: Path) -> dict[str, dict[str, Any]]:
 def _has_weights(folder: Path, name: str) -> bool:
     place = folder / name
     files = [path.name for path in place.iterdir()] if place.is_dir() else []
-    if any(file.endswith(".safetensors") for file in files):
-        return True
     pickles = sorted(file for file in files if file.endswith(PICKLE_SUFFIXES))
-    if pickles:
+    if pickles and not any(file.endswith(".safetensors") for file in files):
         raise UserError(
             f"{folder}: '{name}/{pickles[0]}' is a pickle, which can run code when it is opened; save the model again "
             "as safetensors"
         )
+    return holds_safetensors(files, f"{folder}: '{name}/'")
+
+
+def holds_safetensors(files: Iterable[str], shown: str) -> bool:
+    """Whether the files of a component hold weights that can be read.
+
+    Raises:
+        UserError: there are weights for other programs alone; it calls the folder `shown`.
+    """
+    files = sorted(files)
+    if any(file.endswith(".safetensors") for file in files):
+        return True
+    if other := next((file for file in files if file.endswith(_OF_OTHERS)), None):
+        raise UserError(f"{shown} holds '{other}' and no safetensors; take a version saved as safetensors")
     return False

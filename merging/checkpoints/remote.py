@@ -1,7 +1,8 @@
 """Checkpoints whose headers alone are on this machine, while their data lies elsewhere.
 
 A folder of headers holds of every file of weights its first bytes, as far as the header goes; whole what is looked at
-beside them; and `remote.json`, which says where all of it is from and how large the files are there. Whoever reads on
+beside them; and `remote.json`, which says where all of it is from and how large the files are there; so does each
+sub-folder of a component with weights. Whoever reads on
 where a header ends finds the end of the file, never zeros. Data is read by who was registered for the folder, which
 whoever knows the source does (`mergeline.tasks.remote`).
 """

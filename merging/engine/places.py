@@ -26,8 +26,8 @@ from mergeline.merging.errors import UserError
 from mergeline.merging.files import staging_of, user_errors
 
 # What a checkpoint was written as: by merge or sweep, compress, extract-lora, merge-experts, moe, extract-expert,
-# export.
-Kind = Literal["merge", "store", "adapter", "mixture", "moe", "expert", "export"]
+# export, transplant.
+Kind = Literal["merge", "store", "adapter", "mixture", "moe", "expert", "export", "transplant"]
 
 _MARK = "mergeline."  # how keys of the metadata of files begin that Mergeline wrote
 _STAGING = re.compile(r"\..*\.partial")
@@ -41,6 +41,8 @@ def kind_of(manifest: Mapping[str, Any]) -> Kind | None:
         return "expert"
     if isinstance(manifest.get("exported"), dict):
         return "export"
+    if isinstance(manifest.get("transplanted"), dict):
+        return "transplant"
     if not isinstance(manifest.get("recipe"), dict):
         return None
     kinds: tuple[Kind, ...] = ("store", "adapter", "mixture", "moe")
@@ -63,6 +65,9 @@ def replaced(out: Path) -> str | None:
         if kind == "export":
             exported = manifest["exported"]
             return f"the task {exported['task']} of {Path(exported['merge']['path']).name}"
+        if kind == "transplant":
+            names = [Path(manifest["transplanted"][key]["path"]).name for key in ("model", "donor")]
+            return f"{names[0]} with the vocabulary of {names[1]}"
         recipe = manifest["recipe"]
         base = [Path(recipe["base"]["path"]).name] if recipe["base"] else []
         return f"the {kind} by {recipe['method']} of {', '.join([*base, *recipe['experts']])}"

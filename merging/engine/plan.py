@@ -190,6 +190,11 @@ class Plan:
         return configurations(self.donor) if self.donor else {"": {}}
 
     @property
+    def components(self) -> list[str]:
+        """The names of the components of what is written; none of one checkpoint."""
+        return [prefix.rstrip("/") for prefix in self.parts if prefix]
+
+    @property
     def stems(self) -> dict[str, str]:
         """How names of files of weights begin, by the same."""
         return {prefix: stem_of(config) for prefix, config in self.parts.items()}
@@ -266,7 +271,8 @@ class Plan:
 
     @cached_property
     def _remotes(self) -> set[Path]:
-        return {folder for folder in {c.stored.folder for c in self._stored} if is_remote(folder)}
+        folders = {info.file.parent for c in self._stored for info in c.stored.tensors.values()}
+        return {folder for folder in folders if is_remote(folder)}
 
     def _is_remote(self, file: Path) -> bool:
         return file.parent in self._remotes

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
@@ -19,7 +19,7 @@ from mergeline.merging.checkpoints.adapters import (
     ADAPTER_CONFIG,
     AdaptedTensor,
     adapt,
-    adapt_component,
+    adapt_pipeline,
     alone,
     compose,
     is_adapter,
@@ -272,9 +272,9 @@ def _adapt(plan: Plan) -> None:
         try:
             if plan.base is None:
                 raise UserError(
-                    f"{file.path}: is LoRA of a pipeline: name the folder of the component to merge as base"
+                    f"{file.path}: is LoRA of a pipeline: name its folder, or the folder of one component, as base"
                 )
-            plan.experts[name], notes = adapt_component(plan.base, file)
+            plan.experts[name], notes = adapt_pipeline(plan.base, file)
             plan.warnings += [f"'{name}': {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
@@ -309,7 +309,7 @@ def _fit_components(plan: Plan) -> None:
                 (full := f"{fitting[0]}/{own}"): replace(info, name=full) for own, info in tensors.items()
             }
             plan.warnings.append(f"'{name}' is the component {fitting[0]} of the base")
-        own = _components(expert.view(tensors))
+        own = _components(expert.view(tensors), of_base)
         if extra := sorted(own.keys() - of_base.keys()):
             tensors = {n: info for n, info in tensors.items() if n.partition("/")[0] not in extra}
             plan.warnings.append(f"'{name}': {', '.join(extra)} is left out, for the base has none")
@@ -320,9 +320,9 @@ def _fit_components(plan: Plan) -> None:
             plan.experts[name] = expert.view(tensors)
 
 
-def _components(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of a folder's components, by the names of these."""
-    folders = component_folders(checkpoint.path) if checkpoint.path.is_dir() else []
+def _components(checkpoint: Checkpoint, known: Iterable[str] = ()) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of a folder's components, by the names of these; and of those that another one has."""
+    folders = {*known, *(component_folders(checkpoint.path) if checkpoint.path.is_dir() else [])}
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in checkpoint.tensors.items():
         folder, slash, _ = name.partition("/")

@@ -19,6 +19,7 @@ import torch
 from hub_server import Fault, Hub, Sparse, running_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pipelines import pipeline_files
 from s3_server import running_s3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -206,6 +207,73 @@ def test_a_tokenizer_that_experts_share_comes_once(hub, mergeline):
         hub.repositories[f"org/{name}"]["tokenizer.json"] = tokens
     mergeline("plan", *family())
     assert len(hub.bodies("tokenizer.json")) == 1
+
+
+# Pipelines
+
+
+def sentence_model(seed: int) -> dict[str, bytes | Sparse]:
+    """A model of sentence-transformers, of which one module has weights."""
+    package = "sentence_transformers.models"
+    listed = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense")]
+    dense = torch.randn(400, 48, generator=torch.Generator().manual_seed(seed))
+    return repository(seed) | {
+        "modules.json": json.dumps(
+            [{"path": path, "type": f"{package}.{kind}"} for path, kind in listed]
+        ).encode(),
+        "1_Pooling/config.json": b"{}",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": save({"linear.weight": dense}),
+    }
+
+
+def lay_down(hub: Hub, root: Path) -> None:
+    """The repositories of a family, on this machine."""
+    for name in NAMES:
+        for file, body in hub.repositories[f"org/{name}"].items():
+            assert isinstance(body, bytes)
+            (root / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (root / name / file).write_bytes(body)
+
+
+@pytest.mark.parametrize("made", [lambda seed: pipeline_files(seed, width=256), sentence_model])
+def test_pipelines_are_planned_and_merged_over_the_network(hub, mergeline, tmp_path, made):
+    for seed, name in enumerate(NAMES):
+        hub.repositories[f"org/{name}"] = made(seed)
+    lay_down(hub, tmp_path / "here")
+    here = family(prefix=f"{tmp_path}/here/")
+    local = json.loads(mergeline("plan", *here, "--json").out)
+    told = json.loads(mergeline("plan", *family(), "--json").out)
+    assert not told["problems"] and told["network"]["bytes"] == hub.sent < 80_000
+    assert told["bytes_over_network"] == local["bytes_read"] and told["tensors"] == local["tensors"]
+    assert [w for w in told["warnings"] if "not carried" not in w] == [
+        w for w in local["warnings"] if "not carried" not in w
+    ]
+    hub.seen.clear()
+    assert mergeline("plan", *family()).code == 0
+    assert {seen.path.split("/")[1] for seen in hub.seen} == {"api"}
+    for out, options in {"local": here, "streamed": [*family(), "--no-cache"], "brought": family()}.items():
+        outcome = mergeline("merge", *options, "--out", tmp_path / out)
+        assert outcome.code == 0, outcome.err
+        files = {path.relative_to(tmp_path / out) for path in (tmp_path / out).rglob("*") if path.is_file()}
+        assert files == {
+            f.relative_to(tmp_path / "local") for f in (tmp_path / "local").rglob("*") if f.is_file()
+        }
+        for file in files:
+            if file.suffix == ".safetensors" or file.parent.name:
+                assert (tmp_path / out / file).read_bytes() == (tmp_path / "local" / file).read_bytes()
+    assert mergeline("verify", tmp_path / "streamed").code == 0
+
+
+def test_a_pipeline_that_changes_while_it_is_read_is_noticed(hub, memory, mergeline, tmp_path):
+    for seed, name in enumerate(NAMES):
+        for file, body in sentence_model(seed).items():
+            memory.pipe(f"/{name}/{file}", body)
+    options = family(prefix="memory://")
+    assert mergeline("plan", *options).code == 0
+    memory.pipe("/a/2_Dense/model.safetensors", save({"linear.weight": torch.zeros(401, 48)}))
+    outcome = mergeline("plan", *options)
+    assert outcome.code == 2 and "2_Dense/linear.weight" in outcome.out
 
 
 # Names

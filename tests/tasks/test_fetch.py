@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Fault, running_hub
+from pipelines import PIPELINE_BROUGHT, pipeline_files
 from safetensors.torch import load_file, save
 
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
@@ -85,7 +86,7 @@ def bring(tmp_path):
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def _tree(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -299,6 +300,76 @@ def test_pickle_of_other_things_is_refused(tmp_path, bring, monkeypatch, state):
     with pytest.raises(UserError, match="holds more than tensors|is not a dense tensor|no state dict"):
         bring(tmp_path / "old.ckpt", allow_pickle=True)
     assert not (tmp_path / "evil-was-here").exists()
+
+
+# Pipelines
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def _pipeline(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, body in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(body)
+    return folder
+
+
+def test_a_pipeline_is_brought_whole_and_nothing_twice(tmp_path, hub, bring):
+    hub.repositories["org/pipe"] = pipeline_files(0)
+    out = bring("hf://org/pipe", "remote")
+    assert _files(out) == PIPELINE_BROUGHT
+    found = open_checkpoint(out)
+    assert {name.partition("/")[0] for name in found.tensors} == {"unet", "vae", "text_encoder"}
+    assert _provenance(out)["digest"] == found.digest()
+    assert _provenance(out)["files"].keys() == PIPELINE_BROUGHT - {"provenance.json"}
+    assert not any("fp16" in seen.path and "unet" in seen.path or "v1-5" in seen.path for seen in hub.seen)
+    here = bring(_pipeline(tmp_path / "here", pipeline_files(0)), "local")
+    for name in PIPELINE_BROUGHT - {"provenance.json"}:
+        assert (here / name).read_bytes() == (out / name).read_bytes()
+    assert open_checkpoint(tmp_path / "here").tensors.keys() == found.tensors.keys()
+
+
+def test_a_component_or_a_file_of_a_pipeline_is_brought_alone(hub, bring):
+    hub.repositories["org/pipe"] = pipeline_files(0)
+    assert _files(bring("hf://org/pipe/vae", "vae")) == {
+        "config.json", "provenance.json", "diffusion_pytorch_model.safetensors"
+    }  # fmt: skip
+    hub.repositories["org/pipe"]["v1-5-pruned.safetensors"] = WEIGHTS
+    assert _files(bring("hf://org/pipe/v1-5-pruned.safetensors", "file")) == {
+        "provenance.json", "model.safetensors"
+    }  # fmt: skip
+
+
+def test_components_that_are_pickles_are_converted_if_allowed(tmp_path, bring):
+    files = pipeline_files(0)
+    for name in [n for n in files if n.startswith("unet/") and n != "unet/config.json"]:
+        del files[name]
+    folder = _pipeline(tmp_path / "here", files)
+    torch.save({"a.weight": torch.ones(2, 2)}, folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="here/unet: 'diffusion_pytorch_model.bin' is a pickle"):
+        bring(folder)
+    out = bring(folder, allow_pickle=True)
+    assert "unet/a.weight" in open_checkpoint(out).tensors
+    assert (out / "unet/diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "body", "message"),
+    [
+        ("model_index.json", b"[]", "here: model_index.json: is not a JSON object"),
+        ("model_index.json", b'{"../x": ["a", "b"]}', "only plain file names inside the folder"),
+        ("vae/config.json", b'{"quantization_config": {"quant_method": "quanto"}}', "vae: is quantised"),
+        ("vae/diffusion_pytorch_model.fp16.safetensors", None, "vae holds 'model.onnx' and no safetensors"),
+        ("vae/diffusion_pytorch_model.ema.safetensors", WEIGHTS, "vae: several checkpoints"),
+    ],
+)
+def test_refused_pipelines(tmp_path, bring, file, body, message):
+    files = {**pipeline_files(0), file: body, "vae/model.onnx": b""}
+    folder = _pipeline(tmp_path / "here", {name: body for name, body in files.items() if body is not None})
+    with pytest.raises(UserError, match=message):
+        bring(folder)
 
 
 # The Hub

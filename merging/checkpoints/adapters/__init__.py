@@ -1,14 +1,16 @@
 """Adapters as experts: the base as an adapter changes it, computed block by block as it is read.
 
 `tensor` is a tensor of the base with an update, and `updates` is what kinds of adapters add to it. `config` and `peft`
-read what PEFT writes, `single_file` LoRA of diffusion models, and `bare` files of nothing but factors.
+read what PEFT writes, `single_file` LoRA of diffusion models, which `pipeline` gives to all components, `bare` files
+of nothing but factors.
 """
 
 from mergeline.merging.checkpoints.adapters.bare import compose, composed, is_bare
 from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.adapters.names import PREFIX
 from mergeline.merging.checkpoints.adapters.peft import ADAPTER_WEIGHTS, adapt, alone, is_adapter, unties
-from mergeline.merging.checkpoints.adapters.single_file import adapt_component, is_lora_file
+from mergeline.merging.checkpoints.adapters.pipeline import adapt_pipeline
+from mergeline.merging.checkpoints.adapters.single_file import is_lora_file
 from mergeline.merging.checkpoints.adapters.tensor import AdaptedTensor, added_rank
 
 __all__ = [
@@ -17,7 +19,7 @@ __all__ = [
     "PREFIX",
     "AdaptedTensor",
     "adapt",
-    "adapt_component",
+    "adapt_pipeline",
     "added_rank",
     "alone",
     "compose",

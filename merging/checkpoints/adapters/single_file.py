@@ -67,6 +67,11 @@ def _components(name: str) -> tuple[tuple[str, ...], str, bool] | None:
     return ((start,), rest, False) if start in _DOTTED and rest else None
 
 
+def components_in(file: Checkpoint) -> set[tuple[str, ...]]:
+    """The components that keys of a file of LoRA are for: of some it is one or another."""
+    return {whose[0] for whose in map(_components, file.tensors) if whose}
+
+
 def adapt_component(base: Checkpoint, file: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """What a file makes of one component, and what is to be said of it; reads headers alone.
 

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterable, Mapping
 
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergeline.merging.checkpoints.companions import CONFIG, read_config
+from mergeline.merging.checkpoints.components import by_component, component_folders
 from mergeline.merging.checkpoints.quantised.fp4 import GROUP, PACKED, FP4Tensor, PackedExpertsTensor
 from mergeline.merging.checkpoints.quantised.ggml import as_transformers_has_it
 from mergeline.merging.checkpoints.quantised.integers import WORD, AWQTensor, GPTQTensor, PackedTensor
@@ -134,20 +135,34 @@ def dequantised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
     """
     if checkpoint.settings is not None:
         return as_transformers_has_it(checkpoint)
-    config = quantisation(read_config(checkpoint.folder)) if checkpoint.tensors else {}
-    reader = _Reader(checkpoint.tensors, config, checkpoint.path)
+    parts = component_folders(checkpoint.path) if checkpoint.path.is_dir() else []
+    tensors: dict[str, TensorInfo] = {}
+    notes = []
+    for prefix, names in by_component(checkpoint.tensors, parts).items():
+        config = quantisation(read_config(checkpoint.folder / prefix))
+        own, found = _dequantised_part({name: checkpoint.tensors[name] for name in names}, config, checkpoint)
+        tensors |= own
+        notes += [f"{prefix.rstrip('/')}: {note}" if prefix else note for note in found]
+    return (checkpoint.view(tensors) if notes else checkpoint), notes
+
+
+def _dequantised_part(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], checkpoint: Checkpoint
+) -> tuple[Mapping[str, TensorInfo], list[str]]:
+    """The same of the tensors of one component, whose configuration says how they were quantised."""
+    reader = _Reader(tensors, config, checkpoint.path)
     for recognise in _RECOGNISE:
-        for info in checkpoint.tensors.values():
+        for info in tensors.values():
             if info.name not in reader.found.used:
                 recognise(reader, info)
-    found, left = reader.found, {n: t for n, t in checkpoint.tensors.items() if n not in reader.found.used}
+    found, left = reader.found, {n: t for n, t in tensors.items() if n not in reader.found.used}
     activations = []
     if found.tensors:
         activations = [name for name in left if _OF_ACTIVATIONS.fullmatch(name)]
         left = {name: info for name, info in left.items() if name not in set(activations)}
     _refuse_unknown(reader, left)
     if not found.tensors:
-        return checkpoint, []
+        return tensors, []
     for name in left.keys() & found.tensors.keys():
         raise bad(left[name], "is there as it is and quantised; keep one of them")
     kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(found.formats.items()))
@@ -159,7 +174,7 @@ def dequantised(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
         notes.append(
             f"{len(activations)} scales of quantised activations are left out, '{activations[0]}' first"
         )
-    return checkpoint.view({**left, **found.tensors}), notes
+    return {**left, **found.tensors}, notes
 
 
 def quantisation(config: Mapping[str, Any]) -> dict[str, Any]:

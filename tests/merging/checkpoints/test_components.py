@@ -10,12 +10,21 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import refused
+from junk import junked
+from pipelines import pipeline_files, stable_diffusion
 from safetensors.torch import load_file, save_file
 
 from mergeline.merging import merge
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.compress import compress
+from mergeline.merging.describe import describe_family
 from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.errors import UserError
+from mergeline.merging.export import export_task
+from mergeline.merging.extract_lora import extract_lora
+from mergeline.merging.transplant import transplant
 from mergeline.merging.verify import verify
+from mergeline.tasks import inspection
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -23,39 +32,11 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 
 
-def pipeline(seed: int) -> Any:
-    """A tiny Stable Diffusion with random weights."""
-    from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(seed)
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
-    text = CLIPTextConfig(
-        vocab_size=4, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        unet=diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, attention_head_dim=4,
-            norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ),
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(8,), norm_num_groups=4, latent_channels=4, sample_size=8,
-        ),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[]),
-        scheduler=diffusers.DDIMScheduler(),
-        safety_checker=None,
-        feature_extractor=CLIPImageProcessor(),
-        requires_safety_checker=False,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pipelines")
     for seed, name in enumerate(("base", "a", "b")):
-        pipeline(seed).save_pretrained(root / name)
+        stable_diffusion(seed).save_pretrained(root / name)
     return root
 
 
@@ -172,3 +153,77 @@ def test_code_and_terms_travel_and_what_does_not_is_named(tmp_path):
     (base / "config.json").write_text("{}")
     plan = make_plan({"method": "average", "base": base, "experts": {"a": tmp_path / "a"}})
     assert "not carried from 'base': modeling_own.py, runs/, training_log.csv" in plan.warnings
+
+
+def test_each_component_is_dequantised_by_its_own_configuration(tmp_path):
+    name, codes = "down_blocks.0.attn.to_q.weight", torch.randn(32, 32).clamp(-4, 4).to(torch.float8_e4m3fn)
+    for folder in ("base", "a"):
+        for file, body in pipeline_files(0, width=32).items():
+            (tmp_path / folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / file).write_bytes(body)
+    unet = tmp_path / "a/unet"
+    for file in unet.glob("diffusion*"):
+        file.unlink()
+    scales = {f"{name}_scale_inv": torch.full((2, 2), 0.5)}
+    other = {"down_blocks.1.attn.to_q.weight": torch.ones(32, 32)}
+    save_file({name: codes, **scales, **other}, unet / "diffusion_pytorch_model.safetensors")
+    said_there = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    config = {"quantization_config": said_there}
+    (unet / "config.json").write_text(json.dumps(config))
+    plan = make_plan({**recipe(tmp_path), "experts": {"a": tmp_path / "a"}})
+    assert not plan.problems
+    said = f"a: unet: 1 tensors are quantised (1 of FP8 in blocks of 16 x 16; 'unet/{name}' first)"
+    assert any(warning.startswith(said) for warning in plan.warnings)
+    merge(plan.recipe, tmp_path / "out")
+    found = load_file(tmp_path / "out" / UNET)
+    assert torch.equal(found[name], codes.float() * 0.5)
+    assert "quantization_config" not in (tmp_path / "out/unet/config.json").read_text()
+    config = {"quantization_config": {**said_there, "quant_method": "gptq"}}
+    (unet / "config.json").write_text(json.dumps(config))
+    assert "says that it is quantised by gptq" in make_plan(plan.recipe).problems[0]
+
+
+def test_a_pipeline_is_described_component_by_component(family):
+    found = inspection.describe(family / "base")
+    parts = found["components"]
+    assert parts.keys() == {"unet", "vae", "text_encoder"}
+    assert sum(part["tensors"] for part in parts.values()) == found["tensors"]
+    assert sum(part["bytes"] for part in parts.values()) == found["bytes"]
+    assert inspection.describe(family / "base/unet")["components"] == {}
+    layers = {row["layer"]: row for row in describe_family(family / "base", {"a": family / "a"})["layers"]}
+    assert {"unet/down_blocks.0", "vae/outside blocks", "unet/outside blocks"} <= layers.keys()
+    assert sum(row["tensors"] for row in layers.values()) == found["tensors"]
+    differing = inspection.differences(family / "base", family / "a")["differences"]
+    assert {row["tensor"].partition("/")[0] for row in differing} == parts.keys()
+
+
+def test_a_task_of_a_pipeline_is_exported_as_one(family, tmp_path):
+    merge(recipe(family, heads=["unet/conv_out.*"]), tmp_path / "merged")
+    export_task(tmp_path / "merged", "a", tmp_path / "out")
+    found, own = load_file(tmp_path / "out" / UNET), load_file(family / "a" / UNET)
+    assert torch.equal(found["conv_out.weight"], own["conv_out.weight"])
+    diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert "bit-identical" in verify(tmp_path / "out")
+
+
+def test_what_is_of_one_model_is_refused_of_a_pipeline(family, tmp_path):
+    one = {"method": "average", "base": family / "base", "experts": {"a": family / "a"}}
+    with refused("the base is a pipeline (text_encoder, unet, vae)"):
+        extract_lora(one, tmp_path / "out", rank=2)
+    extract_lora(one, tmp_path / "factors.safetensors", rank=2)
+    assert not make_plan({**one, "experts": {"a": tmp_path / "factors.safetensors"}}).problems
+    with refused("several components (text_encoder, unet, vae), and a store is of one"):
+        compress(recipe(family, method="tall_mask"), tmp_path / "store")
+    with refused("is of several components"):
+        transplant(family / "base", family / "a", tmp_path / "out")
+
+
+def test_what_lists_components_is_read_or_refused(family):
+    file = family / "base/model_index.json"
+    for i, (_, _, changed) in enumerate(junked(json.loads(file.read_text()))):
+        if i % 3 == 0:
+            file.write_text(json.dumps(changed))
+            try:
+                open_checkpoint(family / "base")
+            except UserError as error:
+                assert "\n" not in str(error)

@@ -39,7 +39,9 @@ NUMBERS = st.sampled_from(
 )
 JUNK = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(max_size=4) | st.sampled_from(["q_proj", "(", ".*", "lm_head"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["q_proj", "("]), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["q_proj", "a", "("]), inner, max_size=2)
+    ),
     max_leaves=4,
 )  # fmt: skip
 SAID = st.dictionaries(st.sampled_from(["unet.r", "unet.lora_alpha", "unet.alpha_pattern"]), JUNK).map(

@@ -319,7 +319,7 @@ def test_what_has_no_base_or_another_component(tmp_path):
     file = tmp_path / "lora.safetensors"
     save_file({"unet.a.lora_A.weight": torch.ones(2, 2), "unet.a.lora_B.weight": torch.ones(2, 2)}, file)
     recipe = {"method": "average", "experts": {"a": file}}
-    with refused("name the folder of the component"):
+    with refused("or the folder of one component"):
         merge(recipe, tmp_path / "out")
     with refused("holds nothing for text_encoder, but for unet"):
         merge({**recipe, "base": tmp_path / "text_encoder"}, tmp_path / "out")
