@@ -48,22 +48,22 @@ def search(
     Raises:
         UserError: as `merging.merge_state_dicts`; a base of a kind that is not measured.
     """
-    grid = params.merges[name]
+    grid = params.all_merges[name]
     points = list(grid.points)
     base = build / "checkpoints" / params.base
     modality.check(base)
-    experts = {expert: build / "checkpoints" / expert for expert in params.experts_of(name)}
     fits = build / "fits" / name
     measures = Measures(modality.measures(params))
     scores: dict[int, dict[str, Any]] = {}
     outcomes: dict[int, float] = {}
-    looks = grid.is_learned or bool(params.kinds_of(name))
+    looks = params.looks(name)
     if grid.search:
         evaluator = Evaluations(modality, params, build, base)
         if grid.is_learned:
             models = _fitted(fits, points, factors, scratch, params)
         elif modality.in_memory and not grid.selection:
-            models = _in_memory(grid, points, base, experts, build, factors, params.seed)
+            recipe = params.recipe(name, build, [])
+            models = _in_memory(grid, points, recipe["base"], recipe["experts"], build, factors, params.seed)
         else:
             recipe = params.recipe(name, build, modality.heads(params, build))
             models = _on_disk(grid, points, recipe, build, factors, scratch, params.device)
