@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 from mergeline.merging import merge
+from mergeline.merging.checkpoints.adapters import is_adapter
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.engine.manifest import manifest_path, read_manifest
 from mergeline.merging.files import write_json
 from mergeline.merging.reading import sha256_of
@@ -34,7 +37,7 @@ def merge_chosen(
     chosen = json.loads((build / "search" / f"{name}.json").read_text())["chosen"]
     recipe = fitted_recipe(build / "fits" / name, chosen)
     if recipe is None:
-        plain = params.recipe(name, build, heads)
+        plain = recipe_of(params, name, build, heads)
         statistics = statistics_for(plain["method"], chosen, build, plain["experts"])
         recipe = {
             **plain,
@@ -47,6 +50,25 @@ def merge_chosen(
         }
     with counting("tensors") as count:
         merge(recipe, out, device=params.device, workers=1, factors=factors, progress=count)
+
+
+def recipe_of(params: Params, name: str, build: Path, heads: Sequence[str]) -> dict[str, Any]:
+    """As `Params.recipe`; of merges and experts together, tensors that an expert lacks are as in the base.
+
+    Where experts are a part of a model, such as the vision tower of CLIP, merges of them hold the base's other tensors.
+    """
+    recipe = params.recipe(name, build, heads)
+    taken = params.all_merges[name].takes
+    experts = {expert: open_checkpoint(path) for expert, path in recipe["experts"].items() if taken}
+    own = [c.tensors.keys() for expert, c in experts.items() if expert not in taken and not is_adapter(c)]
+    merged = {tensor for expert in taken if expert in experts for tensor in experts[expert].tensors}
+    lacking = {tensor for tensors in own for tensor in merged - tensors}
+    if not lacking:
+        return recipe
+    modules = {tensor: tensor.partition(".")[0] for tensor in merged}
+    whole = set(modules.values()) - {modules[tensor] for tensor in merged - lacking}
+    patterns = {f"{escape(modules[t])}.*" if modules[t] in whole and "." in t else escape(t) for t in lacking}
+    return {**recipe, "exclude": [*recipe.get("exclude", ()), *sorted(patterns)]}
 
 
 def note_digest(merged: Path, out: Path) -> None:

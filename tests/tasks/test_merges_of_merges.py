@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import refused
 from ruamel.yaml import YAML
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from toy_workspace import FAMILY, TASKS, run_all, save_weights
 
 from mergeline.merging.verify import verify
@@ -100,6 +100,21 @@ def test_merges_take_what_others_have_chosen(root):
         r["name"]: r for r in json.loads((root / "build/leaderboard/leaderboard.json").read_text())["rows"]
     }
     assert rows["outer"]["experts"] == ["merge:average", "right"] and rows["outer"]["norm_ratio"] > 0
+
+
+def test_what_experts_lack_is_as_in_the_base(root):
+    for name in ("base", *TASKS):
+        file = root / "in" / f"{name}.safetensors"
+        weight = load_file(file)["w"]
+        rest = {"text.a": weight, "text.b": weight, "text": weight} if name == "base" else {}
+        save_file({"w": weight, **rest}, file)
+    write(root, merges_of_merges={"outer": OUTER})
+    run_all(root)
+    manifest = json.loads((root / "build/merges/outer/manifest.json").read_text())
+    assert manifest["recipe"]["exclude"] == ["text", "text.*"]
+    [file] = (root / "build/merges/outer").glob("*.safetensors")
+    merged, base = load_file(file), load_file(root / "in/base.safetensors")
+    assert all((merged[name] == base[name]).all() for name in ("text", "text.a", "text.b"))
 
 
 def test_what_merges_are_made_of_is_found_through_those_that_they_take(root):
