@@ -47,7 +47,8 @@ def compare(modality: Modality, params: Params, build: Path, out: Path) -> None:
         UserError: an outcome is NaN or infinite; an expert has no example right.
     """
     outcomes = {
-        name: _outcomes(modality, params, build, name, "test") for name in ["base", "experts", *params.merges]
+        name: _outcomes(modality, params, build, name, "test")
+        for name in ["base", "experts", *params.all_merges]
     }
     known = {name: {task: float(o.mean()) for task, o in outcomes[name].items()} for name in outcomes}
     measures = Measures(modality.measures(params))
@@ -97,7 +98,7 @@ def _metrics(modality: Modality, leaderboard: dict[str, Any]) -> dict[str, dict[
 
 def _outcomes(modality: Modality, params: Params, build: Path, name: str, split: str) -> Outcomes:
     """The outcomes of a model on a split by task, (N); `experts` stands for each expert on its own tasks."""
-    if name in params.merges:
+    if name in params.all_merges:
         predictions = build / "evaluations" / name / PREDICTIONS
         return read_outcomes(modality, build, predictions, split, params.tasks)
     predictions = build / "evaluations" / "baselines" / PREDICTIONS
@@ -129,7 +130,7 @@ def _row(
         validation = {task: o[modality.choosing(build, task)] for task, o in validation.items()}
     row: dict[str, Any] = {
         "name": name,
-        "kind": "merge" if name in params.merges else name,
+        "kind": "merge" if name in params.all_merges else name,
         "val_mean": mean.turned(float(sum(o.mean() for o in validation.values()) / len(validation))),
         "mean": mean.turned(estimate.mean),
         "lower": lower,
@@ -143,13 +144,13 @@ def _row(
         },
     }
     row |= modality.row(params, name, Known(means, known["base"], experts, scores[name], scores["base"]))
-    if name in params.merges:
+    if name in params.all_merges:
         manifest = json.loads((build / "merges" / name / "manifest.json").read_text())
         search = json.loads((build / "search" / f"{name}.json").read_text())
         row |= {
             **({"at_use": scores[name]["at_use"]} if "at_use" in scores[name] else {}),
-            "method": params.merges[name].method,
-            **({"experts": chosen} if (chosen := params.merges[name].experts) else {}),
+            "method": params.all_merges[name].method,
+            **({"experts": chosen} if (chosen := params.all_merges[name].experts) else {}),
             "seen": seen(manifest),
             "params": search["chosen"],
             "searched": len(search["points"]),
@@ -167,7 +168,7 @@ def _row(
 
 def _scores(params: Params, build: Path, name: str) -> dict[str, Any]:
     """What scores.json says of a model; nothing of the experts together."""
-    if name in params.merges:
+    if name in params.all_merges:
         return json.loads((build / "evaluations" / name / SCORES).read_text())
     if name == "base":
         return json.loads((build / "evaluations" / "baselines" / SCORES).read_text())["models"]["base"]
@@ -205,7 +206,7 @@ def _norms(modality: Modality, params: Params, build: Path, name: str) -> dict[s
             )  # of vocabularies that differ, what both have
             square += float(((value[:rows] - start[:rows] if rows is not None else value - start) ** 2).sum())
     description = json.loads((build / "extract" / "description.json").read_text())
-    norms = [description["experts"][expert]["norm"] for expert in params.experts_of(name)]
+    norms = [description["experts"][expert]["norm"] for expert in params.made_of(name)]
     return {"norm_ratio": sqrt(square) / (sum(norms) / len(norms)) if finite else None, "finite": finite}
 
 
@@ -235,7 +236,7 @@ def _lineage(params: Params, build: Path) -> dict[str, Any]:
 
 def _search_points(params: Params, build: Path) -> list[dict[str, Any]]:
     points = []
-    for name in params.merges:
+    for name in params.all_merges:
         for point in json.loads((build / "search" / f"{name}.json").read_text())["points"]:
             points.append({"merge": name, "mean": point["mean"], **point["params"]})
     return points

@@ -12,7 +12,7 @@ import sqlite3
 from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Iterator
+from typing import Collection, Iterator
 
 from mergeline.merging.reading import open_regular
 
@@ -38,14 +38,18 @@ class Digests:
             )
             self._known |= {(i, s, m, c): md5 for i, s, m, c, md5 in db.execute("select * from md5")}
 
-    def of(self, path: Path) -> str | None:
-        """DVC's md5 of a file, `...dir` of a folder, or None where there is nothing."""
+    def of(self, path: Path, without: Collection[Path] = ()) -> str | None:
+        """DVC's md5 of a file, `...dir` of a folder, or None where there is nothing.
+
+        without: files and folders that are taken for gone.
+        """
         new: dict[_Key, str] = {}
         try:
             if path.is_dir():
                 entries = [
                     {"md5": self._file(f, new), "relpath": f.relative_to(path).as_posix()}
                     for f in _files(path)
+                    if not any(f.is_relative_to(gone) for gone in without)
                 ]
                 entries.sort(key=lambda e: e["relpath"])
                 return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"

@@ -53,6 +53,7 @@ def dvc_yaml(modality: Modality, code: str) -> str:
         "vars:",
         f"  - code: {code}   # where Mergeline's sources lie, seen from here",
         "  - statistics: {}   # for a params.yaml without any",
+        "  - merges_of_merges: {}",
         "",
         "stages:",
     ]

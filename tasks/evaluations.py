@@ -46,7 +46,16 @@ _CODE = (
     "tasks/evaluations.py",
 )
 # What says which models there are and what becomes of them, not how one is measured.
-_OF_MERGES = {"name", "checkpoints", "merges", "statistics", "methods", "gates", "retention"}
+_OF_MERGES = {
+    "name",
+    "checkpoints",
+    "merges",
+    "merges_of_merges",
+    "statistics",
+    "methods",
+    "gates",
+    "retention",
+}
 _CHUNK = 1 << 22
 _WERE = ("were", "was")
 

@@ -1,8 +1,8 @@
 """The fit step: merges of learned methods are fitted to examples, at every point of their grid.
 
 build/fits/MERGE/points.json lists the points; each has a folder of its own with the recipe that its fit gave. Of other
-methods there are none, but the digests of the statistics that they read: where these change, so does what searches and
-merges depend on, and only there.
+methods there are none, but the digests of the statistics that they read and of the merges that they take: where these
+change, so does what searches and merges depend on, and only there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ def fit_merge(modality: Modality, params: Params, name: str, build: Path, out: P
         UserError: as `merging.learning.fitting.fit`; models of this kind cannot be fitted; statistics that the merge
             reads were not collected.
     """
-    merge = params.merges[name]
+    merge = params.all_merges[name]
+    if merge.takes and modality.heads(params, build):
+        raise UserError(
+            f"{name}: models whose experts have heads of their own are not merged twice, for the heads of a merge lie "
+            "beside it; merge the experts at once"
+        )
     points = list(merge.points) if merge.is_learned else []
     folders = {_folder(point): point for point in points}
     out.mkdir(parents=True, exist_ok=True)
@@ -46,11 +51,13 @@ def fit_merge(modality: Modality, params: Params, name: str, build: Path, out: P
         part = f"steps of fit {i + 1} of {len(points)}" if len(points) > 1 else "steps"
         fit_recipe(modality, params, build, recipe, out / folder, merge.first, merge.split, part)
     read = digests_read(params, name, build)
+    taken = {one: read_object(build / "digests" / f"{one}.json") for one in merge.takes}
     write_json(
         out / _POINTS,
         {
             "points": [{"params": p, "folder": f} for f, p in folders.items()],
             **({"statistics": read} if read else {}),
+            **({"merges": taken} if taken else {}),
         },
     )
 

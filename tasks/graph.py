@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def stages(params: Params, code: str = ".") -> list[Stage]:
     """All stages in an order that respects their dependencies; `code` is where Mergeline's sources lie."""
-    return [stage for step in steps(modality_of(params)) for stage in step.stages(params, code)]
+    found = steps(modality_of(params))
+    turns = sorted({template.turn for step in found for template in step.templates})
+    return [stage for turn in turns for step in found for stage in step.stages(params, code, turn)]
 
 
 def needs(stage: Stage, all_stages: list[Stage]) -> list[Stage]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 from mergeline.merging import merge
+from mergeline.merging.checkpoints.adapters import is_adapter
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.engine.manifest import manifest_path, read_manifest
+from mergeline.merging.files import write_json
+from mergeline.merging.reading import sha256_of
 from mergeline.tasks.collect import seen_through, statistics_for
 from mergeline.tasks.fit import fitted_recipe
 from mergeline.tasks.progress import counting
+from mergeline.tasks.seen import seen_by_parts
 
 if TYPE_CHECKING:
     from mergeline.tasks.schema import Params
@@ -26,16 +33,46 @@ def merge_chosen(
     Raises:
         UserError: as `merging.merge`.
     """
+    own = params.all_merges[name]
     chosen = json.loads((build / "search" / f"{name}.json").read_text())["chosen"]
     recipe = fitted_recipe(build / "fits" / name, chosen)
     if recipe is None:
-        plain = params.recipe(name, build, heads)
+        plain = recipe_of(params, name, build, heads)
         statistics = statistics_for(plain["method"], chosen, build, plain["experts"])
         recipe = {
             **plain,
             "params": chosen,
             "statistics": statistics,
-            "fitted": seen_through(plain["method"], chosen, statistics),
+            "fitted": seen_through(plain["method"], chosen, statistics)
+            or seen_by_parts(
+                own.method, chosen, [read_manifest(build / "merges" / one) for one in own.takes]
+            ),
         }
     with counting("tensors") as count:
         merge(recipe, out, device=params.device, workers=1, factors=factors, progress=count)
+
+
+def recipe_of(params: Params, name: str, build: Path, heads: Sequence[str]) -> dict[str, Any]:
+    """As `Params.recipe`; of merges and experts together, tensors that an expert lacks are as in the base.
+
+    Where experts are a part of a model, such as the vision tower of CLIP, merges of them hold the base's other tensors.
+    """
+    recipe = params.recipe(name, build, heads)
+    taken = params.all_merges[name].takes
+    experts = {expert: open_checkpoint(path) for expert, path in recipe["experts"].items() if taken}
+    own = [c.tensors.keys() for expert, c in experts.items() if expert not in taken and not is_adapter(c)]
+    merged = {tensor for expert in taken if expert in experts for tensor in experts[expert].tensors}
+    lacking = {tensor for tensors in own for tensor in merged - tensors}
+    if not lacking:
+        return recipe
+    modules = {tensor: tensor.partition(".")[0] for tensor in merged}
+    whole = set(modules.values()) - {modules[tensor] for tensor in merged - lacking}
+    patterns = {f"{escape(modules[t])}.*" if modules[t] in whole and "." in t else escape(t) for t in lacking}
+    return {**recipe, "exclude": [*recipe.get("exclude", ()), *sorted(patterns)]}
+
+
+def note_digest(merged: Path, out: Path) -> None:
+    """Write to the JSON file `out` the digest of a merge's manifest, and so of all that lies there: merges of merges
+    wait for these files, and are stale where those of what they take changed.
+    """
+    write_json(out, {"manifest": sha256_of(manifest_path(merged))})

@@ -103,7 +103,9 @@ def _results(workspace: Workspace) -> dict[str, Any]:
     """What pictures and report show of the steps' outputs."""
     return {
         "leaderboard": read_leaderboard(workspace.root),
-        "searches": {name: _read(Path("build/search") / f"{name}.json") for name in workspace.params.merges},
+        "searches": {
+            name: _read(Path("build/search") / f"{name}.json") for name in workspace.params.all_merges
+        },
         "description": _read(Path("build/extract/description.json")),
     }
 

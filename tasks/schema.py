@@ -37,6 +37,8 @@ def _plain_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(_plain_name)]
 
+OF_MERGE = "merge:"  # what stands before the name of a merge whose result another takes
+
 _SELECTION = ("include", "exclude", "excluded", "keep", "rules", "running_statistics", "layout")
 
 
@@ -94,7 +96,8 @@ class Merge(Strict):
     """One merge: fixed `params`, and a grid `search` whose best point on the validation split is taken.
 
     experts: those of the pipeline's that it merges, in its own order; None for all. Either way a point is scored on
-    all tasks.
+    all tasks. Those of `merges_of_merges` may be `merge:NAME`, the result of one of `merges`, and so may `base`, which
+    others leave out.
 
     include, exclude, excluded, keep, rules, running_statistics, layout: what is merged of the models, and how, as in a
     recipe (`merging.recipes.recipe.Recipe`).
@@ -104,6 +107,7 @@ class Merge(Strict):
     """
 
     method: str
+    base: str | None = None
     experts: list[str] | None = None
     params: dict[str, Any] = {}
     search: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
@@ -133,6 +137,13 @@ class Merge(Strict):
     def first(self) -> int | None:
         """How many examples of each task it is fitted to; None for all."""
         return self.examples or self.images
+
+    @property
+    def takes(self) -> list[str]:
+        """The merges whose results it takes, each once."""
+        named = [*(self.experts or ()), self.base or ""]
+        found = (one.removeprefix(OF_MERGE) for one in named if one.startswith(OF_MERGE))
+        return list(dict.fromkeys(found))
 
     @cached_property
     def is_learned(self) -> bool:
@@ -193,6 +204,8 @@ class Params(Strict, ABC):
 
     A modality's own class adds its sections and says its tasks. Paths are seen from the workspace.
 
+    merges_of_merges: merges that take the results of others as experts or base. They are sections of their own because
+    DVC states the same dependencies for all entries of one.
     statistics: what is collected of every expert on examples of its own tasks, for merges whose methods read it.
     methods: Python files that define methods, and are run. Fits, searches and merges are stale where one changes; in
     dvc.yaml they belong to the `deps` of these three.
@@ -205,6 +218,7 @@ class Params(Strict, ABC):
     base: str
     experts: Annotated[list[str], Field(min_length=1)]
     merges: Annotated[dict[Name, Merge], Field(min_length=1)]
+    merges_of_merges: dict[Name, Merge] = {}
     statistics: dict[Kind, Statistics] = {}
     methods: list[str] = []
     gates: Gates = Gates()
@@ -259,11 +273,11 @@ class Params(Strict, ABC):
 
         heads: names of tensors that are each expert's own.
         """
-        checkpoints, own = build / "checkpoints", self.merges[merge]
+        own = self.all_merges[merge]
         return {
             "method": own.method,
-            "base": checkpoints / self.base,
-            "experts": {expert: checkpoints / expert for expert in self.experts_of(merge)},
+            "base": _place(build, own.base or self.base),
+            "experts": self.places_of(merge, build),
             "dtype": own.dtype,
             "seed": self.seed,
             "heads": heads,
@@ -275,22 +289,47 @@ class Params(Strict, ABC):
         """Checkpoint name -> path or URI."""
         return self.checkpoints.all
 
+    @cached_property
+    def all_merges(self) -> dict[str, Merge]:
+        """Merges, then merges of merges: each after those that it takes."""
+        return {**self.merges, **self.merges_of_merges}
+
     @property
     def learns(self) -> bool:
         """Whether any merge looks at examples."""
         return bool(self.statistics) or any(merge.is_learned for merge in self.merges.values())
 
+    def looks(self, merge: str) -> bool:
+        """Whether a merge, or one that it takes, looks at examples."""
+        own = self.all_merges[merge]
+        return own.is_learned or bool(self.kinds_of(merge)) or any(map(self.looks, own.takes))
+
     def experts_of(self, merge: str) -> list[str]:
-        """The experts that a merge is made of, in its order."""
-        own = self.merges[merge].experts
+        """What a merge merges, in its order: experts, and `merge:NAME`."""
+        own = self.all_merges[merge].experts
         return self.experts if own is None else own
+
+    def made_of(self, merge: str) -> list[str]:
+        """The experts that a merge is made of, by itself or through merges that it takes; each once."""
+        found: dict[str, None] = {}
+        for expert in [*self.experts_of(merge), self.all_merges[merge].base or ""]:
+            if expert.startswith(OF_MERGE):
+                found |= dict.fromkeys(self.made_of(expert.removeprefix(OF_MERGE)))
+            elif expert in self.experts:
+                found[expert] = None
+        return list(found)
+
+    def places_of(self, merge: str, build: Path) -> dict[str, Path]:
+        """Where what a merge merges lies in `build`, in its order; results of merges go by the merge's name."""
+        return {e.removeprefix(OF_MERGE): _place(build, e) for e in self.experts_of(merge)}
 
     def kinds_of(self, merge: str) -> list[str]:
         """The kinds of statistics that a merge reads, at any point of its grid."""
-        if self.merges[merge].is_learned:
+        own = self.all_merges[merge]
+        if own.is_learned:
             return []
-        method = get_method(self.merges[merge].method)
-        return sorted({k for point in self.merges[merge].points for k in method.kinds(method.resolve(point))})
+        method = get_method(own.method)
+        return sorted({k for point in own.points for k in method.kinds(method.resolve(point))})
 
     def problems(self) -> Iterator[Problem]:
         """What the types cannot say."""
@@ -303,7 +342,13 @@ class Params(Strict, ABC):
         for kind, statistics in self.statistics.items():
             yield from ((["statistics", kind, *loc], wrong) for loc, wrong in statistics.problems(kind))
         for name, merge in self.merges.items():
-            yield from self._merge_problems(name, merge)
+            yield from ((["merges", *loc], wrong) for loc, wrong in self._merge_problems(name, merge))
+        for name in self.merges_of_merges.keys() & self.merges.keys():
+            yield ["merges_of_merges", name], f"'{name}' is among the merges, too; choose another name"
+        for name, merge in self.merges_of_merges.items():
+            yield from (
+                (["merges_of_merges", *loc], wrong) for loc, wrong in self._chain_problems(name, merge)
+            )
 
     def _family_problems(self) -> Iterator[Problem]:
         places: list[tuple[list[Any], str]] = [(["base"], self.base)]
@@ -315,59 +360,95 @@ class Params(Strict, ABC):
             yield ["experts"], "an expert is listed twice, or is the base"
 
     def _merge_problems(self, name: str, merge: Merge) -> Iterator[Problem]:
+        """What is wrong with one merge; places are seen from its section."""
         if name == "baselines":
-            yield ["merges", name], "'baselines' names the base and the experts; choose another name"
-        for i, expert in enumerate(merge.experts or ()):
-            if expert not in self.experts:
-                place = ["merges", name, "experts", i]
-                if expert.startswith("merge:"):
+            yield [name], "'baselines' names the base and the experts; choose another name"
+        named: list[tuple[list[Any], str]] = [([name, "base"], merge.base)] if merge.base is not None else []
+        named += [([name, "experts", i], expert) for i, expert in enumerate(merge.experts or ())]
+        for place, one in named:
+            if one.startswith(OF_MERGE):
+                if name not in self.merges_of_merges:
                     yield (
                         place,
-                        f"{expert}: a merge is no expert in a pipeline; merge both by a file of several merges",
+                        f"{one}: results of merges are taken by merges_of_merges; move '{name}' there",
                     )
-                    continue
-                yield place, f"'{expert}' is not among the experts{did_you_mean(expert, self.experts)}"
+            elif place[1] == "base":
+                yield place, f"'{one}' is no result of a merge (merge:NAME); the base is that of the pipeline"
+            elif one not in self.experts:
+                yield place, f"'{one}' is not among the experts{did_you_mean(one, self.experts)}"
         if len(set(merge.experts or ())) != len(merge.experts or ()):
-            yield ["merges", name, "experts"], "an expert is listed twice"
-        own = [*(merge.experts or self.experts), "base"]
+            yield [name, "experts"], "an expert is listed twice"
+        own = [*(e.removeprefix(OF_MERGE) for e in merge.experts or self.experts), "base"]
         for pattern, origin in merge.keep.items():
             if origin not in own:
                 hint = did_you_mean(origin, own)
-                yield ["merges", name, "keep", pattern], f"'{origin}' is none of its experts, nor base{hint}"
+                yield [name, "keep", pattern], f"'{origin}' is none of its experts, nor base{hint}"
         try:
             method = any_method(merge.method)
         except UserError as error:
-            yield ["merges", name, "method"], str(error)
+            yield [name, "method"], str(error)
             return
         learned = isinstance(method, LearnedMethod)
+        if learned and merge.takes:
+            yield (
+                [name, "method"],
+                f"{merge.method} is fitted to examples, which merges of merges are not; choose another",
+            )
         for key in ("examples", "images", "split"):
             if key in merge.model_fields_set and not learned:
-                yield ["merges", name, key], f"{merge.method} is fitted to no examples; leave '{key}' out"
+                yield [name, key], f"{merge.method} is fitted to no examples; leave '{key}' out"
         if merge.examples and merge.images:
-            yield ["merges", name, "images"], "images are the examples; say one of the two"
+            yield [name, "images"], "images are the examples; say one of the two"
         for key in merge.search:
             if key in merge.params:
                 yield (
-                    ["merges", name, "search", key],
+                    [name, "search", key],
                     f"'{key}' is fixed in params and listed in search; keep one",
                 )
         if problem := too_many_points(merge.search):
-            yield ["merges", name, "search"], problem
+            yield [name, "search"], problem
             return
         alone = [(["search", key], {key: value}) for key, values in merge.search.items() for value in values]
         for where, values in [(["params"], {}), *alone]:
             try:
                 resolved = method.resolve({**merge.params, **values})
             except UserError as error:
-                yield ["merges", name, *where], str(error)
+                yield [name, *where], str(error)
                 continue
             if isinstance(method, LearnedMethod):
                 continue
+            if method.kinds(resolved) and merge.takes:
+                yield (
+                    [name, *where],
+                    f"{merge.method} needs statistics, which merges have none of; choose another",
+                )
+                continue
             kinds = method.kinds(resolved)
-            yield from ((["merges", name, *where], wrong) for wrong in self._lacking(merge.method, kinds))
+            yield from (([name, *where], wrong) for wrong in self._lacking(merge.method, kinds))
             given = dict.fromkeys(kinds)
             for misuse in method.misuses(resolved, len(self.experts_of(name)), True, given):
-                yield ["merges", name, *(["experts"] if merge.experts is not None else where)], misuse
+                yield [name, *(["experts"] if merge.experts is not None else where)], misuse
+
+    def _chain_problems(self, name: str, merge: Merge) -> Iterator[Problem]:
+        """What is wrong with one merge of merges; places are seen from its section."""
+        if not merge.takes:
+            yield [name], f"'{name}' takes the result of no merge (merge:NAME); move it to merges"
+        for one in merge.takes:
+            place: list[Any] = [name, "base"]
+            if f"{OF_MERGE}{one}" in (merge.experts or ()):
+                place = [name, "experts", (merge.experts or []).index(f"{OF_MERGE}{one}")]
+            if one in self.merges_of_merges:
+                yield (
+                    place,
+                    f"merge:{one}: is a merge of merges itself; only results of `merges` can be taken",
+                )
+            elif one not in self.merges:
+                yield place, f"merge:{one}: no merge has this name{did_you_mean(one, self.merges)}"
+            elif one in (merge.experts or ()):
+                yield place, f"merge:{one}: an expert that it merges has that name, too; rename the merge"
+            elif unplain := _no_checkpoint(self.merges[one].method):
+                yield place, f"merge:{one}: {self.merges[one].method} {unplain}"
+        yield from self._merge_problems(name, merge)
 
     def _lacking(self, method: str, kinds: list[str]) -> Iterator[str]:
         """A sentence for each kind of statistics that a method reads and that is not collected, with what mends it."""
@@ -382,3 +463,23 @@ class Params(Strict, ABC):
                     f"{method} needs the statistics '{kind}' of examples; add `{kind}: {{examples: 32}}` to the "
                     "section `statistics:`"
                 )
+
+
+def _no_checkpoint(method: str) -> str:
+    """Why the result of a method is no checkpoint that can be merged; "" where it is one."""
+    try:
+        found = any_method(method)
+    except UserError:
+        return ""  # which is a problem of its own
+    if isinstance(found, LearnedMethod):
+        needs_more = found.task_known or found.routed
+    else:
+        needs_more = found.store is not None
+    return "makes no model of one set of weights, which alone can be merged" if needs_more else ""
+
+
+def _place(build: Path, name: str) -> Path:
+    """Where a checkpoint of the pipeline, or the result of a merge (merge:NAME), lies."""
+    if name.startswith(OF_MERGE):
+        return build / "merges" / name.removeprefix(OF_MERGE)
+    return build / "checkpoints" / name

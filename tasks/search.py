@@ -16,6 +16,7 @@ from mergeline.tasks.collect import statistics_for
 from mergeline.tasks.evaluate import mean_outcomes
 from mergeline.tasks.evaluations import Evaluations
 from mergeline.tasks.fit import fitted_recipe
+from mergeline.tasks.merge import recipe_of
 from mergeline.tasks.progress import counting, said_of_stage
 
 if TYPE_CHECKING:
@@ -48,24 +49,24 @@ def search(
     Raises:
         UserError: as `merging.merge_state_dicts`; a base of a kind that is not measured.
     """
-    grid = params.merges[name]
+    grid = params.all_merges[name]
     points = list(grid.points)
     base = build / "checkpoints" / params.base
     modality.check(base)
-    experts = {expert: build / "checkpoints" / expert for expert in params.experts_of(name)}
     fits = build / "fits" / name
     measures = Measures(modality.measures(params))
     scores: dict[int, dict[str, Any]] = {}
     outcomes: dict[int, float] = {}
-    looks = grid.is_learned or bool(params.kinds_of(name))
+    looks = params.looks(name)
     if grid.search:
         evaluator = Evaluations(modality, params, build, base)
         if grid.is_learned:
             models = _fitted(fits, points, factors, scratch, params)
         elif modality.in_memory and not grid.selection:
-            models = _in_memory(grid, points, base, experts, build, factors, params.seed)
+            recipe = params.recipe(name, build, [])
+            models = _in_memory(grid, points, recipe["base"], recipe["experts"], build, factors, params.seed)
         else:
-            recipe = params.recipe(name, build, modality.heads(params, build))
+            recipe = recipe_of(params, name, build, modality.heads(params, build))
             models = _on_disk(grid, points, recipe, build, factors, scratch, params.device)
         with counting("points") as count:
             for i, model in models:
@@ -93,6 +94,9 @@ def _in_memory(
 ) -> Iterator[tuple[int, Model]]:
     """Each point's index and merged model; as many are in memory as have room."""
     states = {name: load_state(folder) for name, folder in experts.items()}
+    if grid.takes:  # as in `recipe_of`
+        common = set.intersection(*(set(state) for state in states.values()))
+        states = {name: {t: state[t] for t in state if t in common} for name, state in states.items()}
     reference = load_state(base)
     size = sum(tensor.nbytes for tensor in next(iter(states.values())).values())
     for batch, files in _batches(grid, points, max(1, _MERGED_BYTES // size), build, experts):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergeline.tasks.workspace import Workspace
 
 _MOST_NAMES = 3  # of stages of one step
+_MERGES = ("merges", "merges_of_merges")  # sections of params.yaml
 _LONGEST = 60  # characters of a parameter's value that are shown
 
 
@@ -48,10 +49,10 @@ def select(workspace: Workspace, chosen: Sequence[str]) -> list[Stage]:
             raise UserError(
                 f"{workspace.params_file.name} has no merge, stage or step '{name}'{did_you_mean(name, known)}"
             )
-    merges = workspace.params.merges.keys()
+    merges = workspace.params.all_merges.keys()
 
     def is_called(stage: Stage, name: str) -> bool:
-        of_merges = any(template.foreach == "merges" for template in workspace.steps[stage.step].templates)
+        of_merges = any(template.foreach in _MERGES for template in workspace.steps[stage.step].templates)
         # Where a merge has the name of a checkpoint, the merge is meant.
         item = stage.item == name and (of_merges or name not in merges)
         return item or name in (stage.name, stage.step)
@@ -107,8 +108,9 @@ def states(workspace: Workspace, stages: Sequence[Stage], force: Collection[str]
     """What a run of these stages, in their order, would do with each; those named in `force` run anyway."""
     found: list[State] = []
     busy: set[str] = set()  # stages whose outputs may change
+    leftovers = workspace.leftovers()  # which a run removes first
     for stage in stages:
-        record = workspace.record(stage)
+        record = workspace.record(stage, leftovers)
         before = [needed.name for needed in workspace.needs(stage) if needed.name in busy]
         if stage.name in force:
             state = State(stage, "run", ["forced"])

@@ -36,6 +36,7 @@ class StageTemplate(NamedTuple):
     """An entry of dvc.yaml: the stage `name`, or a stage `name@key` for each key under `foreach` of params.yaml.
 
     goes_on: whether it makes use of what an earlier run left in its outputs, so that DVC must not remove them before.
+    turn: its stages come after those of all steps with a smaller one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StageTemplate(NamedTuple):
     outs: tuple[str, ...]
     foreach: str = ""
     goes_on: bool = False
+    turn: int = 0
 
     def stages(self, step: str, params: Params, code: str) -> Iterator[Stage]:
         """The stages that it stands for, as `step` runs them; `code` is where Mergeline's sources lie."""
@@ -89,9 +91,10 @@ class Step(NamedTuple):
         outs = [out for template in self.templates if template.foreach for out in template.outs]
         return {str(PurePosixPath(out).parent) for out in outs}
 
-    def stages(self, params: Params, code: str) -> list[Stage]:
-        """Its stages in a pipeline; `code` is where Mergeline's sources lie."""
-        made = [stage for template in self.templates for stage in template.stages(self.name, params, code)]
+    def stages(self, params: Params, code: str, turn: int) -> list[Stage]:
+        """Its stages of a turn in a pipeline; `code` is where Mergeline's sources lie."""
+        templates = [template for template in self.templates if template.turn == turn]
+        made = [stage for template in templates for stage in template.stages(self.name, params, code)]
         if not self.merges:
             return made
         return [stage._replace(deps=(*stage.deps, *params.methods)) for stage in made]

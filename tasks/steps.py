@@ -20,6 +20,7 @@ _BUILD = Path("build")
 _CHECKPOINTS = _BUILD / "checkpoints"
 _FACTORS = Path(".mergeline/factors")
 _SCRATCH = Path(".mergeline/scratch")
+_DIGESTS = "build/digests"
 _FAMILY = ("base", "experts")
 
 
@@ -38,6 +39,55 @@ def steps(modality: Modality) -> list[Step]:
         "${code}/evaluation/metrics.py",
         "${code}/evaluation/state.py",
         "${code}/tasks/evaluate.py",
+    )
+    fit = StageTemplate(
+        "fit",
+        deps=(
+            "build/checkpoints",
+            "build/statistics",
+            *modality.deps,
+            "${code}/merging",
+            "${code}/tasks/fit.py",
+        ),
+        params=(*_FAMILY, "seed", "merges.${key}", *modality.params),
+        outs=("build/fits/${key}",),
+        foreach="merges",
+        goes_on=True,
+    )
+    search = StageTemplate(
+        "search",
+        deps=(
+            "build/checkpoints",
+            "build/fits/${key}",
+            *measuring,
+            "${code}/merging",
+            "${code}/tasks/fit.py",
+            "${code}/tasks/search.py",
+        ),
+        params=(*_FAMILY, "seed", "merges.${key}", *modality.params),
+        outs=("build/search/${key}.json",),
+        foreach="merges",
+    )
+    merge = StageTemplate(
+        "merge",
+        deps=(
+            "build/checkpoints",
+            "build/fits/${key}",
+            "build/search/${key}.json",
+            "${code}/merging",
+            "${code}/tasks/fit.py",
+            "${code}/tasks/merge.py",
+        ),
+        params=(*_FAMILY, "seed", "merges.${key}", *modality.merge_params),
+        outs=("build/merges/${key}", f"{_DIGESTS}/${{key}}.json"),
+        foreach="merges",
+    )
+    evaluate = StageTemplate(
+        "evaluate",
+        deps=("build/merges/${key}", *measuring),
+        params=modality.params,
+        outs=("build/evaluations/${key}",),
+        foreach="merges",
     )
     return [
         Step(
@@ -114,22 +164,7 @@ def steps(modality: Modality) -> list[Step]:
             "fit",
             "fit merges of learned methods to examples",
             _fit,
-            (
-                StageTemplate(
-                    "fit",
-                    deps=(
-                        "build/checkpoints",
-                        "build/statistics",
-                        *modality.deps,
-                        "${code}/merging",
-                        "${code}/tasks/fit.py",
-                    ),
-                    params=(*_FAMILY, "seed", "merges.${key}", *modality.params),
-                    outs=("build/fits/${key}",),
-                    foreach="merges",
-                    goes_on=True,
-                ),
-            ),
+            (fit, _for_merges_of_merges(fit, _DIGESTS)),
             on_device=True,
             merges=True,
         ),
@@ -137,22 +172,7 @@ def steps(modality: Modality) -> list[Step]:
             "search",
             "choose settings on the validation split",
             _search,
-            (
-                StageTemplate(
-                    "search",
-                    deps=(
-                        "build/checkpoints",
-                        "build/fits/${key}",
-                        *measuring,
-                        "${code}/merging",
-                        "${code}/tasks/fit.py",
-                        "${code}/tasks/search.py",
-                    ),
-                    params=(*_FAMILY, "seed", "merges.${key}", *modality.params),
-                    outs=("build/search/${key}.json",),
-                    foreach="merges",
-                ),
-            ),
+            (search, _for_merges_of_merges(search)),
             on_device=True,
             merges=True,
         ),
@@ -160,22 +180,7 @@ def steps(modality: Modality) -> list[Step]:
             "merge-all",
             "merge with the chosen settings",
             _merge,
-            (
-                StageTemplate(
-                    "merge",
-                    deps=(
-                        "build/checkpoints",
-                        "build/fits/${key}",
-                        "build/search/${key}.json",
-                        "${code}/merging",
-                        "${code}/tasks/fit.py",
-                        "${code}/tasks/merge.py",
-                    ),
-                    params=(*_FAMILY, "seed", "merges.${key}", *modality.merge_params),
-                    outs=("build/merges/${key}",),
-                    foreach="merges",
-                ),
-            ),
+            (merge, _for_merges_of_merges(merge)),
             on_device=True,
             merges=True,
         ),
@@ -183,15 +188,7 @@ def steps(modality: Modality) -> list[Step]:
             "evaluate",
             "score the merged checkpoints",
             _evaluate,
-            (
-                StageTemplate(
-                    "evaluate",
-                    deps=("build/merges/${key}", *measuring),
-                    params=modality.params,
-                    outs=("build/evaluations/${key}",),
-                    foreach="merges",
-                ),
-            ),
+            (evaluate, _for_merges_of_merges(evaluate)),
             on_device=True,
         ),
         Step(
@@ -214,10 +211,23 @@ def steps(modality: Modality) -> list[Step]:
                     ),
                     params=("name", *_FAMILY, "merges", *modality.params),
                     outs=("build/leaderboard",),
+                    turn=2,
                 ),
             ),
         ),
     ]
+
+
+def _for_merges_of_merges(template: StageTemplate, *deps: str) -> StageTemplate:
+    """The same for merges that take the results of others, which are there by then; `deps` are added."""
+    return template._replace(
+        name=f"{template.name}-of-merges",
+        deps=(*deps, *template.deps),
+        params=tuple("merges_of_merges.${key}" if p == "merges.${key}" else p for p in template.params),
+        outs=tuple(out for out in template.outs if not out.startswith(_DIGESTS)),
+        foreach="merges_of_merges",
+        turn=1,
+    )
 
 
 def commands() -> list[Command]:
@@ -290,11 +300,13 @@ def _search(params: Params, stage: Stage) -> None:
 
 
 def _merge(params: Params, stage: Stage) -> None:
-    from mergeline.tasks.merge import merge_chosen
+    from mergeline.tasks.merge import merge_chosen, note_digest
 
     assert stage.item
     heads = modality_of(params).heads(params, _BUILD)
     merge_chosen(params, stage.item, _BUILD, Path(stage.out), factors=_FACTORS, heads=heads)
+    for out in stage.outs[1:]:
+        note_digest(Path(stage.out), Path(out))
 
 
 def _evaluate(params: Params, stage: Stage) -> None:

@@ -88,7 +88,7 @@ def write_table(workspace: Workspace, out: Path) -> None:
     """
     head, *left_out = _left_out(workspace.params)
     rows = [*_table(read_leaderboard(workspace.root)), ""]
-    if len(left_out) <= 1 + len(workspace.params.merges):  # below its head a table has a line
+    if len(left_out) <= 1 + len(workspace.params.all_merges):  # below its head a table has a line
         rows += [head, *left_out, ""]
     write_bytes(out, "\n".join(rows).encode())
 
@@ -146,7 +146,7 @@ def _seen(row: dict[str, Any]) -> str:
 def _left_out(params: Params) -> Iterator[str]:
     """Methods that no merge uses, and why they could not, for so many experts and a base."""
     used = set()
-    for merge in params.merges.values():
+    for merge in params.all_merges.values():
         if merge.is_learned:
             continue
         method = get_method(merge.method)

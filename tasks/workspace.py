@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Collection, Iterator
 
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import user_errors, write_json
@@ -132,20 +132,26 @@ class Workspace:
             lock.release()
 
     def tidy(self) -> None:
-        """Remove outputs of items that params.yaml no longer names, and what a killed run left half-written."""
+        """Remove what is left over."""
+        for entry in self.leftovers():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def leftovers(self) -> list[Path]:
+        """Outputs of items that params.yaml no longer names, and what a killed run left half-written."""
         outs = {out for stage in self.stages for out in stage.outs}
         per_item = {f for modality in modalities().values() for step in steps(modality) for f in step.folders}
-        for folder in sorted(per_item):
-            for entry in sorted(self.path(folder).glob("*")):
-                if f"{folder}/{entry.name}" not in outs:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        entries = [(f, entry) for f in sorted(per_item) for entry in sorted(self.path(f).glob("*"))]
+        return [entry for folder, entry in entries if f"{folder}/{entry.name}" not in outs]
 
-    def record(self, stage: Stage) -> dict[str, Any]:
-        """What decides whether a stage is stale: parameters and digests of its dependencies."""
+    def record(self, stage: Stage, without: Collection[Path] = ()) -> dict[str, Any]:
+        """What decides whether a stage is stale: parameters and digests of its dependencies.
+
+        without: files and folders that are taken for gone.
+        """
         return {
             "stage": stage.name,
             "params": {key: lookup(self.raw, key) for key in stage.params},
-            "deps": {dep: self.digests.of(self.path(dep)) for dep in stage.deps},
+            "deps": {dep: self.digests.of(self.path(dep), without) for dep in stage.deps},
         }
 
     def outputs(self, stage: Stage) -> dict[str, str | None]:

@@ -264,8 +264,8 @@ class _Translation:
         self.config = file.parse(_Configuration)
         self.inside: Loc = []  # where models and slices stand
         self.part: _Configuration | _Module = self.config
-        if self.config.modules and len(self.config.modules) == 1:
-            [(name, self.part)] = self.config.modules.items()
+        if self.config.modules:
+            name, self.part = next(iter(self.config.modules.items()))
             self.inside = ["modules", name]
         self.slices: Sequence[_Slice] = self.part.slices or ()
         if self.config.merge_method not in METHODS:
@@ -308,17 +308,30 @@ class _Translation:
         if len(given) != 1:
             raise self.file.error(given[-1:], "give exactly one of models, slices and modules")
         if config.modules and list(config.modules) != [_WHOLE]:
-            raise self.file.error(
-                self.inside or ["modules"],
-                f"modules of models with several are not supported ('{_WHOLE}', the whole of one with one, is); write "
-                "models, which merges all of them",
-            )
+            self._refuse_different(config.modules)
         if config.modules and bool(self.part.models) == bool(self.part.slices):
             raise self.file.error(self.inside, "give either models or slices")
         if config.name is not None and not self.merges:
             self.notes.append(f"name: {config.name} is for mergekit-multi, and changes nothing here")
         for loc, settings in self._shared():
             self._look_at_names(loc, settings, None)
+
+    def _refuse_different(self, modules: Mapping[str, _Module]) -> None:
+        """Which tensors are a module's, mergekit's architectures alone say: modules are merged where all are alike,
+        which is what mergekit makes of `models`.
+        """
+        first, *others = modules.values()
+        for name, module in modules.items():
+            if module != first or not others or module.models is None:
+                raise self.file.error(
+                    ["modules", name],
+                    f"modules of models with several that are not all alike, or have slices, are not supported "
+                    f"('{_WHOLE}', the whole of one with one, is); write models, and what "
+                    "differs between parts of them by filters",
+                )
+        self.notes.append(
+            "modules are all alike: all tensors are merged so, those of modules not named here, too"
+        )
 
     def _look_at_names(self, loc: Loc, settings: Settings | None, model: str | None) -> None:
         """Refuse what is no parameter of any method; note what this one, or a model, does not use."""

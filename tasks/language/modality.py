@@ -90,7 +90,7 @@ class LanguageModels(Modality):
         gain_kept: the mean over tasks of (accuracy - base) / (expert - base), of tasks that an expert learned. Experts
         are those that the merge is made of; tasks of the others are held out.
         """
-        made_of = params.experts_of(name) if name in params.merges else params.experts
+        made_of = params.made_of(name) if name in params.all_merges else params.experts
         experts = {task: mean for task, mean in known.experts.items() if params.owners[task] in made_of}
         held = {
             "held_in": [mean for task, mean in known.means.items() if task in experts],
@@ -102,7 +102,7 @@ class LanguageModels(Modality):
             for task, expert in experts.items()
             if task in known.means and expert > known.base[task]
         ]
-        if gains and name in params.merges:
+        if gains and name in params.all_merges:
             found["gain_kept"] = sum(gains) / len(gains)
         if known.scores:
             found |= {"perplexity": known.scores["perplexity"], "lm_eval": known.scores["lm_eval"]["test"]}

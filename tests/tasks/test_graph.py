@@ -14,7 +14,7 @@ from mergeline.tasks.params import load_params, raw_params
 from mergeline.tasks.places import CODE_LINK
 
 
-@pytest.fixture(params=["files", "uris", "language", "embeddings"])
+@pytest.fixture(params=["files", "uris", "language", "embeddings", "merges_of_merges"])
 def project(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A DVC project of params.yaml and dvc.yaml as they are, with some items by URI, or of a folder of samples."""
     from dvc.repo import Repo
@@ -33,6 +33,8 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
                 del params[section]["files"][name]
                 params[section]["uris"][name] = scheme + name
         del params["merges"]["ties"]
+    if request.param == "merges_of_merges":
+        params["merges_of_merges"] = {"outer": {"method": "slerp", "experts": ["merge:ties", "digits"]}}
     yaml.dump(params, tmp_path / "params.yaml")
     Repo.init(tmp_path, no_scm=True).close()
     return tmp_path

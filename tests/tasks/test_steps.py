@@ -40,7 +40,7 @@ def test_downloads_and_the_device_are_said():
 
 def test_a_template_fills_in_keys_items_and_values_of_the_parameters():
     params = load_params(REPOSITORY / "params.yaml")
-    found = {s.name: s for step in steps(modalities()["clip"]) for s in step.stages(params, "code")}
+    found = {s.name: s for step in steps(modalities()["clip"]) for s in step.stages(params, "code", 0)}
     fetch = found["checkpoint-file@digits"]
     assert fetch.deps == ("samples/experts/digits.safetensors", "code/tasks/fetch.py")
     assert fetch.params == ("checkpoints.files.digits", "checkpoints.layout")

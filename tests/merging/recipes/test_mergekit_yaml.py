@@ -363,6 +363,21 @@ def test_the_one_module_is_the_whole_model(name, family):
     assert loaded(family, yaml.safe_dump(config)) == plain
 
 
+def test_modules_that_are_all_alike_are_what_mergekit_makes_of_models(family):
+    config = yaml.safe_load((STORED / "ties.yml").read_text())
+    plain = loaded(family, yaml.safe_dump(config))
+    module = {"models": config.pop("models"), "parameters": config.pop("parameters", None)}
+    several = loaded(
+        family, yaml.safe_dump({**config, "modules": {"text_decoder": module, "vision_tower": module}})
+    )
+    assert several.notes[-1].startswith("modules are all alike")
+    assert several.model_copy(update={"notes": plain.notes}) == plain
+    other = {**module, "parameters": {"density": 0.5}}
+    text = yaml.safe_dump({**config, "modules": {"text_decoder": module, "vision_tower": other}})
+    with refused("not all alike"):
+        loaded(family, text)
+
+
 def test_files_of_tensors_are_models_as_of_mergekit_pytorch(family, mergeline):
     state = load_file(STORED / "expert1.safetensors")
     torch.save(state, family / "raw.pth")
