@@ -89,7 +89,7 @@ class Folder:
     _others: list[tuple[str, ...]] = field(init=False, default_factory=list)  # paths of what is no tensor
 
     def __post_init__(self) -> None:
-        file = self.path / METADATA
+        file = safe_name(self.path, METADATA, self.path)
         with open_regular(file) as opened:
             raw = opened.read(_MOST_METADATA + 1)
         if len(raw) > _MOST_METADATA:
@@ -225,12 +225,12 @@ class Folder:
             raise Unreadable(f"nothing says where the chunk at {list(offsets)} lies")
         width = self.element_bytes.get(saved.dtype)
         if width is None:
-            raise Unreadable(f"the dtype {saved.dtype} is not read")
+            raise Unreadable(f"the dtype {saved.dtype!r} is not read")
         tensor = blobs.tensor(place)
         if tensor.dtype != saved.dtype or tensor.sizes != sizes:
             raise Unreadable(
-                f"its chunk is {tensor.dtype} of shape {list(tensor.sizes)}, where the metadata say {saved.dtype} of "
-                f"shape {list(sizes)}"
+                f"its chunk is {tensor.dtype!r} of shape {list(tensor.sizes)}, where the metadata say {saved.dtype!r} "
+                f"of shape {list(sizes)}"
             )
         last = tensor.first + sum((size - 1) * stride for size, stride in zip(sizes, tensor.strides))
         # A stride of 0 would make a tensor of any size of one number.
@@ -243,6 +243,11 @@ class Folder:
 def is_training_shards(folder: Path) -> bool:
     """Whether a folder, or what Accelerate calls the model in it, has the metadata of torch.distributed.checkpoint."""
     return folder_of_model(folder) is not None
+
+
+def is_part_of_shards(file: Path) -> bool:
+    """Whether a file is one of those that torch.distributed.checkpoint writes, by its name."""
+    return file.name == METADATA or file.suffix == ".distcp"
 
 
 def folder_of_model(folder: Path) -> Path | None:

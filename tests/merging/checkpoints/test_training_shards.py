@@ -306,6 +306,19 @@ def changed(folder: Path, change: Callable[[Any], None]) -> Path:
     return folder
 
 
+def test_properties_as_torch_before_2_3_wrote_them_are_read(tmp_path: Path) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    def older(metadata: Any) -> None:
+        for entry in metadata.state_dict_metadata.values():
+            if hasattr(entry, "properties"):
+                entry.properties = TensorProperties(dtype=entry.properties.dtype)
+
+    folder = changed(saved(tmp_path / "shards"), older)
+    assert b"sharded_tensor.metadata" in (folder / METADATA).read_bytes()
+    assert open_checkpoint(folder).digest() == open_checkpoint(saved(tmp_path / "newer")).digest()
+
+
 def infos(metadata: Any, name: str = "model.a") -> Any:
     return next(info for index, info in metadata.storage_data.items() if index.fqn == name)
 
@@ -347,6 +360,21 @@ def test_metadata_that_say_what_is_not_so_are_refused(
         assert any("student" in note for note in open_checkpoint(folder).notes)
         return
     with refused(str(folder), words):
+        open_checkpoint(folder)
+
+
+def test_a_part_of_shards_is_refused_and_is_no_pickle_to_be_converted(tmp_path: Path) -> None:
+    for file in saved(tmp_path / "shards").iterdir():
+        assert not is_pickle(file)
+        with refused(str(file), "name its folder"):
+            open_checkpoint(file)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "shards")
+    (folder / METADATA).rename(tmp_path / "elsewhere")
+    (folder / METADATA).symlink_to(tmp_path / "elsewhere")
+    with refused("is a link out of its folder"):
         open_checkpoint(folder)
 
 
