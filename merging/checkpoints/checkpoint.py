@@ -326,6 +326,8 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
             return _open_folder(path)
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
+        if dcp.is_part_of_shards(path):
+            raise UserError(f"{path}: is a part of training shards; name its folder")
         refuse_pickle(path)
         if gguf_header.is_gguf(path):
             return _open_gguf([path], path)
@@ -337,7 +339,7 @@ def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
 
 def is_pickle(path: Path) -> bool:
     """Whether a file is named, or begins, like a pickle; or a folder holds no other weights."""
-    if path.is_dir() and dcp.is_training_shards(path):
+    if dcp.is_training_shards(path) if path.is_dir() else dcp.is_part_of_shards(path):
         return False
     if path.is_dir():
         return not any(path.glob("*.safetensors")) and any(

@@ -28,6 +28,7 @@ _OF_METADATA, _OF_FILES = "torch.distributed.checkpoint.metadata.", "torch.distr
 _BEFORE_2_3 = "torch.distributed._shard.sharded_tensor.metadata."
 _MOST_METADATA = 1 << 26  # bytes; the chunks of some hundred thousand parts of tensors
 _MOST_IN_BLOB = 1 << 16  # bytes of what stands before the storage of a chunk
+_MOST_OF_NOTHING = 1 << 24  # of a dimension where there are no elements
 _MOST_AXES = 64  # of a tensor; torch has no more
 _MODEL = ("model", "module", "state_dict", "model_state_dict")  # what holds the model among what was saved
 _OPTIMISER = re.compile(r"optim(izer)?s?(_states?(_dict)?|_[0-9]+)?")
@@ -88,7 +89,7 @@ class Folder:
     _others: list[tuple[str, ...]] = field(init=False, default_factory=list)  # paths of what is no tensor
 
     def __post_init__(self) -> None:
-        file = self.path / METADATA
+        file = safe_name(self.path, METADATA, self.path)
         with open_regular(file) as opened:
             raw = opened.read(_MOST_METADATA + 1)
         if len(raw) > _MOST_METADATA:
@@ -201,12 +202,19 @@ class Folder:
 
     def _located(self, tensors: Iterable[tuple[str, _Saved]]) -> Iterator[Shards]:
         """Where the chunks of tensors lie (raises UserError: not there, or not as the metadata says)."""
+        known: set[tuple[Path, int]] = set()
         with _Blobs(self.path) as blobs:
             for name, saved in sorted(tensors):
                 try:
+                    if 0 in saved.shape and max(saved.shape) > _MOST_OF_NOTHING:
+                        raise Unreadable("has no elements, and a dimension that no model has")
                     chunks = [self._chunk(saved, *box, blobs) for box in saved.boxes if 0 not in box[1]]
                     if prod(saved.shape) and not tile(saved.shape, chunks):
                         raise Unreadable("its chunks leave a hole, or overlap")
+                    places = {(chunk.file, chunk.start) for chunk in chunks}
+                    if len(places) < len(chunks) or places & known:
+                        raise Unreadable("its chunk lies where another does")
+                    known |= places
                 except (Unreadable, UnicodeDecodeError, UserError) as error:
                     raise UserError(f"{self.path}: tensor '{saved.name}': {error}") from None
                 yield Shards(name, saved.dtype, saved.shape, chunks)
@@ -217,15 +225,16 @@ class Folder:
             raise Unreadable(f"nothing says where the chunk at {list(offsets)} lies")
         width = self.element_bytes.get(saved.dtype)
         if width is None:
-            raise Unreadable(f"the dtype {saved.dtype} is not read")
+            raise Unreadable(f"the dtype {saved.dtype!r} is not read")
         tensor = blobs.tensor(place)
         if tensor.dtype != saved.dtype or tensor.sizes != sizes:
             raise Unreadable(
-                f"its chunk is {tensor.dtype} of shape {list(tensor.sizes)}, where the metadata say {saved.dtype} of "
-                f"shape {list(sizes)}"
+                f"its chunk is {tensor.dtype!r} of shape {list(tensor.sizes)}, where the metadata say {saved.dtype!r} "
+                f"of shape {list(sizes)}"
             )
         last = tensor.first + sum((size - 1) * stride for size, stride in zip(sizes, tensor.strides))
-        if (last + 1) * width > tensor.stop - tensor.start:
+        # A stride of 0 would make a tensor of any size of one number.
+        if max(last + 1, prod(sizes)) * width > tensor.stop - tensor.start:
             raise Unreadable("its chunk is longer than its storage")
         file = blobs.file(place)
         return Chunk(file, tensor.start, tensor.stop, offsets, sizes, tensor.strides, tensor.first)
@@ -234,6 +243,11 @@ class Folder:
 def is_training_shards(folder: Path) -> bool:
     """Whether a folder, or what Accelerate calls the model in it, has the metadata of torch.distributed.checkpoint."""
     return folder_of_model(folder) is not None
+
+
+def is_part_of_shards(file: Path) -> bool:
+    """Whether a file is one of those that torch.distributed.checkpoint writes, by its name."""
+    return file.name == METADATA or file.suffix == ".distcp"
 
 
 def folder_of_model(folder: Path) -> Path | None:

@@ -231,7 +231,8 @@ def test_memory_is_that_of_the_stretch_that_is_asked_for(tmp_path: Path) -> None
 
 
 def saved(folder: Path) -> Path:
-    return save_shards({"model": {"a": torch.ones(3, 2), "b": torch.ones(4)}, "step": 1}, folder)
+    state = {"a": torch.ones(3, 2), "b": torch.ones(4), "c": torch.zeros(3, 2)}
+    return save_shards({"model": state, "step": 1}, folder)
 
 
 class Runs:
@@ -282,11 +283,40 @@ def test_a_chunk_that_names_a_command_is_refused_and_nothing_runs(tmp_path: Path
     assert not mark.exists()
 
 
+def test_one_number_that_stands_for_many_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "shards")
+    metadata = pickle.loads((folder / METADATA).read_bytes())
+    [file] = folder.glob("*.distcp")
+    info, size = infos(metadata), torch.Size([1 << 20, 1 << 20])
+    info.offset = file.stat().st_size
+    with open(file, "ab") as opened:
+        torch.save(torch.ones(1, 1).expand(size), opened)
+        info.length = opened.tell() - info.offset
+    metadata.state_dict_metadata["model.a"].size = size
+    metadata.state_dict_metadata["model.a"].chunks[0].sizes = size
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    with refused("model.a", "longer than its storage"):
+        open_checkpoint(folder)
+
+
 def changed(folder: Path, change: Callable[[Any], None]) -> Path:
     metadata = pickle.loads((folder / METADATA).read_bytes())
     change(metadata)
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
     return folder
+
+
+def test_properties_as_torch_before_2_3_wrote_them_are_read(tmp_path: Path) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    def older(metadata: Any) -> None:
+        for entry in metadata.state_dict_metadata.values():
+            if hasattr(entry, "properties"):
+                entry.properties = TensorProperties(dtype=entry.properties.dtype)
+
+    folder = changed(saved(tmp_path / "shards"), older)
+    assert b"sharded_tensor.metadata" in (folder / METADATA).read_bytes()
+    assert open_checkpoint(folder).digest() == open_checkpoint(saved(tmp_path / "newer")).digest()
 
 
 def infos(metadata: Any, name: str = "model.a") -> Any:
@@ -303,7 +333,14 @@ def infos(metadata: Any, name: str = "model.a") -> Any:
         (lambda m: infos(m).__setattr__("offset", -1), "a number is missing"),
         (lambda m: infos(m).__setattr__("length", 5), "no file of torch.save"),
         (lambda m: infos(m).__setattr__("offset", infos(m, "model.b").offset), "its chunk is"),
+        (lambda m: infos(m).__dict__.update(infos(m, "model.c").__dict__), "lies where another does"),
         (lambda m: m.storage_data.clear(), "nothing says where"),
+        (
+            lambda m: m.state_dict_metadata["model.a"].__dict__.update(
+                size=torch.Size([0, 2**40]), chunks=[]
+            ),
+            "a dimension that no model has",
+        ),
         (lambda m: m.state_dict_metadata["model.a"].chunks.clear(), "leave a hole"),
         (lambda m: setattr(m.state_dict_metadata["model.a"], "size", torch.Size([9, 2])), "leave a hole"),
         (
@@ -323,6 +360,21 @@ def test_metadata_that_say_what_is_not_so_are_refused(
         assert any("student" in note for note in open_checkpoint(folder).notes)
         return
     with refused(str(folder), words):
+        open_checkpoint(folder)
+
+
+def test_a_part_of_shards_is_refused_and_is_no_pickle_to_be_converted(tmp_path: Path) -> None:
+    for file in saved(tmp_path / "shards").iterdir():
+        assert not is_pickle(file)
+        with refused(str(file), "name its folder"):
+            open_checkpoint(file)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "shards")
+    (folder / METADATA).rename(tmp_path / "elsewhere")
+    (folder / METADATA).symlink_to(tmp_path / "elsewhere")
+    with refused("is a link out of its folder"):
         open_checkpoint(folder)
 
 
