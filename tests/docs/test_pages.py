@@ -9,7 +9,14 @@ from typing import Iterator
 import pytest
 from places import REPOSITORY
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/add-a-method.md", "docs/formats.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/add-a-method.md",
+    "docs/formats.md",
+    "docs/moe.md",
+]
 _FOLDERS = "merging|evaluation|tasks|flows|mergeline|tests|tools|docs|samples|examples|benchmarks"
 _PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from model_zoo import build
 from safetensors.torch import load_file
 from small_language_model import TOKENS, save_tokenizer
 
 from mergeline.flows.cli import main
+from mergeline.merging.learning.network import Examples
+from mergeline.tasks.collect import collect_all
+from mergeline.tasks.language.learning import network
+from mergeline.tasks.schema import Statistics
 
 GROUPS = [[0, 2], [1, 3]]
 
@@ -45,3 +52,24 @@ def test_statistics_of_a_model_on_lines_of_text_and_its_experts_made_fewer_by_th
     (tmp_path / "texts.txt").write_text("\n \n")
     assert main([*collected, "--force"]) == 2
     assert "holds no text" in capsys.readouterr().err
+
+
+def test_the_collect_step_gathers_statistics_of_the_experts_of_every_checkpoint(tmp_path):
+    """As `statistics: {experts: {outputs: true}}` of params.yaml asks for."""
+    folder = tmp_path / "checkpoints"
+    for name in ("base", "a"):
+        save_tokenizer(folder / name, TOKENS[:40])
+        build("mixtral").save_pretrained(folder / name)
+    ids = torch.arange(3, 11)[None]
+    batch = {"task": "t", "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    examples = Examples({"t": lambda: iter([batch])}, {"t": 1}, {"t": "a"}, {"t": "x"}, "fit")
+    params: Any = SimpleNamespace(
+        statistics={"experts": Statistics(outputs=True)}, base="base", experts=["a"], seed=0, device="cpu"
+    )
+    modality: Any = SimpleNamespace(network=network, examples=lambda params, build: examples, models="models")
+    collect_all(modality, params, "experts", tmp_path, tmp_path / "statistics")
+    held = load_file(tmp_path / "statistics/a.safetensors")
+    assert {"model.layers.0.mlp/usage", "model.layers.1.mlp/outputs"} <= held.keys()
+    out, statistics = tmp_path / "out", str(tmp_path / "statistics/a.safetensors")
+    command = ["merge-experts", str(folder / "a"), "--method", "sub_moe", "--experts", "3"]
+    assert main([*command, "--statistics", statistics, "--out", str(out)]) == 0

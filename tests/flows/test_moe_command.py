@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from places import GOLDENS
+from safetensors.torch import load_file, save_file
 from small_language_model import TOKENS, save_model
 
 from mergeline.flows.cli import main
 from mergeline.merging.errors import UserError
 from mergeline.tasks.language.moe import make_moe_of
+from mergeline.tasks.language.routers import write_routers
 
 FILE = """base_model: base
 gate_mode: {mode}
@@ -123,3 +127,60 @@ def test_a_file_that_says_something_wrong_is_refused_and_nothing_written(change,
         make_moe_of(file, tmp_path / "out", bring)
     assert all(part in str(caught.value) for part in parts), caught.value
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "cheap_embed"])
+def test_rows_are_those_of_mergekit_moe(mode, tmp_path):
+    """There hidden states are bfloat16."""
+    held = load_file(GOLDENS / "mergekit_moe.safetensors")
+    save_model(tmp_path / "base", 0, hidden_size=16, intermediate_size=24)
+    base = {name.removeprefix("base/"): t for name, t in held.items() if name.startswith("base/")}
+    save_file(base, tmp_path / "base/model.safetensors", {"format": "pt"})
+    prompts = [(["w1 w2 w3", "w4 w5 w6"], ["w9"]), (["w5 w6"], []), (["w7 w8"], [])]
+    found = load_file(write_routers(tmp_path / "base", prompts, mode, tmp_path / "routers.safetensors"))
+    for name, rows in found.items():
+        tolerance = 1e-6 if mode == "cheap_embed" else 0.03
+        torch.testing.assert_close(rows, held[f"{mode}/{name}"], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["qwen", "deepseek"])
+def test_tensors_have_the_names_of_mergekit_moe(architecture, models, tmp_path):
+    folder, _ = models
+    shared = (
+        "{source_model: base, positive_prompts: [w7]}" if architecture == "qwen" else "{source_model: base}"
+    )
+    file = folder / f"{architecture}.yml"
+    file.write_text(
+        FILE.format(mode="cheap_embed") + f"architecture: {architecture}\nshared_experts: [{shared}]\n"
+    )
+    assert main(["moe", str(file), "--out", str(tmp_path / "out")]) == 0
+    held = load_file(GOLDENS / "mergekit_moe.safetensors")[f"names/{architecture}"]
+    names = set(bytes(held.tolist()).decode().splitlines())
+    zeros = {name for name in names if name.endswith("_proj.bias")}  # there, of a Llama as a Qwen2
+    assert set(load_file(tmp_path / "out/model.safetensors")) == names - zeros
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_any_file_is_carried_out_or_refused_in_one_line(data, models, tmp_path):
+    folder, _ = models
+    lines = FILE.format(mode="random").splitlines()
+    values = st.sampled_from(
+        ["", "~", "[]", "{}", "-1", ".nan", "1e999", "w1", "&a [*a]", "\t", "{a: b", "[[[1]]]", "!x 1"]
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        i = data.draw(st.integers(0, len(lines) - 1))
+        key = lines[i].partition(":")[0]
+        lines[i] = data.draw(
+            st.sampled_from([f"{key}: {data.draw(values)}", data.draw(values), lines[i] + "x"])
+        )
+    file = tmp_path / "fuzz.yml"
+    file.write_text("\n".join(lines))
+    out = tmp_path / "out"
+
+    def bring(where: str) -> Path:
+        raise UserError("nothing is brought")
+
+    with pytest.raises(UserError) as caught:
+        make_moe_of(file, out, bring)
+    assert "\n" not in str(caught.value)

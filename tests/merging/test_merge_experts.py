@@ -339,7 +339,7 @@ def test_statistics_of_another_model_are_refused(mixtral, tmp_path):
             merge_experts(mixtral[1], tmp_path / "out", experts=2, statistics=tmp_path / "other.safetensors")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     groups=st.recursive(
         st.none() | st.booleans() | st.integers(-2, 6) | st.floats() | st.text(max_size=3),
