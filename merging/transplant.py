@@ -169,6 +169,11 @@ def _matched(model: Checkpoint, donor: Checkpoint) -> _Tokens:
                 f"{checkpoint.path}: has no {TOKENIZER} that tells the rows of its embeddings; put it there"
             )
     assert known is not None and wanted is not None
+    if wanted.beyond:
+        raise UserError(
+            f"{donor.path}: {len(wanted.beyond)} token(s) of its tokenizer have ids beyond its {wanted.rows} rows, "
+            f"{wanted.beyond[0]!r} first, and nothing to make rows of; resize its embeddings to the tokenizer"
+        )
     ids = {meaning: id for id, meaning in reversed(meanings(model.path, known.ids).items())}
     same, new = {}, []
     for id, meaning in meanings(donor.path, wanted.ids).items():

@@ -208,6 +208,19 @@ def test_what_cannot_be_transplanted_is_refused_before_anything_is_written(pair,
     assert not out.exists()
 
 
+def test_tokens_of_the_donor_that_have_no_row_are_refused(pair, tmp_path):
+    model, donor = pair
+    tokenizer = json.loads((donor / "tokenizer.json").read_text())
+    added = {"content": "<beyond>", "id": 9_999, "special": False, "normalized": True}
+    tokenizer["added_tokens"] = [
+        *(tokenizer.get("added_tokens") or ()),
+        {**added, **dict.fromkeys(("single_word", "lstrip", "rstrip"), False)},
+    ]
+    (donor / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with refused("1 token(s) of its tokenizer have ids beyond its", "'<beyond>' first"):
+        transplant(model, donor, tmp_path / "out")
+
+
 def test_rows_that_are_not_finite_are_refused(pair, tmp_path):
     own, other = pair
     tensors = load_file(other / "model.safetensors")
