@@ -13,9 +13,10 @@ from mergeline.merging.compress import compress
 from mergeline.merging.engine.blocks import look_at_model, merged_blocks
 from mergeline.merging.engine.machine import one_thread
 from mergeline.merging.engine.manifest import Manifest
+from mergeline.merging.engine.opening import Headers
 from mergeline.merging.engine.output import opened, publish_all
 from mergeline.merging.engine.plan import Plan
-from mergeline.merging.engine.planning import Headers, make_plan
+from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import MemoryInputs, State, refuse_nonfinite
 from mergeline.merging.engine.work import MergeJob, Progress, requantised, run
 from mergeline.merging.errors import UserError

@@ -13,9 +13,10 @@ from typing import Any, Iterator, Mapping, Sequence
 from mergeline.merging.api import merge_points
 from mergeline.merging.canonical import canonical_json, text_digest
 from mergeline.merging.engine.manifest import is_single
+from mergeline.merging.engine.opening import Headers
 from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.engine.plan import Plan
-from mergeline.merging.engine.planning import Headers, make_plan
+from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.work import Count, Progress
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object, write_json
