@@ -52,6 +52,8 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
         *_table(manifest, "store" if store else "adapter" if adapter else "merged"),
         "",
+        *(f"- {_cell(line)}" for line in manifest.get("read_as", ())),
+        *([""] if manifest.get("read_as") else []),
         *(["| tensors | what they got |", "|---|---|"] if manifest.get("treatments") else []),
         *(f"| {count} | {word} |" for word, count in manifest.get("treatments", {}).items()),
         *([""] if manifest.get("treatments") else []),

@@ -112,6 +112,7 @@ def make_manifest(
         "recipe": lineage,
         "recipe_digest": digest,
         "output": described_output(writer),
+        **({"read_as": plan.read_as} if plan.read_as else {}),
         "treatments": plan.treatments(),
         "device": device.split(":")[0],
         "versions": versions(),

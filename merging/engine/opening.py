@@ -86,6 +86,7 @@ def open_inputs(plan: Plan, headers: Headers) -> None:
     if "base" in plan.recipe.experts:
         plan.problems.append("an expert has the name 'base', which is the base checkpoint's; give it another")
         return
+    said = len(plan.warnings)
     seen: dict[Any, str] = {}
     for name, path in {
         **plan.recipe.experts,
@@ -123,17 +124,15 @@ def open_inputs(plan: Plan, headers: Headers) -> None:
     if not plan.problems:
         _fit_components(plan)
         _convert(plan)
+    plan.read_as = plan.warnings[said:]
     for kind, paths in plan.recipe.statistics.items():
         files = paths if isinstance(paths, list) else [paths]
         try:
             plan.statistics[kind] = [headers.open_statistics(kind, file) for file in files]
             for file, opened in zip(files, plan.statistics[kind]):
                 plan.stamps |= headers.stamps[file]
-                plan.warnings += [
-                    said
-                    for note in opened.notes
-                    if (said := f"statistics '{kind}': {note}") not in plan.warnings
-                ]
+                notes = [f"statistics '{kind}': {note}" for note in opened.notes]
+                plan.warnings += [note for note in notes if note not in plan.warnings]
         except UserError as error:
             plan.problems.append(f"statistics '{kind}': {error}")
     _open_companions(plan)
@@ -173,7 +172,7 @@ def _adapt(plan: Plan) -> None:
             plan.base = adapted
         else:
             plan.experts[name] = adapted
-    adapters = {n: c for n, c in plan.experts.items() if is_adapter(c) and n not in plan.onto}
+    adapters = {n: c for n, c in plan.experts.items() if is_adapter(c) and n not in plan.recipe.onto}
     delta = plan.method is not None and plan.method.delta
     if (
         adapters

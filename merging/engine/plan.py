@@ -175,6 +175,9 @@ class Plan:
     stamps: dict[Path, Stamp] = field(
         default_factory=dict
     )  # of the files that are read, at their headers' reading
+    read_as: list[str] = field(
+        default_factory=list
+    )  # sentences on inputs that are read as what they stand for
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

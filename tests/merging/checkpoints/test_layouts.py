@@ -201,3 +201,11 @@ def test_the_plan_says_what_is_converted(tmp_path):
     expert = saved(packed(False), tmp_path / "a.safetensors")
     plan = make_plan({"method": "average", "base": base, "experts": {"a": expert}})
     assert plan.warnings == [f"'a': packed experts become {3 * EXPERTS} tensors, one a matrix, as in 'base'"]
+
+
+def test_the_card_says_what_was_converted(tmp_path):
+    base = saved(single(), tmp_path / "base.safetensors")
+    expert = saved(packed(False), tmp_path / "a.safetensors")
+    merge({"method": "average", "base": base, "experts": {"a": expert}}, tmp_path / "out")
+    assert f"packed experts become {3 * EXPERTS} tensors" in (tmp_path / "out/README.md").read_text()
+    assert "bit-identical" in verify(tmp_path / "out")
