@@ -203,7 +203,7 @@ class _Layout:
         self.entries = {entry.name: entry for entry in plan.entries}
         # All of a layer is written with the first of its tensors.
         self.led = {next(iter(mixture.tensors)): mixture for mixture in found}
-        self.parts = {entry.name: self._alone(entry) for entry in plan.entries}
+        self.parts = {entry.name: entry.parts for entry in plan.entries}
         for mixture in found:
             specs: dict[str, TensorSpec] = {}
             for name in mixture.tensors:
@@ -220,7 +220,7 @@ class _Layout:
         counts = {len(mixture.experts) for mixture in found}
         if len(counts) > 1:
             raise UserError(f"layers have {sorted(counts)} experts; only models with one number are merged")
-        if self.plan.recipe.dtype is None and not config:
+        if not config:
             raise UserError(
                 f"{_path(self.plan)}: has no {CONFIG}, which says how experts are used; name a folder"
             )
@@ -245,9 +245,6 @@ class _Layout:
     def _in_groups(self, name: str, groups: Groups) -> list[_Group]:
         usage = _statistic(self.plan, name, USAGE, len(self.mixtures[name].experts))
         return [_Group.of(group, usage) for group in groups]
-
-    def _alone(self, entry: Entry) -> dict[str, TensorSpec]:
-        return entry.parts
 
     def _fewer(self, mixture: Mixture, name: str) -> Iterator[TensorSpec]:
         """What becomes of a tensor of a mixture."""
