@@ -215,8 +215,8 @@ def of_another_command(data: Any) -> str | None:
         return None
     if isinstance(data.get("experts"), list) and "base_model" in data:
         return (
-            "is for mergekit-moe, which makes a mixture of experts out of dense models: Mergeline makes none; to merge "
-            "the same models write merge_method and models"
+            "is for mergekit-moe, which makes a mixture of experts out of dense models: `mergeline moe` does that; to "
+            "merge the same models write merge_method and models"
         )
     if "genome" in data:
         return "is for mergekit-evolve, which searches for parameters: name them in `search` of a params.yaml"
