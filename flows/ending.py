@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Callable, Iterator, NoReturn, TypeVar
 
@@ -108,6 +109,15 @@ def own_children() -> None:
     os.environ[_OWNER] = str(os.getpid())
 
 
+def is_owned() -> bool:
+    """Whether this process was spawned by the one that has said that it is its owner."""
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    return parent is not None and os.environ.get(_OWNER) == str(parent.pid)
+
+
+@cache
 def end_with_owner() -> None:
     """From now on this process does not outlive the one that started it, where that has said that it is its owner."""
     from threading import Thread

@@ -23,7 +23,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
 
 from mergeline.flows.cli import text
-from mergeline.flows.ending import end_with_owner, hasty, in_thread
+from mergeline.flows.ending import end_with_owner, hasty, in_thread, is_owned
 from mergeline.flows.retention import removable, remove
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
@@ -42,6 +42,9 @@ _CORES = threading.BoundedSemaphore(os.cpu_count() or 1)
 _RETRIES_OF_DOWNLOADS = 4
 _REPORT_SECONDS = 3
 _DID_NOT_RUN = ("Cached", "Restored")  # names of task states: known to Prefect's cache, or to DVC's
+
+if is_owned():  # before Prefect asks its server for the run: where that is gone, it asks for minutes
+    end_with_owner()
 
 
 @cache

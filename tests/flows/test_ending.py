@@ -64,6 +64,22 @@ def python(code: str) -> subprocess.Popen[str]:
     )
 
 
+SPAWNED = """
+import multiprocessing, os, sys, time
+from mergeline.flows.ending import own_children
+
+def wait():
+    import mergeline.flows.pipeline
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    own_children()
+    multiprocessing.get_context("spawn").Process(target=wait).start()
+    time.sleep(60)
+"""
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_command_whose_threads_are_busy(sent, code):
     process = python(BUSY)
@@ -81,6 +97,21 @@ def test_a_process_ends_with_its_owner_even_by_kill_9():
     assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
     owner.kill()
     owner.communicate()
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert not alive
+
+
+def test_a_run_that_waits_for_its_server_ends_with_its_owner_too(tmp_path):
+    """As Prefect starts it: a spawned process that imports the flow, and then asks a server that is gone."""
+    script = tmp_path / "owner.py"
+    script.write_text(SPAWNED)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        [sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        child = psutil.Process(int(owner.stdout.readline()))
+        assert child.ppid() == owner.pid
+        owner.kill()
     _, alive = psutil.wait_procs([child], timeout=10)
     assert not alive
 
