@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Self
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Mapping, Self
 
 from mergeline.merging.checkpoints import dcp, gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
@@ -177,9 +177,13 @@ class ShardedTensor(TensorInfo):
 
 
 class Files:
-    """Files that are open for reading, by their tensors' places; a context manager that closes them."""
+    """Files that are open for reading, by their tensors' places; a context manager that closes them.
+
+    on_close: who is told then, to let go of what it keeps of what was read.
+    """
 
     device = "cpu"
+    on_close: ClassVar[list[Callable[[], None]]] = []
 
     def __init__(self) -> None:
         self._opened: dict[Path, StoredBytes] = {}
@@ -190,6 +194,8 @@ class Files:
     def __exit__(self, *_: Any) -> None:
         while self._opened:
             self._opened.popitem()[1].close()
+        for tell in self.on_close:
+            tell()
 
     def elements(self, info: TensorInfo, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of a stored tensor, flattened (raises UserError if the file ends before)."""

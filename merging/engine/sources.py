@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.slots import View, all_finite, block_elements
 from mergeline.merging.architecture import Model, describe
@@ -21,7 +21,6 @@ from mergeline.merging.checkpoints.checkpoint import (
     content_digest,
     hasher,
 )
-from mergeline.merging.checkpoints.quantised.tensor import forget
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
@@ -161,10 +160,6 @@ class FileInputs(_Source, Files):
         self.has_base = plan.base is not None
         self._checkpoints = plan.checkpoints
         self._entries = {entry.name: entry for entry in plan.entries}
-
-    def __exit__(self, *_: Any) -> None:
-        super().__exit__()
-        forget()
 
     def view(self, entry: Entry) -> View:
         experts, has_base = list(entry.sources), entry.base is not None

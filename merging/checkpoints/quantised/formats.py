@@ -202,9 +202,11 @@ def _refuse_unknown(reader: _Reader, left: Mapping[str, TensorInfo]) -> None:
     for info in left.values():
         if info.dtype.startswith("F8"):
             raise bad(info, f"is {info.dtype} without scales; {INSTEAD}")
-        if _SIGNS.fullmatch(info.name):
-            raise reader.refuse(f"is quantised (tensor '{info.name}') in a way that cannot be read")
-        if (reader.method or reader.found.tensors) and info.dtype in _CODES and info.name.endswith("weight"):
+    sign = next((name for name in left if _SIGNS.fullmatch(name)), None)
+    if sign is not None:
+        raise reader.refuse(f"is quantised (tensor '{sign}') in a way that cannot be read")
+    for info in left.values() if reader.method or reader.found.tensors else ():
+        if info.dtype in _CODES and info.name.endswith("weight"):
             raise reader.refuse(f"is quantised ('{info.name}' is {info.dtype}) in a way that cannot be read")
     unknown = reader.method is not None and reader.method not in METHODS
     if unknown and not all(info.is_float for info in left.values()):

@@ -9,7 +9,7 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Callable
 
-from mergeline.merging.checkpoints.checkpoint import DTYPES, TensorInfo
+from mergeline.merging.checkpoints.checkpoint import DTYPES, Files, TensorInfo
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
@@ -46,6 +46,9 @@ def forget() -> None:
     for tensor in _KEEPERS.tensors.values():
         vars(tensor._last).clear()
     _KEEPERS.tensors.clear()
+
+
+Files.on_close.append(forget)
 
 
 @dataclass(frozen=True)
