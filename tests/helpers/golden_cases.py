@@ -60,7 +60,7 @@ def in_memory(name: str) -> State:
 WITHOUT_A_CASE = {
     "ace", "around", "cart_wudi", "dop", "drm", "ema", "free", "greedy_soup", "magnitude_prune", "passthrough",
     "random_mix", "resmerge", "rmm", "robust_merge", "solved", "star", "subspace_boosting", "svc", "tatr", "truncate",
-    "weighted",
+    "weighted", "weighted_truncate",
 }  # fmt: skip
 
 

@@ -175,6 +175,8 @@ WRAPPERS: list[Use] = [
     ("truncate", {"rank": 0.5}),
     ("truncate", {"energy": 0.8, "inner": "ties", "keys": "matrices", "scope": "tensor"}),
     ("truncate", {"rank": 0.5, "inner": "dare", "inner_inner": "ties", "drop_rate": 0.5}),
+    ("weighted_truncate", {"rank": 0.5}),
+    ("weighted_truncate", {"energy": 0.8, "inner": "ties"}),
     ("subspace_boosting", {"beta": 0.5}),
     ("subspace_boosting", {"beta": 0.6, "inner": "ties", "density": 0.9, "keys": "matrices"}),
     ("core_space", {}),
