@@ -34,7 +34,19 @@ def tuned(name: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", model_zoo.TRANSFORMERS)
+FEW = (
+    "llama",
+    "gpt2",
+    "t5",
+    "vit",
+    "llava",
+    "mixtral",
+    "resnet_hf",
+)  # of different kinds; the others are slower
+ZOO = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in model_zoo.TRANSFORMERS]
+
+
+@pytest.mark.parametrize("name", ZOO)
 def test_an_adapter_of_a_fine_tune_opens_in_peft(name, tmp_path):
     """What is in it is the fine-tune's to the last rounding, both for PEFT and for our own reader."""
     zoo(name).save_pretrained(tmp_path / "base")
