@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterator, Mapping, Self
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Iterable, Iterator, Mapping, Self
 
 from mergeline.merging.checkpoints import dcp, gguf_header
 from mergeline.merging.checkpoints.companions import INDEX, PICKLE_SUFFIXES, STEMS, WEIGHTS
@@ -303,6 +303,12 @@ class Checkpoint:
         return content_digest(
             (t.name, t.dtype, t.shape, self.tensor_hashes[t.name]) for t in self.tensors.values()
         )
+
+
+def common_dtype(dtypes: Iterable[str]) -> str:
+    """The dtype that numbers of these have in one tensor: their own, or a wider one that holds all."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
 
 
 def hasher() -> Any:

@@ -8,14 +8,14 @@ are computed as they are read: nothing is copied, and no more than one expert's 
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Sequence
 
 from mergeline.merging.architecture import Matrix, PackedExperts, describe, disk_name, in_memory
-from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, common_dtype
+from mergeline.merging.checkpoints.computed import ComputedTensor, Elements
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
@@ -23,20 +23,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Layout = Literal["as_base", "packed", "per_expert"]
-Elements = Callable[[TensorInfo, int, int], "Tensor"]
 
 
 @dataclass(frozen=True)
-class _Converted(TensorInfo):
-    """A tensor that is made of others; `_made` is remembered while it is read block by block."""
-
-    _last: threading.local = field(default_factory=threading.local, repr=False, compare=False)
+class _Converted(ComputedTensor):
+    """A tensor that is made of others."""
 
     def _remembered(self, key: Any, make: Callable[[], Tensor], is_last: bool) -> Tensor:
-        """`make()`, kept by each thread for the next reading unless this is the last one."""
-        known = getattr(self._last, "made", None)
-        made = known[1] if known and known[0] == key else make()
-        self._last.made = None if is_last else (key, made)
+        """`make()`, kept for the next reading unless this is the last one."""
+        known = vars(self._last).pop("made", None)
+        made: Tensor = known[1] if known and known[0] == key else make()
+        if not is_last:
+            self._last.made = key, made
+        self._noted()
         return made
 
 
@@ -265,9 +264,7 @@ def _pack(tensors: dict[str, TensorInfo], name: str, packed: PackedExperts, shap
             raise UserError(f"experts cannot be packed into '{name}': '{matrix.name}' {found}")
     for matrix in matrices:
         del tensors[matrix.name]
-    dtypes = {source.dtype for source in sources}
-    dtype = sources[0].dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
-    first = sources[0]
+    dtype, first = common_dtype(source.dtype for source in sources), sources[0]
     tensors[name] = PackedTensor(
         name, dtype, shape, first.file, first.start, first.stop, sources=sources, packed=packed
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from mergeline.merging.architecture import describe
-from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.checkpoint import DTYPES, Checkpoint, TensorInfo, common_dtype
 from mergeline.merging.checkpoints.companions import TOKENIZER
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
@@ -96,7 +96,7 @@ class GatheredTensor(TensorInfo):
 
     @property
     def read_as(self) -> str:
-        return _common({source.read_as for source in self.sources})
+        return common_dtype(source.read_as for source in self.sources)
 
     @property
     def runs(self) -> int:
@@ -156,11 +156,6 @@ class GatheredTensor(TensorInfo):
                     count += 1
             self._means[mix] = sum_W / max(count, 1)
         return self._means[mix]
-
-
-def _common(dtypes: set[str]) -> str:
-    """The dtype that rows of these have in one tensor."""
-    return next(iter(dtypes)) if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
@@ -366,7 +361,7 @@ class _Gathering:
         if rows == list(range(info.shape[0])) and not any(whose):
             return info
         sources = tuple(self.checkpoints[o].tensors[name] for o in origins)
-        dtype = _common({source.dtype for source in sources})
+        dtype = common_dtype(source.dtype for source in sources)
         shape = (len(self.target), *info.shape[1:])
         return GatheredTensor(
             name, dtype, shape, info.file, info.start, info.stop, sources, tuple(whose), tuple(rows),

@@ -6,7 +6,7 @@ from math import prod
 from typing import Sequence
 
 from mergeline.merging.checkpoints.adapters import AdaptedTensor
-from mergeline.merging.checkpoints.checkpoint import DTYPES, TensorInfo
+from mergeline.merging.checkpoints.checkpoint import DTYPES, TensorInfo, common_dtype
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.engine.plan import Action, Entry, Plan
 from mergeline.merging.methods.bound import Bound
@@ -15,9 +15,10 @@ _TORCH_TO_SAFETENSORS = {torch_name: name for name, (torch_name, _) in DTYPES.it
 
 
 def _widest(infos: Sequence[TensorInfo]) -> str:
-    """The smallest dtype that holds all of these; an adapted tensor counts as what it adds to."""
-    found = {(info.base or info).dtype if isinstance(info, AdaptedTensor) else info.dtype for info in infos}
-    return found.pop() if len(found) == 1 else "F64" if "F64" in found else "F32"
+    """The dtype that holds all of these; an adapted tensor counts as what it adds to."""
+    return common_dtype(
+        (info.base or info).dtype if isinstance(info, AdaptedTensor) else info.dtype for info in infos
+    )
 
 
 def make_entry(

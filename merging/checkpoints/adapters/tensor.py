@@ -5,19 +5,17 @@ Shape suffixes: M rows and N columns (all dimensions but the first) of the base'
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Protocol
 
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
+from mergeline.merging.checkpoints.computed import ComputedTensor, Elements
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Elements = Callable[[TensorInfo, int, int], "Tensor"]
 
 _BLOCK = 1 << 16  # elements of a block of rows, at least
 
@@ -54,7 +52,7 @@ class Update(Protocol):
 
 
 @dataclass(frozen=True)
-class AdaptedTensor(TensorInfo):
+class AdaptedTensor(ComputedTensor):
     """A tensor of the base with an update, in float32 (float64 if the base's is).
 
     module: PEFT's name of the module; None of bare factors. Rows are computed in blocks that depend on the shapes
@@ -65,7 +63,6 @@ class AdaptedTensor(TensorInfo):
     update: Update
     module: str | None = None
     is_embedding: bool = False  # PEFT has it as an embedding, not a linear layer
-    _last: threading.local = field(default_factory=threading.local, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -91,12 +88,14 @@ class AdaptedTensor(TensorInfo):
         step = max(self.update.least_rows, -(-_BLOCK // max(width, 1))) * width
         parts = []
         for first in range(start // step * step, stop, step) if step else ():
-            block = getattr(self._last, "block", None)
+            block = vars(self._last).pop("block", None)
             if block is None or block[0] != first:
                 last = min(first + step, prod(self.shape))
                 block = (first, self._rows(elements, first // width, last // width))
-            self._last.block = block if first + step < prod(self.shape) else None
+            if first + step < prod(self.shape):
+                self._last.block = block
             parts.append(block[1][max(start - first, 0) : stop - first])
+        self._noted()
         if not parts:
             return elements(self.update.parts[0], 0, 0).to(self._dtype)
         return parts[0] if len(parts) == 1 else torch.cat(parts)

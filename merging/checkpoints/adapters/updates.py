@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
-from mergeline.merging.checkpoints.adapters.tensor import Elements, Update
+from mergeline.merging.checkpoints.adapters.tensor import Update
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
+from mergeline.merging.checkpoints.computed import Elements
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
+from mergeline.merging.checkpoints.computed import Elements
 from mergeline.merging.checkpoints.quantised.scaled import ScaledTensor
-from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, floats, fp4_pairs
+from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor, floats, fp4_pairs
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Iterator, Mapping
 
 from mergeline.merging.checkpoints.checkpoint import GGUF_DTYPE, Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.computed import Elements
 from mergeline.merging.checkpoints.gguf_header import elements_of
-from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, bad
+from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor, bad
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 

@@ -10,7 +10,8 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
-from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor
+from mergeline.merging.checkpoints.computed import Elements
+from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:

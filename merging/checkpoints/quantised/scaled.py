@@ -11,7 +11,8 @@ from math import prod
 from typing import TYPE_CHECKING, Iterator, Sequence
 
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
-from mergeline.merging.checkpoints.quantised.tensor import Elements, QuantisedTensor, bad, floats
+from mergeline.merging.checkpoints.computed import Elements
+from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor, bad, floats
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:

@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
-from mergeline.merging.checkpoints.checkpoint import DTYPES, Files, TensorInfo
+from mergeline.merging.checkpoints.checkpoint import DTYPES, TensorInfo
+from mergeline.merging.checkpoints.computed import ComputedTensor, Elements
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Elements = Callable[[TensorInfo, int, int], "Tensor"]
-
-_MOST_KEPT = 1 << 27  # bytes that a thread keeps of all tensors
 _AT_ONCE = 1 << 19  # elements that are computed at once, about
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-class _Keepers(threading.local):
-    """The tensors of which a thread keeps something, those it read last at the end."""
-
-    def __init__(self) -> None:
-        self.tensors: OrderedDict[int, QuantisedTensor] = OrderedDict()
-
-    def add(self, tensor: QuantisedTensor) -> None:
-        """Note a tensor that was read; others forget what they keep where all of it is too much."""
-        self.tensors.pop(id(tensor), None)
-        if vars(tensor._last):
-            self.tensors[id(tensor)] = tensor
-        while len(self.tensors) > 1 and sum(t.kept_bytes for t in self.tensors.values()) > _MOST_KEPT:
-            vars(self.tensors.popitem(last=False)[1]._last).clear()
-
-
-_KEEPERS = _Keepers()
-
-
-def forget() -> None:
-    """Let go of what this thread keeps of tensors that it did not read to their ends."""
-    for tensor in _KEEPERS.tensors.values():
-        vars(tensor._last).clear()
-    _KEEPERS.tensors.clear()
-
-
-Files.on_close.append(forget)
-
-
 @dataclass(frozen=True)
-class QuantisedTensor(TensorInfo):
+class QuantisedTensor(ComputedTensor):
     """Floats that are computed from stored `parts` as they are read, in float32; written, they are bfloat16.
 
     Every element is computed from its own code and scales alone, so that its bits do not depend on what is read.
     """
 
     parts: tuple[TensorInfo, ...]
-    # Of a thread: rows that it computed and did not yet read all of, and what it read and will want again.
-    _last: threading.local = field(default_factory=threading.local, repr=False, compare=False, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -105,13 +71,8 @@ class QuantisedTensor(TensorInfo):
                 vars(self._last).pop("rows", None)
         if stop == total:
             vars(self._last).clear()
-        _KEEPERS.add(self)
+        self._noted()
         return out
-
-    @property
-    def kept_bytes(self) -> int:
-        """What this thread keeps."""
-        return sum(part.nbytes for _, part in vars(self._last).values())
 
 
 def rows_across(width: int) -> int:

@@ -215,3 +215,20 @@ def test_the_card_says_what_was_converted(tmp_path):
     merge({"method": "average", "base": base, "experts": {"a": expert}}, tmp_path / "out")
     assert f"packed experts become {3 * EXPERTS} tensors" in (tmp_path / "out/README.md").read_text()
     assert "bit-identical" in verify(tmp_path / "out")
+
+
+def test_a_thread_keeps_little_of_converted_tensors_that_it_does_not_read_to_their_ends(
+    tmp_path, monkeypatch
+):
+    found = {
+        name: open_checkpoint(saved(state, tmp_path / name))
+        for name, state in (("a", packed(False)), ("b", single()))
+    }
+    converted = one_layout(found, "b", "as_base", QWEN).checkpoints["a"]
+    monkeypatch.setattr("mergeline.merging.checkpoints.computed._MOST_KEPT", 0)
+    with Files() as files:
+        for name, info in converted.tensors.items():
+            assert torch.equal(info.read(files.elements, 1, 3), single()[name].flatten()[1:3])
+        kept = [info.kept_bytes for info in converted.tensors.values()]
+        assert sum(size > 0 for size in kept) == 1
+    assert not any(info.kept_bytes for info in converted.tensors.values())

@@ -224,7 +224,7 @@ def test_a_thread_keeps_little_of_tensors_that_it_does_not_read_to_their_ends(tm
     infos: list[Any] = [*view.tensors.values()]
     with Files() as files:
         for limit in (1 << 27, 0):
-            monkeypatch.setattr("mergeline.merging.checkpoints.quantised.tensor._MOST_KEPT", limit)
+            monkeypatch.setattr("mergeline.merging.checkpoints.computed._MOST_KEPT", limit)
             for info in infos:
                 assert torch.equal(info.read(files.elements, 70, 90), expected.flatten()[70:90])
             assert sum(info.kept_bytes > 0 for info in infos) == (5 if limit else 1)
