@@ -20,13 +20,17 @@ def model_card(manifest: dict[str, Any]) -> str:
     method = get_method(recipe["method"])
     mixture = manifest.get("mixture")
     moe = manifest.get("moe")
-    by = mixture["method"] if mixture else "moe" if moe else method.id
     origins = [*([recipe["base"]] if recipe["base"] else []), *recipe["experts"].values()]
     models = [name for name in (hub_id(origin.get("source")) for origin in origins) if name]
     store, adapter = "store" in manifest, "adapter" in manifest
     relation, models = ("adapter", models[:1]) if adapter else ("merge", models)
-    kind = "Compressed" if store else "An adapter of what was merged" if adapter else "Merged"
-    kind = "A mixture made smaller" if mixture else "Dense models as experts" if moe else kind
+    if mixture:
+        kind, by, what = "A mixture made smaller", mixture["method"], _of_experts(mixture)
+    elif moe:
+        kind, by, what = "Dense models as experts", "moe", _of_models(moe)
+    else:
+        kind = "Compressed" if store else "An adapter of what was merged" if adapter else "Merged"
+        by, what = method.id, f"{_prose(method.summary)} Paper: {_prose(method.citation)}."
     lines = [
         "---",
         *(["library_name: peft"] if adapter else []),
@@ -44,11 +48,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         "",
         f"# {kind} by {by}",
         "",
-        _of_experts(mixture)
-        if mixture
-        else _of_models(moe)
-        if moe
-        else f"{_prose(method.summary)} Paper: {_prose(method.citation)}.",
+        what,
         "",
         *_table(manifest, "store" if store else "adapter" if adapter else "merged"),
         "",
@@ -138,12 +138,11 @@ def _of_experts(mixture: dict[str, Any]) -> str:
         "sub_moe": "are averaged in groups by usage, in the groups' leading directions (Sub-MoE, arXiv 2506.23266)",
         "prune": "are left out where others are used more",
     }[mixture["method"]]
-    left = sum(map(len, mixture["left_out"].values()))
+    left = 0 if mixture["method"] == "prune" else sum(map(len, mixture["left_out"].values()))
     return (
         f"The {mixture['of']} experts of each of {len(mixture['merged'])} layers {done}: {count} are left"
         + (", each in the place of all its members" if mixture["router"] == "wide" else "")
-        + f". {left} experts are in no group." * bool(left and mixture["method"] != "prune")
-        + "." * (not (left and mixture["method"] != "prune"))
+        + (f". {left} experts are in no group." if left else ".")
     )
 
 

@@ -20,10 +20,10 @@ from mergeline.merging.checkpoints.adapters import (
     is_lora_file,
     unties,
 )
-from mergeline.merging.checkpoints.carried import carried_files, left_out
+from mergeline.merging.checkpoints.carried import left_out
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint, open_statistics
 from mergeline.merging.checkpoints.companions import CONFIG, read_config
-from mergeline.merging.checkpoints.components import component_folders
+from mergeline.merging.checkpoints.components import by_component, component_folders
 from mergeline.merging.checkpoints.dcp import is_training_shards
 from mergeline.merging.checkpoints.layouts import one_layout
 from mergeline.merging.checkpoints.modules import module_notes
@@ -220,14 +220,14 @@ def _fit_components(plan: Plan) -> None:
     """
     if plan.base is None or plan.base.path.is_file():
         return
-    donor = plan.experts.get(plan.recipe.donor or "")
-    given = {f: t for f, t in _components(donor).items() if f not in _components(plan.base)} if donor else {}
+    donor, of_base = plan.experts.get(plan.recipe.donor or ""), _components(plan.base)
+    given = {f: t for f, t in _components(donor).items() if f not in of_base} if donor else {}
     if given:
         plan.base = plan.base.view(
             {**plan.base.tensors, **{n: info for t in given.values() for n, info in t.items()}}
         )
         plan.warnings.append(f"the base has no {', no '.join(given)}: it is as '{plan.recipe.donor}' there")
-    of_base = _components(plan.base)
+        of_base |= given
     for name, expert in plan.experts.items():
         tensors = dict(expert.tensors)
         fitting = [f for f, own in of_base.items() if {f"{f}/{tensor}" for tensor in tensors} <= own.keys()]
@@ -250,12 +250,11 @@ def _fit_components(plan: Plan) -> None:
 def _components(checkpoint: Checkpoint, known: Iterable[str] = ()) -> dict[str, dict[str, TensorInfo]]:
     """The tensors of a folder's components, by the names of these; and of those that another one has."""
     folders = {*known, *(component_folders(checkpoint.path) if checkpoint.path.is_dir() else [])}
-    found: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in checkpoint.tensors.items():
-        folder, slash, _ = name.partition("/")
-        if slash and (folder in folders or info.file.parent.name == folder):
-            found.setdefault(folder, {})[name] = info
-    return found
+    return {
+        prefix.rstrip("/"): {name: checkpoint.tensors[name] for name in names}
+        for prefix, names in by_component(checkpoint.tensors, folders).items()
+        if prefix
+    }
 
 
 def _convert(plan: Plan) -> None:
@@ -351,7 +350,6 @@ def find_donor(plan: Plan) -> None:
         plan.problems += _other_architectures(known)
         read_config(path)
         if plan.donor:
-            carried_files(path)
             others = {n: c.path for n, c in known.items() if c.path.is_dir() and c.path != path}
             plan.warnings += module_notes(path, others)
             plan.warnings += _left_out(path)

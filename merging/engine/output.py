@@ -127,7 +127,7 @@ class Output:
             raise
         if is_single(out) and len(self.writer.files) > 1:
             self.__exit__()
-            why = "a model of several components" if plan.parts.keys() - {""} else "--shard-size"
+            why = "a model of several components" if plan.components else "--shard-size"
             raise UserError(f"{out}: {why} makes several files; name a folder instead")
         empty(self.writer.folder, keep={*self.writer.files, *self.writer.indexes})
         self.journal.keep_verified(self.writer)

@@ -115,9 +115,13 @@ class Added:
 
 @dataclass(frozen=True)
 class _NoProduct:
-    """What kinds have in common that add no product of factors."""
+    """What kinds have in common that add no product of factors; most need nothing but the rows themselves."""
 
     row_axes = 1
+
+    @property
+    def least_rows(self) -> int:
+        return 1
 
     @property
     def rank(self) -> int | None:
@@ -219,10 +223,6 @@ class Shifted(_NoProduct):
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.shift,)
 
-    @property
-    def least_rows(self) -> int:
-        return 1
-
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         shift_M1 = elements(self.shift, first, last).double().mul_(self.scaling)[:, None]
         return shift_M1 if base_MN is None else shift_M1.add_(base_MN)
@@ -238,10 +238,6 @@ class Tokens(_NoProduct):
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.values,)
-
-    @property
-    def least_rows(self) -> int:
-        return 1
 
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         assert base_MN is not None, "rows of a base are replaced"
@@ -262,10 +258,6 @@ class Scaled(_NoProduct):
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.scale,)
-
-    @property
-    def least_rows(self) -> int:
-        return 1
 
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         assert base_MN is not None, "a base is scaled"

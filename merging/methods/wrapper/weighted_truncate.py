@@ -34,7 +34,7 @@ def cut(x: Slot, *, rank: float, energy: float | None, weights: Weights, side: S
     k = min(x.shape) if energy is not None else linear.rank_of(rank, x.shape)
 
     def nearest(t: int) -> Tensor:
-        tau_MN = directions.task_vector(x, t).double()
+        tau_MN = directions.task_vector(x, t)
         weight = x.statistic(weights, t).double()
         # A part of rank k of tau W, undone by W^-1, is tau projected onto k directions of the other side: W may have
         # zeros, and need not be inverted.
