@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
 
 @cache
 def be_quiet() -> None:
-    """Progress bars and notices of lm-eval and what it uses stay away from now on; errors come through."""
+    """Progress bars and notices of lm-eval and what it uses stay away from now on; errors come through.
+
+    transformers is imported before lm-eval, which would keep what another thread has of it so far: while it is imported
+    the package puts another module in its own place, and the first has no classes.
+    """
+    import_module("transformers")
+
     import logging
 
     import datasets

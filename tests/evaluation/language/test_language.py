@@ -7,6 +7,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,20 @@ from mergeline.tasks.language.modality import LanguageModels
 from mergeline.tasks.params import load_params
 
 SKILLS = {"one": skill(0), "two": skill(14)}
+
+# Makes ready for lm-eval in the midst of another thread's first import of transformers.
+IN_THE_MIDST = """
+import sys, threading
+import datasets, torch
+from mergeline.evaluation.language.quiet import be_quiet
+assert "transformers" not in sys.modules
+threading.Thread(target=__import__, args=["transformers"]).start()
+while "transformers" not in sys.modules:
+    pass
+be_quiet()
+import lm_eval.models.huggingface
+lm_eval.models.huggingface.transformers.AutoModelForCausalLM
+"""
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +297,7 @@ def test_a_model_with_adapters_of_tasks_or_a_router_is_not_measured_as_if_it_had
     for name in ("one", "two"):
         with pytest.raises(UserError, match="with which only image models are measured"):
             load_model(tmp_path / name)
+
+
+def test_lm_eval_has_the_whole_of_transformers_whoever_imports_it_first():
+    subprocess.run([sys.executable, "-c", IN_THE_MIDST], cwd=REPOSITORY, check=True)
