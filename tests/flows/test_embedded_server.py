@@ -7,15 +7,14 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
 from checkpoints import another_process
+from loopback import QuietHandler, listening
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
@@ -88,11 +87,11 @@ def test_the_proof_tells_nothing_of_the_login(client):
 
 
 @contextmanager
-def listening(answer: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
+def answering(answer: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
     """The API URL of a server that answers GET with 200 and a text, and the headers that it was sent."""
     seen: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             seen.append(f"{self.path}\n{self.headers}")
             body = answer(self.path).encode()
@@ -101,14 +100,8 @@ def listening(answer: Callable[[str], str]) -> Iterator[tuple[str, list[str]]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listener.server_port}/api", seen
-    listener.shutdown()
-    listener.server_close()
+    with listening(Handler) as port:
+        yield f"http://127.0.0.1:{port}/api", seen
 
 
 def announce(state: Path, url: str) -> None:
@@ -122,7 +115,7 @@ def owner_lives(state: Path):
 
 
 def test_a_server_that_proves_itself_is_believed(tmp_path):
-    with listening(lambda path: proof(LOGIN, path.partition("?")[2])) as (url, seen):
+    with answering(lambda path: proof(LOGIN, path.partition("?")[2])) as (url, seen):
         announce(tmp_path, url)
         with owner_lives(tmp_path):
             assert announced_server(tmp_path) == Address(url, LOGIN)
@@ -131,7 +124,7 @@ def test_a_server_that_proves_itself_is_believed(tmp_path):
 
 @pytest.mark.parametrize("answer", [lambda path: "true", lambda path: proof("mergeline:other", path[-32:])])
 def test_a_stranger_on_the_port_is_not_believed_and_told_nothing(answer, tmp_path):
-    with listening(answer) as (url, seen):
+    with answering(answer) as (url, seen):
         announce(tmp_path, url)
         with owner_lives(tmp_path):
             assert announced_server(tmp_path) is None
@@ -139,7 +132,7 @@ def test_a_stranger_on_the_port_is_not_believed_and_told_nothing(answer, tmp_pat
 
 
 def test_the_address_of_an_owner_that_was_killed_is_removed(tmp_path):
-    with listening(lambda path: proof(LOGIN, path.partition("?")[2])) as (url, seen):
+    with answering(lambda path: proof(LOGIN, path.partition("?")[2])) as (url, seen):
         announce(tmp_path, url)
         assert announced_server(tmp_path) is None
     assert not seen and not address_file(tmp_path).exists()
@@ -206,7 +199,7 @@ def test_a_port_is_taken_before_its_server_starts():
 
 def test_notify_says_in_one_line_that_no_server_runs(workspace, mergeline, monkeypatch):
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    with listening(lambda path: "true") as (url, _):
+    with answering(lambda path: "true") as (url, _):
         announce(workspace / ".mergeline", url)
         outcome = mergeline("notify", "digits", "--params", workspace / "params.yaml")
     assert (outcome.code, outcome.out) == (2, "")

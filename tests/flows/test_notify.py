@@ -6,13 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from loopback import QuietHandler, listening
 from places import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -52,7 +51,7 @@ class Team:
 def team() -> Iterator[Team]:
     made = Team()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
             status, said = made.answer(self.path, body)
@@ -66,15 +65,9 @@ def team() -> Iterator[Team]:
 
         do_POST = do_GET
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    made.url = f"http://127.0.0.1:{listener.server_port}/api"
-    threading.Thread(target=listener.serve_forever, daemon=True).start()
-    yield made
-    listener.shutdown()
-    listener.server_close()
+    with listening(Handler) as port:
+        made.url = f"http://127.0.0.1:{port}/api"
+        yield made
 
 
 def notify(times: int, workspace: Path, name: str, url: str) -> tuple[list[str], list[str]]:

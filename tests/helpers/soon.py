@@ -7,19 +7,21 @@ import time
 from contextlib import contextmanager
 from typing import Any, Iterator
 
-_PATIENCE = 60  # seconds of waiting, on a machine with other work, until it hangs
 _WORK = 10.0  # seconds of computing, beside other work
 
 
 @contextmanager
-def soon() -> Iterator[None]:
-    """The block must neither wait for ever nor compute for long."""
+def soon(patience: float = 60) -> Iterator[None]:
+    """The block must neither wait for ever nor compute for long.
+
+    patience: seconds of waiting, on a machine with other work, until it hangs.
+    """
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"still there after {_PATIENCE} s")
+        raise TimeoutError(f"still there after {patience} s")
 
     previous = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+    signal.setitimer(signal.ITIMER_REAL, patience)
     start = time.process_time()
     try:
         yield

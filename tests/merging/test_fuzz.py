@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,12 @@ from checkpoints import random_state, save_family, shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
+from soon import soon
 
 from mergeline.merging.checkpoints.checkpoint import DTYPES, open_checkpoint
 from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.errors import UserError
 
-PATIENCE = 60  # seconds until a command that does not end is a failure
 HEADERS, INDEXES = 750, 250
 OTHERS = st.sampled_from(["inspect", "diff", "plan"])
 FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -156,20 +155,13 @@ sys.addaudithook(_audit)
 @contextmanager
 def watched(folder: Path) -> Iterator[None]:
     """The block must end in time, and write nowhere but in `folder`."""
-
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"still busy after {PATIENCE} s")
-
     written: list[str] = []
-    previous = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     _watched.append(written)
     try:
-        yield
+        with soon():
+            yield
     finally:
         _watched.pop()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
     allowed = (f"{folder.resolve()}/", "/dev/null")
     assert [path for path in written if not path.startswith(allowed)] == []
 

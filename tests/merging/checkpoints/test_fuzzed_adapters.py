@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft_adapters import llama, mixtral, peft, save_any
 from safetensors.torch import load_file, save_file
+from soon import soon
 
 from mergeline.merging import merge
 from mergeline.merging.engine.planning import make_plan
@@ -67,20 +66,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-@contextmanager
-def soon() -> Iterator[None]:
-    def late(*_: Any) -> None:
-        raise TimeoutError("hangs")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(PATIENCE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def changed_tensors(data: st.DataObject, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Some of other shapes, dtypes or names, or away."""
     found = dict(tensors)
@@ -97,6 +82,17 @@ def changed_tensors(data: st.DataObject, tensors: dict[str, torch.Tensor]) -> di
             case "nan":
                 found[name] = value * float("nan")
     return found
+
+
+def merged_or_refused(recipe: dict[str, Any], out: Path) -> None:
+    with soon(PATIENCE):
+        try:
+            make_plan(recipe)
+            merge(recipe, out)
+        except UserError as error:
+            assert "\n" not in str(error)
+            return
+        out.unlink()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,14 +112,7 @@ def test_a_damaged_adapter_is_merged_or_refused_in_one_line(kind, folder):
         (lora / "adapter_config.json").write_text(json.dumps(values))
         save_file(changed_tensors(data, tensors) or tensors, lora / "adapter_model.safetensors")
         recipe = {"method": "average", "base": folder / kind / "base", "experts": {"a": lora}}
-        with soon():
-            try:
-                make_plan(recipe)
-                merge(recipe, out)
-            except UserError as error:
-                assert "\n" not in str(error)
-                return
-            out.unlink()
+        merged_or_refused(recipe, out)
 
     damaged()
 
@@ -150,12 +139,6 @@ def test_a_damaged_file_of_a_pipeline_is_merged_or_refused_in_one_line(folder):
         metadata = {} if said is None else {"lora_adapter_metadata": said}
         save_file(changed_tensors(data, tensors) or tensors, file, metadata)
         recipe = {"method": "average", "base": base, "experts": {"a": file}}
-        with soon():
-            try:
-                merge(recipe, out)
-            except UserError as error:
-                assert "\n" not in str(error)
-                return
-            out.unlink()
+        merged_or_refused(recipe, out)
 
     damaged()
