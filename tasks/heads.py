@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mergeline.merging.checkpoints.adapters import is_adapter
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ class FamilyWithHeads(ABC):
         plan = make_plan({"method": "average", "base": self.base, "experts": experts, "heads": self.patterns})
         plan.check()
         return plan
+
+    def state(self, expert: str) -> dict[str, Tensor]:
+        """An expert's tensors, with its head."""
+        with FileInputs(self.plan) as source:
+            return {name: source.whole(expert, name) for name in self.plan.experts[expert].tensors}
 
     def base_state(self) -> dict[str, Tensor]:
         """The base's tensors under the names that the experts have; not those that no expert has."""

@@ -46,6 +46,11 @@ the adapted model computes: `merge_and_unload` of PEFT 0.21 adds LoRA of one of 
 expert first, and files do not say which: PEFT's order is read, and the recipe's `packing: unsloth` reads the other. The
 plan says so. Experts may lie packed or one by one on disk.
 
+## Classifiers
+
+A classifier among `modules_to_save` is the expert's own head, also where the base has none, or one of other classes:
+name it in `heads` ([classifiers.md](classifiers.md)). The trunk has the names that it has in the model with that head.
+
 ## Without a base
 
 `mergeline extract-lora` of adapters alone, with `average`, `linear` or `task_arithmetic`, makes one adapter whose

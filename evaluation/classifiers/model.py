@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Mapping
 from mergeline.evaluation.state import fill, load_state, refuse_unfounded_layers
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG
+from mergeline.merging.checkpoints.heads import outputs
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import read_object
 
@@ -161,11 +162,14 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def build(folder: Path, model: str, kind: str, head: Head, device: str) -> nn.Module:
+def build(
+    folder: Path, model: str, kind: str, head: Head, device: str, *, without_head: bool = False
+) -> nn.Module:
     """The module that the checkpoint in `folder` is of, with its head.
 
     model: `auto`, or `torchvision/NAME` or `timm/NAME` for checkpoints that do not say it. kind: the class of
-    transformers that opens such models. head: the tensors of the checkpoint's head, whose shapes tell its classes.
+    transformers that opens such models. head: the tensors of the model's head, whose shapes tell its classes.
+    without_head: the checkpoint has no head, or another one; the module's is then drawn at random.
 
     Raises:
         UserError: it is not said what the checkpoint is, or it does not open as that.
@@ -176,7 +180,10 @@ def build(folder: Path, model: str, kind: str, head: Head, device: str) -> nn.Mo
         if "model_type" in config:
             from mergeline.evaluation.pretrained import load_pretrained
 
-            return load_pretrained(folder, kind, device=device)
+            other: dict[str, Any] = {}
+            if without_head:
+                other = {"may_lack": [*head], "num_labels": outputs(head), "ignore_mismatched_sizes": True}
+            return load_pretrained(folder, kind, device=device, **other)
         library, name = "timm", str(config.get("architecture", ""))
         if not name:
             raise UserError(
@@ -184,21 +191,11 @@ def build(folder: Path, model: str, kind: str, head: Head, device: str) -> nn.Mo
                 "torchvision/resnet18` or `model: timm/NAME`"
             )
     module = (_of_timm if library == "timm" else _of_torchvision)(folder, name, config, outputs(head))
-    fill(module, load_state(folder), folder, "the model")
+    state = load_state(folder)
+    if without_head:
+        state = {name: tensor for name, tensor in state.items() if name not in head} | dict(head)
+    fill(module, state, folder, "the model")
     return module.to(device)
-
-
-def outputs(head: Head) -> int:
-    """C of a head: the rows of its last matrix, by the numbers of its modules.
-
-    Raises:
-        UserError: it has no matrix.
-    """
-    matrices = [name for name, tensor in head.items() if tensor.ndim == 2]
-    if not matrices:
-        raise UserError(f"heads: {', '.join(sorted(head)[:3])} hold no matrix, which a classifier has")
-    last = max(matrices, key=lambda name: [(part.isdecimal(), part.zfill(9)) for part in name.split(".")])
-    return head[last].shape[0]
 
 
 def _of_timm(folder: Path, name: str, config: Mapping[str, Any], classes: int) -> nn.Module:

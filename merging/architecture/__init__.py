@@ -10,6 +10,7 @@ from mergeline.merging.architecture.model import Model, describe, describe_all, 
 from mergeline.merging.architecture.renames import InMemory, disk_name, in_memory, memory_name, on_disk
 from mergeline.merging.architecture.rows import Pattern, Row, register
 from mergeline.merging.architecture.tensors import (
+    CLASSIFIERS,
     RUNNING_STATISTICS,
     Keys,
     Matrix,
@@ -21,6 +22,7 @@ from mergeline.merging.architecture.tensors import (
 )
 
 __all__ = [
+    "CLASSIFIERS",
     "RUNNING_STATISTICS",
     "InMemory",
     "Keys",

@@ -56,6 +56,11 @@ class Role(StrEnum):
     OTHER = "other"
 
 
+CLASSIFIERS = (
+    "classifier",
+    "classification_head",
+    "score",
+)  # of transformers: heads with all that lies in them
 RUNNING_STATISTICS = (Role.RUNNING_MEAN, Role.RUNNING_VARIANCE)  # of BatchNorm
 _BEFORE_LAYERS = {Role.EMBEDDING, Role.POSITION, Role.TOKEN, Role.PATCH_EMBEDDING, Role.STEM}
 

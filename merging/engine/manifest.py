@@ -11,8 +11,8 @@ from typing import Any, Iterable, Mapping
 from mergeline.merging.canonical import canonical_json, text_digest
 from mergeline.merging.checkpoints.carried import Changes, carry, without_quantisation
 from mergeline.merging.checkpoints.checkpoint import content_digest, header_digest
-from mergeline.merging.checkpoints.companions import read_config, source_of
-from mergeline.merging.checkpoints.heads import write_head
+from mergeline.merging.checkpoints.companions import source_of
+from mergeline.merging.checkpoints.heads import head_config, write_head
 from mergeline.merging.checkpoints.remote import remote_source
 from mergeline.merging.checkpoints.router import ROUTER
 from mergeline.merging.checkpoints.task_adapters import adapter_path, refuse_other_merge
@@ -191,9 +191,9 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
         UserError: an adapter was made for another merge, or the router for another base.
     """
     for expert, names in plan.heads.items():
-        path = plan.recipe.experts[expert]
-        config = without_quantisation(read_config(path)) if path.is_dir() else {}
-        write_head(folder, expert, {name: source.whole(expert, name) for name in names}, config)
+        head = {name: source.whole(expert, name) for name in names}
+        config = head_config(plan.recipe.experts[expert], head, plan.recipe.base)
+        write_head(folder, expert, head, without_quantisation(config))
     for task, adapter in plan.adapters.items():
         refuse_other_merge(adapter, manifest["output"]["digest"])
         write_bytes(adapter_path(folder, task), adapter.file.read_bytes())

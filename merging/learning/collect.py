@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
 from mergeline.merging.algebra.slots import all_finite
 from mergeline.merging.canonical import canonical_json
+from mergeline.merging.checkpoints.adapters import open_adapted
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
 from mergeline.merging.engine.inputs import refuse_changed
@@ -84,7 +85,7 @@ def collect(
     name = expert or checkpoint.stem
     tasks = _tasks(name, examples)
     experts = {name: checkpoint}
-    held = open_checkpoint(checkpoint).tensors
+    held = open_adapted(checkpoint, Path(base) if base else None).tensors
     recipe: dict[str, Any] = {
         "method": "average",
         "base": Path(base) if base else None,

@@ -97,7 +97,10 @@ def expert_folder(job: Job, name: str) -> Path:
     if not is_adapter(open_checkpoint(path)):
         return path
     place = job.folder / "experts" / name
-    merge({"method": "average", "base": job.recipe.base, "experts": {name: path}}, place, workers=1)
+    experts, heads = {name: path}, job.recipe.heads
+    merge(
+        {"method": "average", "base": job.recipe.base, "experts": experts, "heads": heads}, place, workers=1
+    )
     return place
 
 

@@ -6,9 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergeline.merging.architecture import Role, describe
+from mergeline.merging.architecture import CLASSIFIERS, Role, describe
+from mergeline.merging.checkpoints.adapters import is_adapter, open_adapted
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.checkpoints.companions import read_config
+from mergeline.merging.checkpoints.heads import head_config
 from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.errors import UserError
 from mergeline.tasks.heads import FamilyWithHeads
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mergeline.tasks.classifiers.params import ClassifierParams
-
-# Modules that are heads as a whole in transformers, whatever lies in them.
-_WHOLE = ("classifier", "classification_head", "score")
 
 
 class Family(FamilyWithHeads):
@@ -34,9 +33,8 @@ class Family(FamilyWithHeads):
         """The names of heads, as shell patterns.
 
         Raises:
-            UserError: none are found; an expert is an adapter.
+            UserError: none are found.
         """
-        self.refuse_adapters("classifier")
         return self.params.classification.heads or self._found()
 
     def _found(self) -> list[str]:
@@ -44,16 +42,16 @@ class Family(FamilyWithHeads):
         heads: set[str] = set()
         names: set[str] = set()
         for folder in map(self.expert, self.params.experts):
-            tensors = open_checkpoint(folder).tensors
+            tensors = open_adapted(folder, self.base).tensors
             shapes = {name: info.shape for name, info in tensors.items()}
-            model = describe(shapes, read_config(folder))
+            model = describe(shapes, read_config(folder) or read_config(self.base))
             names |= shapes.keys()
             for name in shapes:
                 tensor = model.tensors[name]
                 if self.base_lacks(name) or Role.CLASSIFIER in (tensor.role, tensor.of):
                     heads.add(name)
         modules = {name.rpartition(".")[0] for name in heads}
-        whole = {top for module in modules if (top := module.partition(".")[0]) in _WHOLE}
+        whole = {top for module in modules if (top := module.partition(".")[0]) in CLASSIFIERS}
         found = {f"{top}.*" for top in whole}
         for module in {m for m in modules if m.partition(".")[0] not in whole}:
             own = {name for name in names if name.startswith(f"{module}.")}
@@ -77,7 +75,7 @@ class Family(FamilyWithHeads):
 
     def config(self, task: str) -> dict[str, Any]:
         """The configuration of a task's expert; empty where it has none."""
-        return read_config(self.expert(self.params.owners[task]))
+        return head_config(self.expert(self.params.owners[task]), self.heads[task], self.base)
 
     def module(self, kind: str) -> nn.Module:
         """The model that the experts are of, with a head of one of them; `kind` as in `classifiers.model.build`.
@@ -89,4 +87,7 @@ class Family(FamilyWithHeads):
 
         settings, device = self.params.classification, self.params.device
         task, expert = next(iter(self.params.owners.items()))
-        return build(self.expert(expert), settings.model, kind, self.heads[task], device)
+        folder = self.expert(expert)
+        if is_adapter(open_checkpoint(folder)):
+            return build(self.base, settings.model, kind, self.heads[task], device, without_head=True)
+        return build(folder, settings.model, kind, self.heads[task], device)

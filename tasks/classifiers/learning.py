@@ -6,8 +6,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Iterator
 
 from mergeline.evaluation.classifiers.labels import matched
-from mergeline.evaluation.classifiers.model import Classifier, outputs
-from mergeline.evaluation.state import load_state
+from mergeline.evaluation.classifiers.model import Classifier
+from mergeline.merging.checkpoints.heads import outputs
 from mergeline.merging.errors import UserError
 from mergeline.merging.learning.network import Examples, Network, Pictures
 
@@ -50,7 +50,7 @@ def _names(family: Family, module: nn.Module) -> dict[str, str]:
         return {}
     from mergeline.evaluation.pretrained import names_inside
 
-    found = names_inside(module, load_state(next(iter(family.plan.experts.values())).path))
+    found = names_inside(module, family.state(next(iter(family.plan.experts))))
     if found is None:
         raise UserError(
             f"{family.base}: transformers makes '{foreign[0]}' of several tensors of these checkpoints: they are "

@@ -307,21 +307,89 @@ def test_a_task_that_is_no_expert_s_is_refused_by_its_line(tmp_path):
         _ = Workspace(root / "params.yaml").stages
 
 
-def test_experts_that_are_adapters_are_refused_with_what_helps(tmp_path, monkeypatch):
+def as_lora(build: Any, kind: str, targets: list[str], whole: list[str], merged: bool) -> Any:
+    """What makes a base, and LoRA of it with a head of its own; merged: as PEFT puts it into the base."""
+    import transformers
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForSequenceClassification
 
-    def lora(folder: Path, classes: int | None, seed: int) -> None:
-        made.bert(folder, None, 0)
+    def made_of(folder: Path, classes: int | None, seed: int) -> None:
+        build(folder, None, 0)
         if classes is None:
             return
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
+        torch.manual_seed(seed)
+        model = getattr(transformers, kind).from_pretrained(
+            folder, num_labels=classes, ignore_mismatched_sizes=True
+        )
         for file in folder.iterdir():
             file.unlink()
-        config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=False)
-        get_peft_model(model, config).save_pretrained(folder)
+        config = LoraConfig(
+            r=2, lora_alpha=0.2, target_modules=targets, modules_to_save=whole, init_lora_weights=False
+        )
+        adapted = get_peft_model(model, config)
+        (adapted.merge_and_unload() if merged else adapted).save_pretrained(folder)
 
-    root = of_texts(tmp_path / "work", lora)
+    return made_of
+
+
+TEXT, IMAGE = "AutoModelForSequenceClassification", "AutoModelForImageClassification"
+ADAPTERS = {
+    "bert": (of_texts, made.bert, TEXT, ["query", "value"], ["classifier", "pooler"]),
+    "roberta": (of_texts, made.roberta, TEXT, ["query"], ["classifier"]),
+    "gpt2": (of_texts, made.gpt2, TEXT, ["c_attn"], ["score"]),
+    "vit": (of_images, made.vit_of_transformers, IMAGE, ["q_proj", "fc1"], ["classifier"]),
+    "resnet": (of_images, made.resnet_of_transformers, IMAGE, ["layer.0.convolution"], ["classifier"]),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters_with_a_head_each_are_what_peft_puts_into_the_base(case, tmp_path, monkeypatch):
+    import transformers
+
+    workspace, build, kind, targets, whole = ADAPTERS[case]
+    roots = {}
+    for merged in (True, False):
+        roots[merged] = workspace(tmp_path / str(merged), as_lora(build, kind, targets, whole, merged))
+        monkeypatch.chdir(roots[merged])
+        run_all(roots[merged])
+    states = {
+        merged: load_file(root / "build/merges/cart/model.safetensors") for merged, root in roots.items()
+    }
+    assert states[False].keys() == states[True].keys()
+    assert all(torch.allclose(states[False][n], t, atol=1e-5) for n, t in states[True].items())
+    means = [{row["name"]: row["mean"] for row in board(root)["rows"]} for root in roots.values()]
+    assert means[0].keys() == means[1].keys()
+    export_task(roots[False] / "build/merges/cart", "b", tmp_path / "b")
+    model = getattr(transformers, kind).from_pretrained(tmp_path / "b")
+    assert model.config.num_labels == CLASSES["b"]
+    head = load_file(roots[True] / "build/merges/cart/heads/b.safetensors")
+    held = load_file(tmp_path / "b/model.safetensors")
+    assert head and all(torch.equal(held[name], tensor) for name, tensor in head.items())
+
+
+def test_what_learns_of_examples_reads_adapters_with_a_head_each(tmp_path, monkeypatch):
+    merges = {
+        "solved": {"method": "progressive_least_squares", "params": {"inner": "average"}, "examples": 8},
+        "regmean": {"method": "regmean"},
+    }
+    changed = {"merges": merges, "statistics": {"gram": {"examples": 8}}}
+    found = {}
+    for merged in (True, False):
+        build = as_lora(made.vit_of_transformers, IMAGE, ["q_proj", "fc1"], ["classifier"], merged)
+        root = of_images(tmp_path / str(merged), build, fit=True, changed=changed)
+        monkeypatch.chdir(root)
+        run_all(root)
+        found[merged] = {name: load_file(root / f"build/merges/{name}/model.safetensors") for name in merges}
+    for name in merges:
+        for tensor, value in found[True][name].items():
+            assert torch.allclose(found[False][name][tensor], value, atol=1e-3), (name, tensor)
+
+
+def test_adapters_of_another_base_are_refused(tmp_path, monkeypatch):
+    build = as_lora(made.bert, TEXT, ["query"], ["classifier"], merged=False)
+    root = of_texts(tmp_path / "work", build)
+    for file in (root / "in/base").iterdir():
+        file.unlink()
+    made.gpt2(root / "in/base", None, 0)
     monkeypatch.chdir(root)
-    with refused("is an adapter", "merge_and_unload"):
+    with refused("does not fit the base", "is not there"):
         run_all(root)

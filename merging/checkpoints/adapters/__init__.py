@@ -8,7 +8,14 @@ of nothing but factors.
 from mergeline.merging.checkpoints.adapters.bare import compose, composed, is_bare
 from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.adapters.names import PREFIX
-from mergeline.merging.checkpoints.adapters.peft import ADAPTER_WEIGHTS, adapt, alone, is_adapter, unties
+from mergeline.merging.checkpoints.adapters.peft import (
+    ADAPTER_WEIGHTS,
+    adapt,
+    alone,
+    is_adapter,
+    open_adapted,
+    unties,
+)
 from mergeline.merging.checkpoints.adapters.pipeline import adapt_pipeline
 from mergeline.merging.checkpoints.adapters.single_file import is_lora_file
 from mergeline.merging.checkpoints.adapters.tensor import AdaptedTensor, added_rank
@@ -27,5 +34,6 @@ __all__ = [
     "is_adapter",
     "is_bare",
     "is_lora_file",
+    "open_adapted",
     "unties",
 ]

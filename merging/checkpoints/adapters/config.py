@@ -90,6 +90,11 @@ class AdapterConfig:
         wrapped = isinstance(targets, list) and any(f".{weight}".endswith(f".{target}") for target in targets)
         return weight if wrapped else module
 
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor is of a module that was trained as a whole (`modules_to_save`)."""
+        modules = self.values.get("modules_to_save")
+        return isinstance(modules, list) and any(f".{module}." in f".{name}" for module in modules)
+
     def misfit(self, what: str) -> UserError:
         """What is said of an adapter that is for another base."""
         of = self.values.get("base_model_name_or_path")

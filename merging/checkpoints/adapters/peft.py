@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod, sqrt
+from pathlib import Path
 from typing import Callable, Mapping, NamedTuple, Sequence
 
-from mergeline.merging.architecture import Role
+from mergeline.merging.architecture import CLASSIFIERS, Role, describe
 from mergeline.merging.checkpoints.adapters.config import (
     ADAPTER_CONFIG,
     AdapterConfig,
@@ -31,7 +32,7 @@ from mergeline.merging.checkpoints.adapters.updates import (
     Vera,
     WithMagnitude,
 )
-from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mergeline.merging.checkpoints.tied import TiedHead, shares_embedding
 from mergeline.merging.errors import UserError, did_you_mean
 
@@ -51,6 +52,16 @@ def is_adapter(checkpoint: Checkpoint) -> bool:
     """Whether it is what PEFT's `save_pretrained` writes."""
     files = {info.file.name for info in checkpoint.tensors.values()}
     return files == {ADAPTER_WEIGHTS} and (checkpoint.folder / ADAPTER_CONFIG).is_file()
+
+
+def open_adapted(path: Path, base: Path | None) -> Checkpoint:
+    """The checkpoint at `path`, and where that is an adapter, what it makes of the base, if one is named.
+
+    Raises:
+        UserError: as `open_checkpoint` and `adapt`.
+    """
+    found = open_checkpoint(path)
+    return adapt(open_checkpoint(base), found).checkpoint if base and is_adapter(found) else found
 
 
 def unties(adapter: Checkpoint, tied: TiedHead) -> bool:
@@ -103,8 +114,10 @@ def adapt(
         parts = _without_head(parts, tied)
     if not any(parts):
         raise UserError(f"{config.path}: the adapter holds no factors; download it again")
-    tensors = dict(base.tensors)
+    tensors, heads = dict(base.tensors), _own_heads(parts, names, config)
     for key, info in parts.whole.items():  # first, for factors may be added to what was saved whole
+        if key in heads:
+            continue
         name = _find(names, key, config)
         like = tensors[name]
         if info.shape != like.shape or info.is_float != like.is_float:
@@ -129,6 +142,8 @@ def adapt(
     ):  # another expert unties them
         if tensors[tied.embedding] is not base.tensors[tied.embedding]:
             tensors[tied.head] = replace(tensors[tied.embedding], name=tied.head)
+    if heads:
+        tensors = _under_head(tensors, heads, parts)
     return Adapted(adapter.view(tensors), notes)
 
 
@@ -186,6 +201,39 @@ def _without_head(parts: Parts, tied: TiedHead) -> Parts:
     whole = {key: info for key, info in parts.whole.items() if not tied.is_head(key)}
     tokens = {m: info for m, info in parts.tokens.items() if not tied.is_head(f"{m}.weight")}
     return Parts(modules, whole, tokens)
+
+
+def _own_heads(parts: Parts, names: BaseNames, config: AdapterConfig) -> _Parts:
+    """What PEFT keeps whole of a classifier, which came with the adapter; the base lacks it, or has other classes.
+
+    With a classifier may come other modules that the base lacks, such as a pooler.
+    """
+
+    def is_classifier(key: str, info: TensorInfo) -> bool:
+        name = names.find(key)
+        tensor = names.role(name) if name else describe({key: info.shape}, names.config).tensors[key]
+        return key.partition(".")[0] in CLASSIFIERS or Role.CLASSIFIER in (tensor.role, tensor.of)
+
+    found = {key: info for key, info in parts.whole.items() if is_classifier(key, info)}
+    new = {key: info for key, info in parts.whole.items() if names.find(key) is None and config.keeps(key)}
+    return {**found, **new} if found else {}
+
+
+def _under_head(
+    tensors: Mapping[str, TensorInfo], heads: Mapping[str, TensorInfo], parts: Parts
+) -> dict[str, TensorInfo]:
+    """The base's trunk by the names that it has in the model with that head, and the head in place of the base's.
+
+    The trunk is what lies in the module that all that was adapted lies in, `bert` of `bert.encoder.layer.0...`; a
+    base without this prefix is the trunk as a whole.
+    """
+    changed = [*parts.modules, *parts.tokens, *(key for key in parts.whole if key not in heads)]
+    outer = {name.partition(".")[0] for name in changed}
+    trunk = f"{outer.pop()}." if len(outer) == 1 else ""
+    inside = {name: info for name, info in tensors.items() if name.startswith(trunk)}
+    if not inside:
+        inside = {f"{trunk}{name}": replace(info, name=f"{trunk}{name}") for name, info in tensors.items()}
+    return {**{name: info for name, info in inside.items() if name not in heads}, **heads}
 
 
 def _find(names: BaseNames, name: str, config: AdapterConfig) -> str:
