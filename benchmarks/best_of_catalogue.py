@@ -75,7 +75,10 @@ def relocate(section: dict[str, Any], old: Path, new: Path) -> None:
 
 def best_rows(table: str, most: int) -> list[str]:
     """The head of a leaderboard's table, and the rows of the merges that are best on validation."""
-    head, line, *rows = (text for text in table.splitlines() if text.startswith("|"))
+    first = table[table.index("| merge |") :].partition("\n\n")[
+        0
+    ]  # methods that cannot run have a table of their own
+    head, line, *rows = first.splitlines()
     names = [cell.strip() for cell in head.split("|")]
     validation, method = names.index("validation"), names.index("method")
     merges = [row.split("|") for row in rows if row.split("|")[method].strip()]
