@@ -1,11 +1,11 @@
 """The best merges without data of the whole catalogue on a family: chosen on validation, scored on test.
 
-    python benchmarks/best_of_catalogue.py FAMILY/params.yaml WORK [--values N] [--best N] [--leave-out NAME ...]
+    python benchmarks/best_of_catalogue.py FAMILY/params.yaml WORK [--scales N] [--values N] [--best N]
 
-Takes the merges of samples/leaderboard/params.yaml in place of the family's own. Of each grid `--values` values (3)
-stay, from its first to its last; scales go on to twice the largest, for scales there are of eight experts, and fewer
-disturb one another less. WORK becomes a workspace, with the whole leaderboard in WORK/table.md; the best are printed
-as a table's rows.
+Takes the merges of samples/leaderboard/params.yaml in place of the family's own. Of each grid `--values` values (2)
+stay, from its first to its last. Scales there are of one family of eight experts: here they are `--scales` (4), evenly
+spaced by their logarithms from half the smallest to twice the largest. WORK becomes a workspace, with the whole
+leaderboard in WORK/table.md; the best are printed as a table's rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 CATALOGUE = Path(__file__).parent.parent / "samples" / "leaderboard" / "params.yaml"
@@ -27,38 +28,37 @@ def thinned(values: list[Any], most: int) -> list[Any]:
     """At most `most` of the values, evenly spaced from the first to the last."""
     if len(values) <= most:
         return values
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    return [values[round(i * (len(values) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
-def adapted(merge: dict[str, Any], experts: int, most: int) -> dict[str, Any]:
-    """A merge of the catalogue with a grid of at most `most` values a parameter, for a family of `experts`."""
+def widened(scales: list[float], count: int) -> list[float]:
+    """So many scales, from half the smallest to twice the largest."""
+    return [float(f"{scale:.3g}") for scale in np.geomspace(min(scales) / 2, 2 * max(scales), count)]
+
+
+def adapted(merge: dict[str, Any], experts: int, scales: int, most: int) -> dict[str, Any]:
+    """A merge of the catalogue with grids of this size, for a family of so many experts."""
     merge = copy.deepcopy(merge)
     if "values" in (params := merge.get("params", {})):
         params["values"] = [1] * experts
     search = merge.get("search", {})
-    if "members" in search:
-        search["members"] = [*([one] for one in range(experts)), list(range(experts))]
     for name, values in search.items():
-        if name == "scale":
-            values = [*values, round(1.4 * max(values), 4), round(2 * max(values), 4)]
-        if name != "members":
-            search[name] = thinned(values, most)
+        if name == "members":
+            search[name] = [*([one] for one in range(experts)), list(range(experts))]
+        else:
+            search[name] = widened(values, scales) if name == "scale" else thinned(values, most)
     return merge
 
 
-def family_with_catalogue(params: Path, work: Path, most: int, left_out: list[str]) -> dict[str, Any]:
+def family_with_catalogue(params: Path, work: Path, scales: int, most: int) -> dict[str, Any]:
     """The family's params.yaml as `work` reads it, with the catalogue's merges, without gates and statistics."""
     family = yaml.safe_load(params.read_text())
     merges = yaml.safe_load(CATALOGUE.read_text())["merges"]
-    if unknown := set(left_out) - set(merges):
-        raise SystemExit(f"{', '.join(sorted(unknown))}: no merge of {CATALOGUE}")
     for unwanted in ("gates", "statistics"):
         family.pop(unwanted, None)
     relocate(family, params.parent.absolute(), work.absolute())
     experts = len(family["experts"])
-    family["merges"] = {
-        name: adapted(merge, experts, most) for name, merge in merges.items() if name not in left_out
-    }
+    family["merges"] = {name: adapted(merge, experts, scales, most) for name, merge in merges.items()}
     return family
 
 
@@ -75,9 +75,8 @@ def relocate(section: dict[str, Any], old: Path, new: Path) -> None:
 
 def best_rows(table: str, most: int) -> list[str]:
     """The head of a leaderboard's table, and the rows of the merges that are best on validation."""
-    first = table[table.index("| merge |") :].partition("\n\n")[
-        0
-    ]  # methods that cannot run have a table of their own
+    # Methods that cannot run have a table of their own, below.
+    first, _, _ = table[table.index("| merge |") :].partition("\n\n")
     head, line, *rows = first.splitlines()
     names = [cell.strip() for cell in head.split("|")]
     validation, method = names.index("validation"), names.index("method")
@@ -90,13 +89,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("params", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--values", type=int, default=3)
+    parser.add_argument("--scales", type=int, default=4)
+    parser.add_argument("--values", type=int, default=2)
     parser.add_argument("--best", type=int, default=5)
-    parser.add_argument("--leave-out", nargs="*", default=[])
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     written, table = args.work / "params.yaml", args.work / "table.md"
-    family = family_with_catalogue(args.params, args.work, args.values, args.leave_out)
+    family = family_with_catalogue(args.params, args.work, args.scales, args.values)
     written.write_text(yaml.safe_dump(family, sort_keys=False))
     command = ["mergeline", "sweep", "--params", str(written), "--out", str(table), "--force"]
     if code := subprocess.run(command).returncode:
