@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 # How names of files of weights begin, with `.safetensors` after them, or that and `.index.json`: of transformers, and
 # of diffusers.
 STEMS = ("model", "diffusion_pytorch_model")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 # What describes the weights and lies beside them.

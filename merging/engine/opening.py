@@ -18,6 +18,7 @@ from mergeline.merging.checkpoints.adapters import (
     is_adapter,
     is_bare,
     is_lora_file,
+    is_plain_prompt,
     unties,
 )
 from mergeline.merging.checkpoints.carried import left_out
@@ -35,6 +36,7 @@ from mergeline.merging.checkpoints.tied import TiedHead, tied_head, untied, with
 from mergeline.merging.checkpoints.vocabulary import GatheredTensor, RowOf, Rows, align
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
 from mergeline.merging.engine.plan import Plan
+from mergeline.merging.engine.prompts import read_prompts, read_prompts_of_peft
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.recipes.recipe import Recipe
 
@@ -122,6 +124,7 @@ def open_inputs(plan: Plan, headers: Headers) -> None:
             plan.problems.append(f"onto: {name}: {error}")
     _adapt(plan)
     if not plan.problems:
+        read_prompts(plan)
         _fit_components(plan)
         _convert(plan)
     plan.read_as = plan.warnings[said:]
@@ -155,6 +158,8 @@ def _open_companions(plan: Plan) -> None:
 
 def _adapt(plan: Plan) -> None:
     """Let adapters stand for what they add to as they change it: what `onto` says, or the base."""
+    if read_prompts_of_peft(plan):
+        return
     for name, model in plan.onto.items():
         adapter = plan.checkpoints.get(name)
         if adapter is None:
@@ -274,9 +279,10 @@ def _convert(plan: Plan) -> None:
 
 
 def only_adapters(recipe: Recipe) -> bool:
-    """Whether all experts are folders of adapters, and there is no base."""
+    """Whether all experts are folders of adapters, of which some add to weights, and there is no base."""
     paths = [path if path.is_dir() else path.parent for path in recipe.experts.values()]
-    return not recipe.base and bool(paths) and all((path / ADAPTER_CONFIG).is_file() for path in paths)
+    adapters = bool(paths) and all((path / ADAPTER_CONFIG).is_file() for path in paths)
+    return not recipe.base and adapters and not all(map(is_plain_prompt, paths))
 
 
 def _merge_alone(plan: Plan) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator, Literal
 from mergeline.merging.algebra.slots import MASK_BYTES, Unit, View, block_elements
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import Model
+from mergeline.merging.checkpoints.adapters import ADAPTER_WEIGHTS
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergeline.merging.checkpoints.companions import stem_of
 from mergeline.merging.checkpoints.components import configurations
@@ -166,6 +167,7 @@ class Plan:
     alignment: Alignment | None = None  # of vocabularies that differ
     stack: Stack | None = None  # of ranges of layers
     adapter_only: bool = False  # of adapters without a base, which can become nothing else
+    prompts_of_peft: bool = False  # of soft prompts in adapters' folders, which the merge is in, too
     # what becomes of config.json where another kind, or size, of model is written
     configured: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     untied: str | None = None  # an output matrix of its own, of a base whose embedding is it
@@ -200,6 +202,8 @@ class Plan:
     @property
     def stems(self) -> dict[str, str]:
         """How names of files of weights begin, by the same."""
+        if self.prompts_of_peft and self.donor:
+            return {"": ADAPTER_WEIGHTS.removesuffix(".safetensors")}
         return {prefix: stem_of(config) for prefix, config in self.parts.items()}
 
     @property

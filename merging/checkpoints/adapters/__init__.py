@@ -6,7 +6,7 @@ of nothing but factors.
 """
 
 from mergeline.merging.checkpoints.adapters.bare import compose, composed, is_bare
-from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG
+from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG, is_plain_prompt
 from mergeline.merging.checkpoints.adapters.names import PREFIX
 from mergeline.merging.checkpoints.adapters.peft import ADAPTER_WEIGHTS, adapt, alone, is_adapter, unties
 from mergeline.merging.checkpoints.adapters.pipeline import adapt_pipeline
@@ -27,5 +27,6 @@ __all__ = [
     "is_adapter",
     "is_bare",
     "is_lora_file",
+    "is_plain_prompt",
     "unties",
 ]

@@ -15,10 +15,9 @@ from mergeline.merging.files import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 KINDS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "VERA", "HRA", "TRAINABLE_TOKENS")
-# They add inputs to a model, which no weights do.
-_PROMPTS = (
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
-)  # fmt: skip
+# They add inputs to a model, which no weights do. Of the first, one tensor of rows is all that is saved.
+PLAIN_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+_PROMPTS = (*PLAIN_PROMPTS, "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE")
 # Of LoRA: what changes more than the weights, or in another way.
 _REFUSED = {
     "layer_replication": "layers of the base are repeated",
@@ -121,9 +120,10 @@ def checked_config(path: Path, values: Mapping[str, Any]) -> AdapterConfig:
     if not isinstance(kind, str):
         raise UserError(f"{path}: does not say the peft_type of the adapter; download it again")
     if kind in _PROMPTS:
+        mend = "merge it with others of its type, without the model, or " if kind in PLAIN_PROMPTS else ""
         raise UserError(
             f"{path}: the adapter is of type {kind}, which adds inputs to the model: no weights do that, so it cannot "
-            "be merged; use it with PEFT"
+            f"be merged into one; {mend}use it with PEFT"
         )
     if kind not in KINDS:
         raise UserError(
@@ -137,6 +137,14 @@ def checked_config(path: Path, values: Mapping[str, Any]) -> AdapterConfig:
     if kind == "LORA":
         _check_lora(config)
     return config
+
+
+def is_plain_prompt(folder: Path) -> bool:
+    """Whether a folder is a soft prompt of PEFT, which is merged with others as it is; not of a damaged one."""
+    try:
+        return read_object(folder / ADAPTER_CONFIG).get("peft_type") in PLAIN_PROMPTS
+    except UserError:
+        return False  # whoever opens it says what is wrong
 
 
 def refuse_another_base(base: Checkpoint, config: AdapterConfig) -> None:
