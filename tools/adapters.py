@@ -52,6 +52,22 @@ plan says so. Experts may lie packed or one by one on disk.
 factors stand one after the other (PEFT's `combination_type="cat"`): exact, and the ranks add up. `--rank cat` does the
 same where there is a base. `mergeline merge` needs the base.
 
+## Singular values in the base's own basis (SVFit)
+
+SVFit ([2409.05926](https://arxiv.org/abs/2409.05926)) trains the largest singular values of the base's matrices, and
+leaves their vectors. No official code or format was found: the method is reconstructed from its description, and the
+format is Mergeline's own, in the form of PEFT's folders. `adapter_model.safetensors` holds
+`base_model.model.MODULE.svfit_values` (R,), the trained values in the order of the base's. In `adapter_config.json`
+`peft_type` is `SVFIT`, and `base_digests` has of every MODULE `blake3:` and the BLAKE3 of the bytes of the base's
+tensor, in its dtype: the vectors are not stored, but those of this tensor. Another base is refused. So is one of
+whose leading singular values two are equal (to 1e-8 of the largest), for their vectors are not unique; the sign of a
+pair of vectors does not matter. Each matrix is decomposed whole, in float64 on one core, once for all adapters of a
+base: `plan` counts the memory.
+
+With a base, such an adapter is an expert as any other, and `extract-lora` makes LoRA of merges. Without one, or with
+one that holds the values that training began with, `mergeline merge` merges the vectors of values by any method, in
+the basis that all share (`base_digests` must be the same), and writes such an adapter.
+
 ## Single files of diffusion models
 
 `lora_unet_....lora_down.weight` (sd-scripts, with the layers of SDXL and FLUX as their own code calls them),

@@ -62,6 +62,11 @@ class TensorInfo:
         return self.stop - self.start
 
     @property
+    def computing_bytes(self) -> int:
+        """Memory that reading it takes beside what is read."""
+        return 0
+
+    @property
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 

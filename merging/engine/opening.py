@@ -17,8 +17,8 @@ from mergeline.merging.checkpoints.adapters import (
     compose,
     is_adapter,
     is_bare,
+    is_kept,
     is_lora_file,
-    is_plain_prompt,
     unties,
 )
 from mergeline.merging.checkpoints.carried import left_out
@@ -35,8 +35,9 @@ from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import TiedHead, tied_head, untied, without_tied_head
 from mergeline.merging.checkpoints.vocabulary import GatheredTensor, RowOf, Rows, align
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
+from mergeline.merging.engine.kept_adapters import keep_adapters
 from mergeline.merging.engine.plan import Plan
-from mergeline.merging.engine.prompts import read_prompts, read_prompts_of_peft
+from mergeline.merging.engine.prompts import read_prompts
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.recipes.recipe import Recipe
 
@@ -158,7 +159,7 @@ def _open_companions(plan: Plan) -> None:
 
 def _adapt(plan: Plan) -> None:
     """Let adapters stand for what they add to as they change it: what `onto` says, or the base."""
-    if read_prompts_of_peft(plan):
+    if keep_adapters(plan):
         return
     for name, model in plan.onto.items():
         adapter = plan.checkpoints.get(name)
@@ -279,10 +280,10 @@ def _convert(plan: Plan) -> None:
 
 
 def only_adapters(recipe: Recipe) -> bool:
-    """Whether all experts are folders of adapters, of which some add to weights, and there is no base."""
+    """Whether all experts are folders of adapters, of which some need a base, and there is none."""
     paths = [path if path.is_dir() else path.parent for path in recipe.experts.values()]
     adapters = bool(paths) and all((path / ADAPTER_CONFIG).is_file() for path in paths)
-    return not recipe.base and adapters and not all(map(is_plain_prompt, paths))
+    return not recipe.base and adapters and not all(map(is_kept, paths))
 
 
 def _merge_alone(plan: Plan) -> None:

@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Callable, Iterator, Mapping
 
 from mergeline.merging.algebra.assignment import matched
 from mergeline.merging.architecture import Role, prompt_role
-from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, is_plain_prompt
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergeline.merging.checkpoints.computed import ComputedTensor, Elements
 from mergeline.merging.engine.plan import Plan
 from mergeline.merging.errors import UserError
-from mergeline.merging.files import read_object
 from mergeline.merging.lazy import torch
 from mergeline.merging.recipes.rules import is_merged
 
@@ -50,6 +48,12 @@ class MatchedRows(ComputedTensor):
     def nbytes(self) -> int:
         """What is read for it."""
         return self.source.nbytes + self.reference.nbytes
+
+    @property
+    def computing_bytes(self) -> int:
+        """Memory for the products of all rows of a layer, for both prompts, and for the rows in order."""
+        rows, numbers = self.shape[1], prod(self.shape)
+        return 8 * (3 * rows**2 + 4 * numbers)
 
     @property
     def files(self) -> set[Path]:
@@ -132,29 +136,6 @@ def read_prompts(plan: Plan) -> None:
         )
     plan.base = views.pop("base", None)
     plan.experts = views
-
-
-def read_prompts_of_peft(plan: Plan) -> bool:
-    """Whether all that is merged are soft prompts of PEFT; problems and notes of the plan say where they differ."""
-    known = plan.checkpoints
-    if not known or not all(is_adapter(c) and is_plain_prompt(c.folder) for c in known.values()):
-        return False
-    plan.prompts_of_peft = True
-    configs = {who: read_object(checkpoint.folder / ADAPTER_CONFIG) for who, checkpoint in known.items()}
-    like, *others = configs
-    kind, model = (configs[like].get(key) for key in ("peft_type", "base_model_name_or_path"))
-    for who in others:
-        own_kind, own_model = (configs[who].get(key) for key in ("peft_type", "base_model_name_or_path"))
-        if own_kind != kind:
-            plan.problems.append(
-                f"'{who}' is a prompt of type {own_kind}, '{like}' of {kind}: merge those of one type"
-            )
-        elif own_model != model:
-            plan.warnings.append(
-                f"'{who}' is a prompt for {own_model!r}, '{like}' for {model!r}: it says nothing to another model"
-            )
-    plan.warnings.append("soft prompts of PEFT are merged by position, and stay an adapter")
-    return True
 
 
 def _without_buffers(

@@ -1,12 +1,12 @@
 """Adapters as experts: the base as an adapter changes it, computed block by block as it is read.
 
-`tensor` is a tensor of the base with an update, and `updates` is what kinds of adapters add to it. `config` and `peft`
-read what PEFT writes, `single_file` LoRA of diffusion models, which `pipeline` gives to all components, `bare` files
-of nothing but factors.
+`tensor` is a tensor of the base with an update, and `updates` is what kinds of adapters add to it, `singular_values`
+what SVFit does. `config` and `peft` read what PEFT writes, `single_file` LoRA of diffusion models, which `pipeline`
+gives to all components, `bare` files of nothing but factors.
 """
 
 from mergeline.merging.checkpoints.adapters.bare import compose, composed, is_bare
-from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG, is_plain_prompt
+from mergeline.merging.checkpoints.adapters.config import ADAPTER_CONFIG, is_kept
 from mergeline.merging.checkpoints.adapters.names import PREFIX
 from mergeline.merging.checkpoints.adapters.peft import ADAPTER_WEIGHTS, adapt, alone, is_adapter, unties
 from mergeline.merging.checkpoints.adapters.pipeline import adapt_pipeline
@@ -26,7 +26,7 @@ __all__ = [
     "composed",
     "is_adapter",
     "is_bare",
+    "is_kept",
     "is_lora_file",
-    "is_plain_prompt",
     "unties",
 ]

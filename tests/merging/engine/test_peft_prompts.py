@@ -39,8 +39,7 @@ def recipe_of(folder: Path, **more: Any) -> dict[str, Any]:
 def test_prompts_become_an_adapter_that_peft_opens(kind, tmp_path):
     a, b = (saved(tmp_path / name, kind, seed) for seed, name in enumerate("ab"))
     assert (
-        "soft prompts of PEFT are merged by position, and stay an adapter"
-        in make_plan(recipe_of(tmp_path)).warnings
+        "soft prompts are merged by position, and stay an adapter" in make_plan(recipe_of(tmp_path)).warnings
     )
     merge(recipe_of(tmp_path), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
@@ -70,7 +69,7 @@ def test_what_training_began_with_may_be_the_base(tmp_path):
 def test_prompts_that_do_not_belong_together_are_refused_or_named(tmp_path):
     saved(tmp_path / "a", "PROMPT_TUNING", 0)
     saved(tmp_path / "b", "P_TUNING", 1)
-    with refused("'b' is a prompt of type P_TUNING, 'a' of PROMPT_TUNING: merge those of one type"):
+    with refused("'b' is an adapter of type P_TUNING, 'a' of PROMPT_TUNING: merge those of one type"):
         merge(recipe_of(tmp_path), tmp_path / "out")
     save_any(llama(), tmp_path / "lora", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     mixed = {"method": "average", "experts": {"a": tmp_path / "a", "lora": tmp_path / "lora"}}
@@ -85,7 +84,7 @@ def test_prompts_that_do_not_belong_together_are_refused_or_named(tmp_path):
     saved(tmp_path / "b", "PROMPT_TUNING", 1)
     path = tmp_path / "b" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "org/other"}))
-    said = "'b' is a prompt for 'org/other', 'a' for None: it says nothing to another model"
+    said = "'b' is for 'org/other', 'a' for None: an adapter is of use to one model alone"
     assert said in make_plan(recipe_of(tmp_path)).warnings
     with refused("an adapter adds to a base: name it"):
         extract_lora(recipe_of(tmp_path), tmp_path / "out")
