@@ -50,7 +50,8 @@ plan says so. Experts may lie packed or one by one on disk.
 
 `mergeline extract-lora` of adapters alone, with `average`, `linear` or `task_arithmetic`, makes one adapter whose
 factors stand one after the other (PEFT's `combination_type="cat"`): exact, and the ranks add up. `--rank cat` does the
-same where there is a base. `mergeline merge` needs the base.
+same where there is a base. `mergeline merge` needs the base, but for soft prompts ([prompts.md](prompts.md)) and
+singular values (below), which are merged as they lie.
 
 ## Singular values in the base's own basis (SVFit)
 
@@ -67,6 +68,14 @@ base: `plan` counts the memory.
 With a base, such an adapter is an expert as any other, and `extract-lora` makes LoRA of merges. Without one, or with
 one that holds the values that training began with, `mergeline merge` merges the vectors of values by any method, in
 the basis that all share (`base_digests` must be the same), and writes such an adapter.
+
+## Adapters of components
+
+With a pipeline of diffusers as base, an adapter of PEFT changes the component that its folder is called as (`unet`,
+`transformer`, `text_encoder`, ...); if it is called otherwise, the one whose class its `auto_mapping` names, or else
+the one that it fits. A folder that holds such folders, as trainings of UNet and text encoder together leave, is one
+expert. The rest of the pipeline is as in the base, and the plan says which component is changed. Refused: an adapter
+that fits no component, or several that are alike.
 
 ## Single files of diffusion models
 

@@ -12,9 +12,11 @@ from mergeline.merging.canonical import text_digest
 from mergeline.merging.checkpoints.adapters import (
     ADAPTER_CONFIG,
     adapt,
+    adapt_in_pipeline,
     adapt_pipeline,
     alone,
     compose,
+    holds_adapters,
     is_adapter,
     is_bare,
     is_kept,
@@ -178,7 +180,11 @@ def _adapt(plan: Plan) -> None:
             plan.base = adapted
         else:
             plan.experts[name] = adapted
-    adapters = {n: c for n, c in plan.experts.items() if is_adapter(c) and n not in plan.recipe.onto}
+    adapters = {
+        n: c
+        for n, c in plan.experts.items()
+        if (is_adapter(c) or holds_adapters(c)) and n not in plan.recipe.onto
+    }
     delta = plan.method is not None and plan.method.delta
     if (
         adapters
@@ -195,7 +201,13 @@ def _adapt(plan: Plan) -> None:
         if plan.base is None:
             continue
         try:
-            plan.experts[name], notes = adapt(plan.base, adapter, tied, plan.recipe.packing)
+            in_pipeline = adapt_in_pipeline(plan.base, adapter, plan.recipe.packing)
+            if in_pipeline is None and not is_adapter(adapter):
+                raise UserError(
+                    f"{adapter.path}: holds adapters of {', '.join(component_folders(adapter.path))}: name their "
+                    "pipeline as base, or the folder of one as expert"
+                )
+            plan.experts[name], notes = in_pipeline or adapt(plan.base, adapter, tied, plan.recipe.packing)
             plan.warnings += [f"'{name}': {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from mergeline.merging.checkpoints.checkpoint import Checkpoint
-from mergeline.merging.checkpoints.companions import hub_id, source_of
+from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, hub_id, source_of
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
 
-ADAPTER_CONFIG = "adapter_config.json"
 KINDS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "VERA", "HRA", "SVFIT", "TRAINABLE_TOKENS")
 # They add inputs to a model, which no weights do. Of the first, one tensor of rows is all that is saved.
 _PLAIN_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")

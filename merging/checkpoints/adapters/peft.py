@@ -8,7 +8,6 @@ from typing import Callable, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.architecture import Role
 from mergeline.merging.checkpoints.adapters.config import (
-    ADAPTER_CONFIG,
     AdapterConfig,
     read_adapter_config,
     refuse_another_base,
@@ -33,10 +32,10 @@ from mergeline.merging.checkpoints.adapters.updates import (
     WithMagnitude,
 )
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergeline.merging.checkpoints.tied import TiedHead, shares_embedding
 from mergeline.merging.errors import UserError, did_you_mean
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MOST_TOKENS = 1 << 24
 _Parts = Mapping[str, TensorInfo]
 
