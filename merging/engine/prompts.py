@@ -144,7 +144,7 @@ def _without_buffers(
     """A view of these tensors without what belongs to class names."""
     buffers = [name for name in tensors if name.rpartition(".")[2] in _OF_CLASSES]
     if buffers:
-        plan.warnings.append(f"'{who}': {', '.join(buffers)} belong to its class names, and are left out")
+        plan.warnings.append(f"'{who}': what belongs to its class names is left out: {', '.join(buffers)}")
     kept = {name: info for name, info in tensors.items() if name not in buffers}
     return checkpoint if kept == checkpoint.tensors else checkpoint.view(kept)
 

@@ -13,6 +13,7 @@ from peft_adapters import llama, peft, save_any
 from safetensors.torch import load_file
 
 from mergeline.merging import merge
+from mergeline.merging.compress import compress
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.extract_lora import extract_lora
 from mergeline.merging.verify import verify
@@ -88,6 +89,9 @@ def test_prompts_that_do_not_belong_together_are_refused_or_named(tmp_path):
     assert said in make_plan(recipe_of(tmp_path)).warnings
     with refused("an adapter adds to a base: name it"):
         extract_lora(recipe_of(tmp_path), tmp_path / "out")
+    start = {"method": "tall_mask", "base": tmp_path / "b", "experts": {"a": tmp_path / "a"}}
+    with refused("are merged as they lie, by `mergeline merge`, and become nothing else"):
+        compress(start, tmp_path / "out")
     path.write_text("{")
     with refused("adapter_config.json"):
         merge(recipe_of(tmp_path), tmp_path / "out")

@@ -184,7 +184,7 @@ def test_numbers_that_are_none_are_refused_by_the_name_of_the_prompt(folder):
 def test_text_prompts_are_merged_by_position_without_what_belongs_to_class_names(folder):
     experts = {"a": coop(1, classes=3), "b": coop(2, classes=7)}
     plan = make_plan(recipe_of(folder, experts))
-    said = "'b': token_prefix, token_suffix belong to its class names, and are left out"
+    said = "'b': what belongs to its class names is left out: token_prefix, token_suffix"
     assert not plan.problems and said in plan.warnings
     assert equal(merged(folder, experts), {"ctx": (experts["a"]["ctx"] + experts["b"]["ctx"]) / 2})
 
