@@ -40,9 +40,7 @@ class Role(StrEnum):
     POSITION = "position, relative position or segment embedding"
     TOKEN = "learned token"
     PROMPT = "soft prompt by position"
-    UNORDERED_PROMPT = (
-        "soft prompt without order"  # put beside image patches that have their positions already
-    )
+    UNORDERED_PROMPT = "soft prompt without order"  # beside image patches that have positions already
     CLASSIFIER = "classifier"
     PROJECTION = "projection between towers"
     NORM = "norm"  # its scale and its shift

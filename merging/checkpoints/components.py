@@ -1,8 +1,8 @@
-"""Folders of several checkpoints: pipelines of diffusers, models of sentence-transformers with weights in modules, and
-adapters of several components.
+"""Folders of several checkpoints: pipelines, models with weights in modules, adapters of several components.
 
-A component lies in a sub-folder, whose name stands before those of its tensors: `unet/conv_in.weight`. Tensors of the
-folder itself have their own names.
+Pipelines are those of diffusers, modules those of sentence-transformers, adapters those of PEFT. A component lies in
+a sub-folder, whose name stands before those of its tensors: `unet/conv_in.weight`. Tensors of the folder itself have
+their own names.
 """
 
 from __future__ import annotations

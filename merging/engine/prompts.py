@@ -213,7 +213,8 @@ def _of_classes(
 
 
 def _shared(plan: Plan, roles: Roles, role: Role, own: Checkpoint, reference: Checkpoint) -> Iterator[str]:
-    """The prompts of a kind that two checkpoints have, and that are merged."""
+    """The prompts of a kind that two checkpoints have, and that are merged or averaged."""
+    averaged = plan.recipe.excluded == "average"
     for name in sorted(own.tensors.keys() & reference.tensors.keys()):
-        if roles.get(name) is role and is_merged(plan.recipe, name):
+        if roles.get(name) is role and (averaged or is_merged(plan.recipe, name)):
             yield name

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Mapping, NamedTuple
 
-from mergeline.merging.checkpoints.adapters.config import read_adapter_config
+from mergeline.merging.checkpoints.adapters.config import (
+    AdapterConfig,
+    read_adapter_config,
+    refuse_another_base,
+)
 from mergeline.merging.checkpoints.adapters.packed import Packing
 from mergeline.merging.checkpoints.adapters.peft import adapt, unties
 from mergeline.merging.checkpoints.adapters.single_file import adapt_component, components_in
@@ -76,17 +80,23 @@ def adapt_in_pipeline(base: Checkpoint, expert: Checkpoint, packing: Packing) ->
                 f"{adapter.path}: is an adapter of {folder}, and the base has {', '.join(components)}; name the base "
                 "that it was trained on"
             )
-        name, found, said = _fitting(components, folder, adapter, packing)
+        config = read_adapter_config(adapter.folder)
+        refuse_another_base(base, config)
+        name, found, said = _fitting(components, folder, adapter, config, packing)
         tensors |= _changed(name, components[name], found)
         notes += [f"the adapter {folder} changes {name}", *said]
     return AdaptedPipeline(expert.view(tensors), notes)
 
 
 def _fitting(
-    components: Mapping[str, Checkpoint], folder: str, adapter: Checkpoint, packing: Packing
+    components: Mapping[str, Checkpoint],
+    folder: str,
+    adapter: Checkpoint,
+    config: AdapterConfig,
+    packing: Packing,
 ) -> tuple[str, Checkpoint, list[str]]:
     """The component that an adapter is for, what it makes of it, and what is to be said."""
-    mapping = read_adapter_config(adapter.folder).values.get("auto_mapping")
+    mapping = config.values.get("auto_mapping")
     kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     named = [folder] if folder in components else []
     of_kind = [name for name, component in components.items() if kind in _classes(component)]

@@ -13,13 +13,12 @@ Shape suffixes: M rows and N columns (all dimensions but the first) of the base'
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergeline.merging.checkpoints.checkpoint import TensorInfo, hasher
+from mergeline.merging.checkpoints.checkpoint import Files, TensorInfo, hasher
 from mergeline.merging.checkpoints.computed import Elements
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
@@ -27,16 +26,31 @@ from mergeline.merging.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LEAST_GAP = (
-    1e-8  # of two singular values over the largest, below which vectors are known to less than float32
-)
+_LEAST_GAP = 1e-8  # of two values over the largest, below which vectors are known to less than float32
 _BUFFERS = 6  # float64 matrices of the base's size, while it is decomposed
-_MOST_BASES = 16  # that are kept for the other adapters of the same base
 
-_Basis = tuple["Tensor", "Tensor", "Tensor"]  # U (M, R), s (R,), V^T (R, N)
-_bases: OrderedDict[tuple[str, int], _Basis] = (
-    OrderedDict()
-)  # by digests, which name what was decomposed, and R
+_Basis = tuple["Tensor", "Tensor", "Tensor"]
+
+
+class _Last(threading.local):
+    """What a thread decomposed last, which the other adapters of this base need next.
+
+    key: the digest and the shape of what was decomposed.
+    """
+
+    key: tuple[str, tuple[int, ...]] | None = None
+    basis: _Basis | None = None
+
+    def holds(self, key: tuple[str, tuple[int, ...]], count: int) -> bool:
+        """Whether the vectors of so many values are there."""
+        return self.basis is not None and self.key == key and len(self.basis[2]) >= count
+
+    def forget(self) -> None:
+        self.key = self.basis = None
+
+
+_LAST = _Last()
+Files.on_close.append(_LAST.forget)
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,16 @@ class SingularValues:
     def factors(self, elements: Elements) -> tuple[Tensor, Tensor]:
         """(M, R) and (R, N) (raises UserError for another base, or one whose singular vectors are not unique)."""
         count = prod(self.values.shape)
-        u_MR, s_R, v_RN = self._basis(elements, count)
-        return u_MR * (elements(self.values, 0, count).double() - s_R), v_RN
+        u_MK, s_L, v_KN = self._basis(elements, count)
+        self._refuse_equal(s_L, count)
+        values_R = elements(self.values, 0, count).double()
+        left_MR = u_MK[:, :count] * (values_R - s_L[:count])
+        return left_MR.contiguous(), v_KN[:count]  # bits of a product depend on how its factors lie
 
     def _basis(self, elements: Elements, count: int) -> _Basis:
-        """U (M, R), s (R,) and V^T (R, N) of the base, float64."""
-        known = _bases.get((self.digest, count)) if self._is_base.is_set() else None
-        if known is None:
+        """U (M, K), s (L,) and V^T (K, N) of the base, float64: all values, the vectors of at least `count` of them."""
+        key = self.digest, self.base.shape
+        if not (self._is_base.is_set() and _LAST.holds(key, count)):
             base = self.base.read(elements, 0, prod(self.base.shape))
             if f"blake3:{_hash_of(base)}" != self.digest:
                 raise UserError(
@@ -94,18 +111,18 @@ class SingularValues:
                     "(base_digests); name the base that it was trained on, in the same dtype"
                 )
             self._is_base.set()
-            known = _bases.get((self.digest, count)) or self._decomposed(base, count)
-            _bases[self.digest, count] = known
-            while len(_bases) > _MOST_BASES:
-                _bases.popitem(last=False)
-        return known
+            if not _LAST.holds(key, count):
+                base_MN = base.double().reshape(self.base.shape[0], -1)
+                if not base_MN.isfinite().all():
+                    raise UserError(f"'base': tensor '{self.base.name}' holds NaN or Inf; repair it")
+                u_ML, s_L, v_LN = torch.linalg.svd(base_MN, full_matrices=False)
+                _LAST.key, _LAST.basis = key, (u_ML[:, :count].contiguous(), s_L, v_LN[:count].clone())
+        assert _LAST.basis is not None, "it is there now"
+        return _LAST.basis
 
-    def _decomposed(self, base: Tensor, count: int) -> _Basis:
-        base_MN = base.double().reshape(self.base.shape[0], -1)
-        if not base_MN.isfinite().all():
-            raise UserError(f"'base': tensor '{self.base.name}' holds NaN or Inf; repair it")
-        u_ML, s_L, v_LN = torch.linalg.svd(base_MN, full_matrices=False)
-        gaps = s_L[:count][: len(s_L) - 1] - s_L[1 : count + 1]
+    def _refuse_equal(self, s_L: Tensor, count: int) -> None:
+        """Raises UserError where vectors of two singular values may be any that span the same plane."""
+        gaps = s_L[:-1][:count] - s_L[1 : count + 1]
         close = (gaps <= _LEAST_GAP * s_L[0]).nonzero()
         if len(close):
             i = int(close[0])
@@ -114,7 +131,6 @@ class SingularValues:
                 f"({float(s_L[i]):.6g}), so that values in their places belong to no certain vectors; merge the "
                 "adapter into its base with the program that trained it"
             )
-        return u_ML[:, :count].contiguous(), s_L[:count].clone(), v_LN[:count].contiguous()
 
 
 def _hash_of(tensor: Tensor) -> str:

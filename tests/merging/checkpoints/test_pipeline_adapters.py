@@ -231,6 +231,20 @@ def test_of_components_that_are_alike_the_folder_says_which(made, tmp_path):
     assert torch.equal(first[name], load_file(made / "text_encoder" / "model.safetensors")[name])
 
 
+def test_an_adapter_that_names_another_pipeline_is_refused(made, tmp_path):
+    save_peft(tmp_path / "unet", "unet")
+    shutil.copytree(made, tmp_path / "base")
+    (tmp_path / "base" / "provenance.json").write_text('{"source": "hf://org/pipe"}')
+    recipe = {"method": "average", "base": tmp_path / "base", "experts": {"a": tmp_path / "unet"}}
+    config = tmp_path / "unet" / "adapter_config.json"
+    said = json.loads(config.read_text())
+    for named, problems in (("org/pipe", 0), (None, 0), ("org/other", 1)):
+        config.write_text(json.dumps({**said, "base_model_name_or_path": named}))
+        assert len(make_plan(recipe).problems) == problems
+    with refused("the adapter was trained on 'org/other', the base is 'org/pipe'"):
+        merge(recipe, tmp_path / "out")
+
+
 def test_adapters_that_fit_no_component_are_refused_in_one_line(made, tmp_path):
     save_peft(tmp_path / "unet", "unet")
     recipe = {"method": "average", "base": made, "experts": {"a": tmp_path / "unet"}}

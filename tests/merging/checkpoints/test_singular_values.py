@@ -168,6 +168,20 @@ def test_vectors_of_different_bases_are_not_merged(tmp_path):
     assert torch.allclose(found[weight].double(), sum(each) / 2, atol=1e-5)
 
 
+def test_adapters_of_different_ranks_share_a_base(tmp_path):
+    base, weight = base_state(), "layers.0.q_proj.weight"
+    sizes = {"a": 1, "b": 4, "c": 2}
+    experts = {
+        n: save_svfit(tmp_path / n, base, vectors(i, rank)) for i, (n, rank) in enumerate(sizes.items())
+    }
+    recipe = {"method": "average", "base": save_base(tmp_path / "base", base), "experts": experts}
+    found = merged(recipe, tmp_path / "out")[weight]
+    each = [
+        by_hand(base[weight], vectors(i, rank)["layers.0.q_proj"]) for i, rank in enumerate(sizes.values())
+    ]
+    assert torch.allclose(found.double(), sum(each) / 3, atol=1e-6)
+
+
 @pytest.mark.parametrize("lengths", [(3.0, 3.0, 1.0, 0.5), (3.0, 2.0, 1.0, 1.0), (0.0, 0.0, 0.0, 0.0)])
 def test_values_of_equal_size_have_no_certain_vectors_and_are_refused(tmp_path, lengths):
     left, right = (torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0] for _ in range(2))
