@@ -13,6 +13,7 @@ from typing import Any, Callable
 import pytest
 import torch
 from checkpoints import refused
+from model_zoo import build
 from pipelines import stable_diffusion
 from safetensors.torch import load_file, save_file
 
@@ -229,6 +230,25 @@ def test_of_components_that_are_alike_the_folder_says_which(made, tmp_path):
     name = "encoder.layers.0.self_attn.q_proj.weight"
     assert torch.allclose(second[name], expected[name], atol=1e-6)
     assert torch.equal(first[name], load_file(made / "text_encoder" / "model.safetensors")[name])
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3"])
+def test_an_adapter_of_a_transformer_changes_it(tmp_path, kind):
+    peft = pytest.importorskip("peft")
+    base, model = tmp_path / "base", build(kind)
+    model.save_pretrained(base / "transformer")
+    (base / "model_index.json").write_text('{"transformer": ["diffusers", "X"]}')
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=["to_q", "to_out.0"]))
+    with torch.no_grad():
+        for value in (value for value in adapted.parameters() if value.requires_grad):
+            value.copy_(torch.randn_like(value) * 0.3)
+    adapted.save_pretrained(tmp_path / "lora")
+    merge({"method": "average", "base": base, "experts": {"a": tmp_path / "lora"}}, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
+    expected = adapted.merge_and_unload().state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], value, rtol=1e-6, atol=1e-6) for name, value in expected.items())
 
 
 def test_an_adapter_that_names_another_pipeline_is_refused(made, tmp_path):
