@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mergeline.merging import merge
 from mergeline.merging.engine.planning import make_plan
+from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.extract_lora import extract_lora
 from mergeline.merging.verify import verify
 
@@ -235,3 +236,23 @@ def test_memory_for_the_decomposition_is_counted(tmp_path):
     recipe = {"method": "average", "base": save_base(tmp_path / "base", base)}
     adapted, full = (make_plan({**recipe, "experts": {n: tmp_path / n}}).peak_bytes for n in ("a", "full"))
     assert adapted - full == 6 * 8 * 300 * 200
+
+
+def test_any_pieces_of_any_adapter_give_the_same_bits(tmp_path):
+    """Adapters of more and fewer values are read in turns, so that what the thread keeps is not always the same."""
+    torch.manual_seed(0)
+    name, base = "layers.0.q_proj", {"layers.0.q_proj.weight": torch.randn(400, 300)}
+    sizes = {"a": 7, "b": 40}
+    experts = {n: save_svfit(tmp_path / n, base, {name: torch.rand(rank)}) for n, rank in sizes.items()}
+    recipe = {"method": "average", "base": save_base(tmp_path / "base", base), "experts": experts}
+    plan = make_plan(recipe)
+    plan.check()
+    with FileInputs(plan) as source:
+        length, entry = 400 * 300, f"{name}.weight"
+        alone = source.stored("a", entry, 0, length)
+        for step in (97_000, 31_111, 60_000):
+            pieces = []
+            for start in range(0, length, step):
+                source.stored("b", entry, start, min(start + step, length))
+                pieces.append(source.stored("a", entry, start, min(start + step, length)))
+            assert torch.equal(torch.cat(pieces), alone)
