@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping, Sequence, get_args
 
-from mergeline.merging.algebra import expert_groups, linear
+from mergeline.merging.algebra import assignment, expert_groups, linear
 from mergeline.merging.algebra.expert_groups import Groups
 from mergeline.merging.architecture.mixtures import CHOSEN, COUNTS, GROUPS, Mixture, Place, mixtures
 from mergeline.merging.canonical import canonical_json
@@ -455,7 +455,7 @@ def _merged(layout: _Layout, mixture: Mixture, group: _Group, source: FileInputs
             continue
         found = of(expert)
         if settings.align:
-            order_I = expert_groups.matched(_by_unit(leader), _by_unit(found)).to(source.device)
+            order_I = assignment.matched(_by_unit(leader), _by_unit(found)).to(source.device)
             found = {part: m[:, order_I] if part == "down" else m[order_I] for part, m in found.items()}
         for part, matrix_MN in found.items():
             sums[part].add_(matrix_MN, alpha=weight)

@@ -55,7 +55,32 @@ name it in `heads` ([classifiers.md](classifiers.md)). The trunk has the names t
 
 `mergeline extract-lora` of adapters alone, with `average`, `linear` or `task_arithmetic`, makes one adapter whose
 factors stand one after the other (PEFT's `combination_type="cat"`): exact, and the ranks add up. `--rank cat` does the
-same where there is a base. `mergeline merge` needs the base.
+same where there is a base. `mergeline merge` needs the base, but for soft prompts ([prompts.md](prompts.md)) and
+singular values (below), which are merged as they lie.
+
+## Singular values in the base's own basis (SVFit)
+
+SVFit ([2409.05926](https://arxiv.org/abs/2409.05926)) trains the largest singular values of the base's matrices, and
+leaves their vectors. No official code or format was found: the method is reconstructed from its description, and the
+format is Mergeline's own, in the form of PEFT's folders. `adapter_model.safetensors` holds
+`base_model.model.MODULE.svfit_values` (R,), the trained values in the order of the base's. In `adapter_config.json`
+`peft_type` is `SVFIT`, and `base_digests` has of every MODULE `blake3:` and the BLAKE3 of the bytes of the base's
+tensor, in its dtype: the vectors are not stored, but those of this tensor. Another base is refused. So is one of
+whose leading singular values two are equal (to 1e-8 of the largest), for their vectors are not unique; the sign of a
+pair of vectors does not matter. Each matrix is decomposed whole, in float64 on one core, once for all adapters of a
+base: `plan` counts the memory.
+
+With a base, such an adapter is an expert as any other, and `extract-lora` makes LoRA of merges. Without one, or with
+one that holds the values that training began with, `mergeline merge` merges the vectors of values by any method, in
+the basis that all share (`base_digests` must be the same), and writes such an adapter.
+
+## Adapters of components
+
+With a pipeline of diffusers as base, an adapter of PEFT changes the component that its folder is called as (`unet`,
+`transformer`, `text_encoder`, ...); if it is called otherwise, the one whose class its `auto_mapping` names, or else
+the one that it fits. A folder that holds such folders, as trainings of UNet and text encoder together leave, is one
+expert. The rest of the pipeline is as in the base, and the plan says which component is changed. Refused: an adapter
+that fits no component, or several that are alike.
 
 ## Single files of diffusion models
 

@@ -401,6 +401,11 @@ def _recipe(command: argparse.ArgumentParser) -> None:
         help="how LoRA of packed experts lies in its file (default: peft)",
     )
     command.add_argument(
+        "--prompt-rows",
+        choices=["matched", "as_stored"],
+        help="how rows of soft prompts that have no order are put beside one another (default: matched)",
+    )
+    command.add_argument(
         "--donor", metavar="NAME", help="whose configuration and tokenizer are carried (default: base)"
     )
     command.add_argument(

@@ -335,6 +335,7 @@ def _recipe(args: argparse.Namespace, bring: Callable[[str], Path]) -> Recipe:
         "vocabulary": args.vocabulary,
         "layout": args.layout,
         "packing": args.packing,
+        "prompt_rows": args.prompt_rows,
         "allow_locked": args.allow_locked or None,
         "requantise": args.requantise or None,
         "methods": [*written.get("methods", []), *args.methods] if args.methods else None,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Iterable, Sequence
 import numpy as np
 
 from mergeline.merging.algebra.decompositions import leading
-from mergeline.merging.lazy import torch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,19 +117,6 @@ def shares(usage_E: Sequence[float]) -> list[float]:
     """The usage of the members of a group as weights that add up to 1: equal ones where none was used."""
     total = float(sum(usage_E))
     return [u / total if total > 0 else 1 / len(usage_E) for u in usage_E]
-
-
-def matched(reference: Sequence[Tensor], expert: Sequence[Tensor]) -> Tensor:
-    """The order of an expert's hidden units that is most like those of another, (I,): `expert[...][order]`.
-
-    reference, expert: matrices with a row (I, ...) for each hidden unit: gate and up as they are, down transposed. The
-    sum of the products of matched rows is as large as it can be.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    products_II = sum(a_IN @ b_IN.T for a_IN, b_IN in zip(reference, expert))
-    assert isinstance(products_II, torch.Tensor)
-    return torch.from_numpy(linear_sum_assignment(products_II.cpu().numpy(), maximize=True)[1])
 
 
 def projected(average_MN: Tensor, gram_MM: Tensor, rank: int) -> Tensor:

@@ -8,7 +8,7 @@ from mergeline.merging.architecture import describe
 
 from mergeline.merging.architecture.model import Model, describe, describe_all, layer_counts, layer_of
 from mergeline.merging.architecture.renames import InMemory, disk_name, in_memory, memory_name, on_disk
-from mergeline.merging.architecture.rows import Pattern, Row, register
+from mergeline.merging.architecture.rows import Pattern, Row, prompt_role, register
 from mergeline.merging.architecture.tensors import (
     CLASSIFIERS,
     RUNNING_STATISTICS,
@@ -40,9 +40,9 @@ __all__ = [
     "is_matrix",
     "kind_of",
     "layer_counts",
-    "in_memory",
     "layer_of",
     "memory_name",
     "on_disk",
+    "prompt_role",
     "register",
 ]

@@ -26,7 +26,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Iterator, Mapping
+from typing import Any, Iterator, Mapping, Sequence
 
 from mergeline.merging.architecture.tensors import Role, kind_of
 
@@ -35,6 +35,8 @@ _DIMENSIONS: dict[Role, range] = {
     Role.POSITION: _ANY,
     Role.CONSTANT: _ANY,
     Role.TOKEN: _ANY,
+    Role.PROMPT: range(2, 4),
+    Role.UNORDERED_PROMPT: range(3, 4),
     Role.SCALE: _ANY,
     Role.NORM: range(1, 2),
     Role.PATCH_EMBEDDING: range(2, 6),
@@ -126,7 +128,14 @@ _DEFAULT_EXPERTS = (
 _ATTENTION = r"\w*attn\d?|\w*[aA]ttention|attn_?pool"
 _OUTSIDE = r"^(?:[a-z_]+\.)*"  # no number before: outside of the layers
 
+# CoOp, CoCoOp, VPT and UPT by the names of MVLPT's trainers, VPT by those of Jia et al. (2022), PEFT's prompts.
+PROMPTS: tuple[Pattern, ...] = (
+    Pattern(r"vpt_embeddings(?:_deep)?|(?:deep_)?prompt_embeddings", Role.UNORDERED_PROMPT),
+    Pattern(r"ctx|cocoop_ctx|prompt_embeddings", Role.PROMPT),
+)
+
 COMMON: tuple[Pattern, ...] = (
+    *PROMPTS,
     Pattern(r"\w*(?:norm|Norm)\w*|ln(?:_\w+)?|\w+_ln|bn\d*|\d+", Role.NORM),
     # What stands before the layers
     Pattern(
@@ -404,6 +413,11 @@ ROWS: list[Row] = [
     ),
     Row("dit", telling=(r"^transformer_blocks\.\d+\.attn1?\.to_q\.weight$",)),
 ]  # fmt: skip
+
+
+def prompt_role(name: str, shape: Sequence[int]) -> Role | None:
+    """What kind of soft prompt a tensor is; None of others."""
+    return next((p.role for p in PROMPTS if p.start(name, len(shape)) is not None), None)
 
 
 def register(row: Row) -> None:

@@ -39,6 +39,8 @@ class Role(StrEnum):
     HEAD = "output by token"
     POSITION = "position, relative position or segment embedding"
     TOKEN = "learned token"
+    PROMPT = "soft prompt by position"
+    UNORDERED_PROMPT = "soft prompt without order"  # beside image patches that have positions already
     CLASSIFIER = "classifier"
     PROJECTION = "projection between towers"
     NORM = "norm"  # its scale and its shift

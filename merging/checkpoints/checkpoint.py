@@ -62,6 +62,11 @@ class TensorInfo:
         return self.stop - self.start
 
     @property
+    def computing_bytes(self) -> int:
+        """Memory that reading it takes beside what is read."""
+        return 0
+
+    @property
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
@@ -355,13 +360,13 @@ def is_pickle(path: Path) -> bool:
         return False
     if path.is_dir():
         return not any(path.glob("*.safetensors")) and any(
-            f.suffix in PICKLE_SUFFIXES for f in path.iterdir()
+            f.name.endswith(PICKLE_SUFFIXES) for f in path.iterdir()
         )
     with open_regular(path) as file:
         start = file.read(9)
     # The first eight bytes of safetensors, a length, may look like a pickle; the "{" after them does not.
     begins = start.startswith((b"\x80\x02", b"\x80\x04", b"PK\x03\x04")) and start[8:] != b"{"
-    return begins or path.suffix in PICKLE_SUFFIXES
+    return begins or path.name.endswith(PICKLE_SUFFIXES)
 
 
 def refuse_pickle(path: Path) -> None:

@@ -14,12 +14,13 @@ INDEX = "model.safetensors.index.json"
 # How names of files of weights begin, with `.safetensors` after them, or that and `.index.json`: of transformers, and
 # of diffusers.
 STEMS = ("model", "diffusion_pytorch_model")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 CONFIG = "config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 TOKENIZER = "tokenizer.json"
 # What describes the weights and lies beside them.
 CONFIG_FILES = (
-    CONFIG, "generation_config.json", "adapter_config.json", "preprocessor_config.json",
+    CONFIG, "generation_config.json", ADAPTER_CONFIG, "preprocessor_config.json",
     "open_clip_config.json", TOKENIZER, "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "source.spm", "target.spm", "chat_template.json", "chat_template.jinja",

@@ -1,21 +1,24 @@
-"""Folders of several checkpoints: pipelines of diffusers, and models of sentence-transformers with weights in modules.
+"""Folders of several checkpoints: pipelines, models with weights in modules, adapters of several components.
 
-A component lies in a sub-folder, whose name stands before those of its tensors: `unet/conv_in.weight`. Tensors of the
-folder itself have their own names.
+Pipelines are those of diffusers, modules those of sentence-transformers, adapters those of PEFT. A component lies in
+a sub-folder, whose name stands before those of its tensors: `unet/conv_in.weight`. Tensors of the folder itself have
+their own names.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Iterable
 
-from mergeline.merging.checkpoints.companions import CONFIG, PICKLE_SUFFIXES
+from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, CONFIG, PICKLE_SUFFIXES
 from mergeline.merging.checkpoints.modules import read_modules
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
 from mergeline.merging.reading import safe_name
 
 PIPELINE = "model_index.json"
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder|image_encoder|prior|vae)(_\d)?")
 _OF_OTHERS = (".onnx", ".msgpack", ".h5", ".xml", ".gguf")  # weights, as of ONNX, Flax and OpenVINO
 
 
@@ -26,7 +29,8 @@ def component_folders(folder: Path) -> list[str]:
         UserError: what lists them is damaged or names a folder elsewhere; weights are there as a pickle alone.
     """
     modules = [m.folder for m in read_modules(folder) if m.folder and m.is_known]
-    return sorted({name for name in [*parts_of_pipeline(folder), *modules] if _has_weights(folder, name)})
+    named = [*parts_of_pipeline(folder), *modules, *adapters_in(folder)]
+    return sorted({name for name in named if _has_weights(folder, name)})
 
 
 def parts_of_pipeline(folder: Path) -> list[str]:
@@ -36,6 +40,18 @@ def parts_of_pipeline(folder: Path) -> list[str]:
         UserError: it is no JSON object, or names a folder elsewhere.
     """
     return [name for name in listed_parts(folder / PIPELINE) if (folder / name).is_dir()]
+
+
+def adapters_in(folder: Path) -> list[str]:
+    """The sub-folders, called as components of diffusers, in which PEFT saved adapters; where no model is around them.
+
+    Raises:
+        UserError: a link leads out of the folder.
+    """
+    if any((folder / name).exists() for name in (PIPELINE, CONFIG, ADAPTER_CONFIG)):
+        return []
+    found = sorted(file.parent.name for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return [name for name in found if _COMPONENT.fullmatch(name) and safe_name(folder, name, folder).is_dir()]
 
 
 def listed_parts(file: Path, shown: str | None = None) -> list[str]:

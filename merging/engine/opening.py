@@ -12,11 +12,14 @@ from mergeline.merging.canonical import text_digest
 from mergeline.merging.checkpoints.adapters import (
     ADAPTER_CONFIG,
     adapt,
+    adapt_in_pipeline,
     adapt_pipeline,
     alone,
     compose,
+    holds_adapters,
     is_adapter,
     is_bare,
+    is_kept,
     is_lora_file,
     unties,
 )
@@ -34,7 +37,9 @@ from mergeline.merging.checkpoints.task_adapters import read_task_adapter
 from mergeline.merging.checkpoints.tied import TiedHead, tied_head, untied, without_tied_head
 from mergeline.merging.checkpoints.vocabulary import GatheredTensor, RowOf, Rows, align
 from mergeline.merging.engine.inputs import Stamp, files_of, stamps
+from mergeline.merging.engine.kept_adapters import keep_adapters
 from mergeline.merging.engine.plan import Plan
+from mergeline.merging.engine.prompts import read_prompts
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.recipes.recipe import Recipe
 
@@ -122,6 +127,7 @@ def open_inputs(plan: Plan, headers: Headers) -> None:
             plan.problems.append(f"onto: {name}: {error}")
     _adapt(plan)
     if not plan.problems:
+        read_prompts(plan)
         _fit_components(plan)
         _convert(plan)
     plan.read_as = plan.warnings[said:]
@@ -155,6 +161,8 @@ def _open_companions(plan: Plan) -> None:
 
 def _adapt(plan: Plan) -> None:
     """Let adapters stand for what they add to as they change it: what `onto` says, or the base."""
+    if keep_adapters(plan):
+        return
     for name, model in plan.onto.items():
         adapter = plan.checkpoints.get(name)
         if adapter is None:
@@ -172,7 +180,11 @@ def _adapt(plan: Plan) -> None:
             plan.base = adapted
         else:
             plan.experts[name] = adapted
-    adapters = {n: c for n, c in plan.experts.items() if is_adapter(c) and n not in plan.recipe.onto}
+    adapters = {
+        n: c
+        for n, c in plan.experts.items()
+        if (is_adapter(c) or holds_adapters(c)) and n not in plan.recipe.onto
+    }
     delta = plan.method is not None and plan.method.delta
     if (
         adapters
@@ -189,7 +201,13 @@ def _adapt(plan: Plan) -> None:
         if plan.base is None:
             continue
         try:
-            plan.experts[name], notes = adapt(plan.base, adapter, tied, plan.recipe.packing)
+            in_pipeline = adapt_in_pipeline(plan.base, adapter, plan.recipe.packing)
+            if in_pipeline is None and not is_adapter(adapter):
+                raise UserError(
+                    f"{adapter.path}: holds adapters of {', '.join(component_folders(adapter.path))}: name their "
+                    "pipeline as base, or the folder of one as expert"
+                )
+            plan.experts[name], notes = in_pipeline or adapt(plan.base, adapter, tied, plan.recipe.packing)
             plan.warnings += [f"'{name}': {note}" for note in notes]
         except UserError as error:
             plan.problems.append(f"{name}: {error}")
@@ -274,9 +292,10 @@ def _convert(plan: Plan) -> None:
 
 
 def only_adapters(recipe: Recipe) -> bool:
-    """Whether all experts are folders of adapters, and there is no base."""
+    """Whether all experts are folders of adapters, of which some need a base, and there is none."""
     paths = [path if path.is_dir() else path.parent for path in recipe.experts.values()]
-    return not recipe.base and bool(paths) and all((path / ADAPTER_CONFIG).is_file() for path in paths)
+    adapters = bool(paths) and all((path / ADAPTER_CONFIG).is_file() for path in paths)
+    return not recipe.base and adapters and not all(map(is_kept, paths))
 
 
 def _merge_alone(plan: Plan) -> None:

@@ -96,6 +96,11 @@ def _refuse_companions(plan: Plan, out: Path, kind: Kind) -> None:
         )
     if plan.recipe.requantise and kind != "merge":
         raise UserError(f"requantise is for a merge, and {out} becomes none; leave it out")
+    if plan.keeps_adapters and kind != "merge":
+        raise UserError(
+            f"{out}: soft prompts and singular values of adapters are merged as they lie, by `mergeline merge`, and "
+            "become nothing else"
+        )
     if plan.adapter_only and kind != "adapter":
         raise UserError(
             f"{out}: adapters without a base become one adapter, by `mergeline extract-lora`; or name the base"

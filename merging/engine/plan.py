@@ -11,6 +11,7 @@ from typing import Any, Callable, Iterator, Literal
 from mergeline.merging.algebra.slots import MASK_BYTES, Unit, View, block_elements
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import Model
+from mergeline.merging.checkpoints.adapters import ADAPTER_WEIGHTS
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergeline.merging.checkpoints.companions import stem_of
 from mergeline.merging.checkpoints.components import configurations
@@ -121,11 +122,15 @@ class Entry:
     @property
     def peak_bytes(self) -> int:
         """Memory that merging it takes, without the imports."""
+        return self._merging_bytes + max((info.computing_bytes for info in self.inputs), default=0)
+
+    @property
+    def _merging_bytes(self) -> int:
         if (
             self.form is not None
         ):  # as it is without, and float32 copies of the rows that are rounded together
             rows = 8 * 4 * min(rows_together(self.form) * (1, *self.spec.shape)[-1], prod(self.spec.shape))
-            return replace(self, form=None).peak_bytes + with_kept(rows)
+            return replace(self, form=None)._merging_bytes + with_kept(rows)
         count, elements = len(self.sources), prod(self.spec.shape)
         if self.bound is None:
             return 4 * block_elements(1) * 8
@@ -166,6 +171,7 @@ class Plan:
     alignment: Alignment | None = None  # of vocabularies that differ
     stack: Stack | None = None  # of ranges of layers
     adapter_only: bool = False  # of adapters without a base, which can become nothing else
+    keeps_adapters: bool = False  # of adapters that are merged as they lie, and stay an adapter
     # what becomes of config.json where another kind, or size, of model is written
     configured: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     untied: str | None = None  # an output matrix of its own, of a base whose embedding is it
@@ -200,6 +206,8 @@ class Plan:
     @property
     def stems(self) -> dict[str, str]:
         """How names of files of weights begin, by the same."""
+        if self.keeps_adapters and self.donor:
+            return {"": ADAPTER_WEIGHTS.removesuffix(".safetensors")}
         return {prefix: stem_of(config) for prefix, config in self.parts.items()}
 
     @property

@@ -278,6 +278,9 @@ class Recipe(BaseModel):
     `packing` says how LoRA's factors of packed experts lie in adapters, which their files do not say
     (`merging.checkpoints.adapters.packed`).
 
+    `prompt_rows` says whether rows of soft prompts that have no order are matched to those of the base, or of the first
+    expert, or merged by the places where they lie (`merging.engine.prompts`).
+
     `allow_locked` merges experts that are locked against it (`merging.engine.mergelock`), as their owner must permit.
 
     `requantise` writes what is quantised in the base in the base's own format, where that is a plain rounding.
@@ -308,6 +311,7 @@ class Recipe(BaseModel):
     donor: str | None = None
     vocabulary: Literal["donor", "union"] = "donor"  # whose tokens the merge has, where vocabularies differ
     packing: Literal["peft", "unsloth"] = "peft"  # how LoRA's factors of packed experts lie
+    prompt_rows: Literal["matched", "as_stored"] = "matched"  # of soft prompts without order
     tokens: dict[str, TokenRow] = {}
     pad_to_multiple_of: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     missing_tokens: str = "first"
@@ -324,6 +328,7 @@ class Recipe(BaseModel):
     def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         late = {
             "packing": "peft",
+            "prompt_rows": "matched",
             "allow_locked": False,
             "requantise": False,
             "keep": {},
@@ -403,6 +408,7 @@ class Recipe(BaseModel):
             "donor",
             "vocabulary",
             "packing",
+            "prompt_rows",
             "tokens",
             "pad_to_multiple_of",
             "missing_tokens",

@@ -16,6 +16,7 @@ PAGES = [
     "docs/add-a-method.md",
     "docs/formats.md",
     "docs/moe.md",
+    "docs/prompts.md",
 ]
 _FOLDERS = "merging|evaluation|tasks|flows|mergeline|tests|tools|docs|samples|examples|benchmarks"
 _PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*")

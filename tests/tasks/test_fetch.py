@@ -263,13 +263,14 @@ def test_refused_sources(bring, source, message, monkeypatch):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_allowed_pickle_is_converted(tmp_path, bring, zipped, wrapped):
+@pytest.mark.parametrize("name", ["old.pt", "model-best.pth.tar"])
+def test_allowed_pickle_is_converted(tmp_path, bring, name, zipped, wrapped):
     tied = {**TENSORS, "tied": TENSORS["embed"], "turned": TENSORS["embed"].T, "count": torch.tensor(3)}
     state = {"state_dict": tied, "epoch": 3} if wrapped else tied
-    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=zipped)
-    read = load_file(bring(tmp_path / "old.pt", allow_pickle=True) / "model.safetensors")
+    torch.save(state, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    read = load_file(bring(tmp_path / name, allow_pickle=True) / "model.safetensors")
     assert read.keys() == tied.keys()
-    assert all(torch.equal(read[name], tied[name]) and read[name].dtype == tied[name].dtype for name in tied)
+    assert all(torch.equal(read[key], tied[key]) and read[key].dtype == tied[key].dtype for key in tied)
 
 
 def test_sharded_pickle(tmp_path, bring):

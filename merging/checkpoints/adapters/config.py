@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from mergeline.merging.checkpoints.checkpoint import Checkpoint
-from mergeline.merging.checkpoints.companions import hub_id, source_of
+from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, hub_id, source_of
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
 
-ADAPTER_CONFIG = "adapter_config.json"
-KINDS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "VERA", "HRA", "TRAINABLE_TOKENS")
-# They add inputs to a model, which no weights do.
-_PROMPTS = (
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
-)  # fmt: skip
+KINDS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "VERA", "HRA", "SVFIT", "TRAINABLE_TOKENS")
+# They add inputs to a model, which no weights do. Of the first, one tensor of rows is all that is saved.
+_PLAIN_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+_PROMPTS = (*_PLAIN_PROMPTS, "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE")
 # Of LoRA: what changes more than the weights, or in another way.
 _REFUSED = {
     "layer_replication": "layers of the base are repeated",
@@ -34,6 +32,7 @@ _RESIDUAL_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # A regular expression that repeats a group, or repeats more often, may take exponential time to match.
 _REPEATS, _REPEATED, _MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), 3
 _LARGEST = 3e38  # of float32
+_DIGEST = re.compile(r"blake3:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,17 @@ class AdapterConfig:
         if type(value) is not int or not 0 < value < 1 << 31:
             raise UserError(f"{self.path}: does not say {key}, a whole number above 0; download it again")
         return value
+
+    def digest_of(self, module: str) -> str:
+        """Of SVFit, the digest of the base's tensor that a module's values are for (raises UserError)."""
+        digests = self.values.get("base_digests")
+        digest = digests.get(module) if isinstance(digests, dict) else None
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise UserError(
+                f"{self.path}: base_digests does not say the digest of the base's '{module}' (blake3:...), in whose "
+                "basis its singular values are; write it with the program that trained the adapter"
+            )
+        return digest
 
     def of_module(self, patterns: str, module: str, otherwise: float) -> float:
         """The value of the first pattern that the end of a module's name matches (PEFT's `get_pattern_key`)."""
@@ -126,9 +136,10 @@ def checked_config(path: Path, values: Mapping[str, Any]) -> AdapterConfig:
     if not isinstance(kind, str):
         raise UserError(f"{path}: does not say the peft_type of the adapter; download it again")
     if kind in _PROMPTS:
+        mend = "merge it with others of its type, without the model, or " if kind in _PLAIN_PROMPTS else ""
         raise UserError(
             f"{path}: the adapter is of type {kind}, which adds inputs to the model: no weights do that, so it cannot "
-            "be merged; use it with PEFT"
+            f"be merged into one; {mend}use it with PEFT"
         )
     if kind not in KINDS:
         raise UserError(
@@ -142,6 +153,14 @@ def checked_config(path: Path, values: Mapping[str, Any]) -> AdapterConfig:
     if kind == "LORA":
         _check_lora(config)
     return config
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a folder is an adapter that is merged with others of its type as it lies; no damaged one is."""
+    try:
+        return read_object(folder / ADAPTER_CONFIG).get("peft_type") in (*_PLAIN_PROMPTS, "SVFIT")
+    except UserError:
+        return False  # whoever opens it says what is wrong
 
 
 def refuse_another_base(base: Checkpoint, config: AdapterConfig) -> None:

@@ -22,6 +22,7 @@ _PARTS = {
     "OFT": re.compile(r"(.+)\.oft_(R|embedding_R)(?:\.default)?(\.weight)?"),
     "VERA": re.compile(r"(.+)\.vera_(lambda_b|lambda_d|A|B)(?:\.default)?()"),
     "HRA": re.compile(r"(.+)\.hra_(u)(?:\.default)?()"),
+    "SVFIT": re.compile(r"(.+)\.svfit_(values)(?:\.default)?()"),
 }
 _TOKENS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.default)?")
 _WRAPPERS = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.)")

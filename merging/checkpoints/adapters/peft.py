@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them: what each makes of the base (PEFT 0.21)."""
+"""Adapters as PEFT saves them, and SVFit in the same form: what each makes of the base (PEFT 0.21)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Callable, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.architecture import CLASSIFIERS, Role, describe
 from mergeline.merging.checkpoints.adapters.config import (
-    ADAPTER_CONFIG,
     AdapterConfig,
     read_adapter_config,
     refuse_another_base,
 )
 from mergeline.merging.checkpoints.adapters.names import PREFIX, BaseNames, Parts, parts_of
 from mergeline.merging.checkpoints.adapters.packed import Packing, adapt_experts
+from mergeline.merging.checkpoints.adapters.singular_values import SingularValues
 from mergeline.merging.checkpoints.adapters.tensor import AdaptedTensor, Update, adapted
 from mergeline.merging.checkpoints.adapters.updates import (
     Added,
@@ -33,10 +33,10 @@ from mergeline.merging.checkpoints.adapters.updates import (
     WithMagnitude,
 )
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mergeline.merging.checkpoints.tied import TiedHead, shares_embedding
 from mergeline.merging.errors import UserError, did_you_mean
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MOST_TOKENS = 1 << 24
 _Parts = Mapping[str, TensorInfo]
 
@@ -114,6 +114,10 @@ def adapt(
         parts = _without_head(parts, tied)
     if not any(parts):
         raise UserError(f"{config.path}: the adapter holds no factors; download it again")
+    if config.kind == "SVFIT":
+        notes.append(
+            "singular values are put into the base's own basis, whose digests are compared when it is read"
+        )
     tensors, heads = dict(base.tensors), _own_heads(parts, names, config)
     for key, info in parts.whole.items():  # first, for factors may be added to what was saved whole
         if key in heads:
@@ -469,6 +473,14 @@ def _hra(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, tr
     return Reflected(normals, config.flag("apply_GS"))
 
 
+def _svfit(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, transposed: bool) -> Update:
+    values, digest = parts["values"], config.digest_of(module)
+    most = min(info.shape[0], prod(info.shape[1:])) if len(info.shape) > 1 else 0
+    if len(values.shape) != 1 or not 0 < values.shape[0] <= most:
+        raise config.misfit(f"'{values.name}' has shape {list(values.shape)}, the weight {list(info.shape)}")
+    return SingularValues(values, info, digest, config.path, transposed)
+
+
 def _refuse_transposed(module: str, config: AdapterConfig, transposed: bool) -> None:
     if transposed:
         raise config.unsupported(f"{config.kind} on '{module}', whose weight is transposed,")
@@ -476,6 +488,7 @@ def _refuse_transposed(module: str, config: AdapterConfig, transposed: bool) -> 
 
 _OF_KIND: Mapping[str, Callable[[TensorInfo, str, _Parts, AdapterConfig, bool], Update]] = {
     "LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "IA3": _ia3, "OFT": _oft, "VERA": _vera, "HRA": _hra,
+    "SVFIT": _svfit,
 }  # fmt: skip
 
 

@@ -25,8 +25,8 @@ class Update(Protocol):
 
     parts: what is read for it. least_rows: how many rows are worth one reading of what all of them need.
     row_axes: how many of the first dimensions count rows: two of packed experts. rank: of a product that is added; None
-    if it is none. transposed: the base's tensor is (in, out), as of an embedding
-    or GPT-2's Conv1D.
+    if it is none. transposed: the base's tensor is (in, out), as of an embedding or GPT-2's Conv1D. computing_bytes:
+    memory that it takes beside blocks of rows.
     """
 
     @property
@@ -40,6 +40,9 @@ class Update(Protocol):
 
     @property
     def rank(self) -> int | None: ...
+
+    @property
+    def computing_bytes(self) -> int: ...
 
     @property
     def transposed(self) -> bool: ...
@@ -71,6 +74,10 @@ class AdaptedTensor(ComputedTensor):
 
     def bytes_in(self, counts: Callable[[Path], bool]) -> int:
         return sum(part.bytes_in(counts) for part in (self.base, *self.update.parts) if part)
+
+    @property
+    def computing_bytes(self) -> int:
+        return self.update.computing_bytes
 
     @property
     def rank(self) -> int | None:

@@ -88,6 +88,7 @@ class Added:
     alpha: TensorInfo | None = None  # a number that `scaling` is multiplied with
 
     row_axes = 1
+    computing_bytes = 0
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -118,6 +119,7 @@ class _NoProduct:
     """What kinds have in common that add no product of factors; most need nothing but the rows themselves."""
 
     row_axes = 1
+    computing_bytes = 0
 
     @property
     def least_rows(self) -> int:
@@ -145,6 +147,7 @@ class Nothing:
 
     row_axes = 1
     least_rows = 1
+    computing_bytes = 0
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft_adapters import llama, mixtral, peft, save_any
@@ -140,5 +142,79 @@ def test_a_damaged_file_of_a_pipeline_is_merged_or_refused_in_one_line(folder):
         save_file(changed_tensors(data, tensors) or tensors, file, metadata)
         recipe = {"method": "average", "base": base, "experts": {"a": file}}
         merged_or_refused(recipe, out)
+
+    damaged()
+
+
+PROMPTS = {
+    "ctx": torch.randn(3, 4, 8), "token_prefix": torch.ones(3, 1, 8), "token_suffix": torch.ones(3, 2, 8),
+    "vpt_embeddings": torch.randn(1, 4, 8), "vpt_embeddings_deep": torch.randn(2, 4, 8),
+}  # fmt: skip
+
+
+def test_damaged_prompts_are_merged_or_refused_in_one_line(folder):
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def damaged(data: st.DataObject) -> None:
+        files = {name: folder / f"{name}.safetensors" for name in ("a", "b")}
+        for file in files.values():
+            save_file(changed_tensors(data, PROMPTS) or PROMPTS, file)
+        merged_or_refused({"method": "average", "experts": files}, folder / "out.safetensors")
+
+    damaged()
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_damaged_singular_values_are_merged_or_refused_in_one_line(folder, with_base):
+    base, lora = folder / "svfit", folder / "values"
+    llama().save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    tensors = {f"base_model.model.{module}.svfit_values": torch.ones(3) for module in modules}
+    hashes = {m: blake3(weights[f"{m}.weight"].numpy().tobytes()).hexdigest() for m in modules}
+    config = {"peft_type": "SVFIT", "base_digests": {m: f"blake3:{hashes[m]}" for m in modules}}
+    for name in ("a", "b"):
+        (lora / name).mkdir(parents=True, exist_ok=True)
+
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def damaged(data: st.DataObject) -> None:
+        for place in (lora / "a", lora / "b"):
+            values: dict[str, Any] = dict(config)
+            for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=1)):
+                values[key] = data.draw(JUNK)
+            (place / "adapter_config.json").write_text(json.dumps(values))
+            save_file(changed_tensors(data, tensors) or tensors, place / "adapter_model.safetensors")
+        recipe: dict[str, Any] = {"method": "average", "experts": {"a": lora / "a", "b": lora / "b"}}
+        merged_or_refused({**recipe, **({"base": base} if with_base else {})}, folder / "out.safetensors")
+
+    damaged()
+
+
+def test_a_damaged_adapter_in_a_pipeline_is_merged_or_refused_in_one_line(folder):
+    config, tensors = original("LoRA", folder)
+    base, lora = folder / "pipeline", folder / "adapters" / "text_encoder"
+    base.mkdir()
+    shutil.copytree(folder / "LoRA" / "base", base / "text_encoder")
+    shutil.copytree(folder / "LoRA" / "base", base / "transformer")
+    listed = {part: ["transformers", "LlamaForCausalLM"] for part in ("text_encoder", "transformer")}
+    (base / "model_index.json").write_text(json.dumps(listed))
+    lora.mkdir(parents=True)
+
+    @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def damaged(data: st.DataObject) -> None:
+        values = dict(config)
+        for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=2)):
+            values[key] = data.draw(JUNK)
+        (lora / "adapter_config.json").write_text(json.dumps(values))
+        save_file(changed_tensors(data, tensors) or tensors, lora / "adapter_model.safetensors")
+        expert = data.draw(st.sampled_from([lora, lora.parent]))
+        recipe = {"method": "average", "base": base, "experts": {"a": expert}}
+        with soon(PATIENCE):
+            try:
+                make_plan(recipe).check()
+            except UserError as error:
+                assert "\n" not in str(error)
 
     damaged()
