@@ -35,6 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "mc_smoe, router average": {"method": "mc_smoe", "router": "average"},
     "mc_smoe, not aligned": {"method": "mc_smoe", "align": False},
     "mc_smoe, router wide": {"method": "mc_smoe", "router": "wide"},
+    "mc_smoe, compress 0.5": {"method": "mc_smoe", "compress": 0.5},
+    "mc_smoe, compress 0.15": {"method": "mc_smoe", "compress": 0.15},
     "sub_moe": {"method": "sub_moe"},
     "sub_moe, router dominant": {"method": "sub_moe", "router": "dominant"},
     "sub_moe, rank 0.75": {"method": "sub_moe", "rank": 0.75},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _METADATA = "mergeline.store"
+_SQUARES = "squares"  # what is remembered of a tensor
 _BITS = 8  # in a byte of a mask
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -147,45 +148,58 @@ def compress(
 
     The recipe's method says how; its `task` is not used. Everything else is as with `merging.merge`: the bytes do not
     depend on workers, memory or factors, memory is bounded, and a killed run goes on where it was. The manifest's
-    `store` has the bytes that are kept once and of each expert, and those of a checkpoint.
+    `store` has the bytes that are kept once and of each expert, those of a checkpoint, and how far each expert is from
+    what is given back: relative Frobenius errors, of what it adds to the base, or without one of its weights.
 
     Raises:
         UserError: as `merging.merge`; a method that is no store, vocabularies that differ.
     """
     plan, out = recipe if isinstance(recipe, Plan) else make_plan(recipe), Path(out)
     plan.check()
-    assert plan.method is not None
-    if plan.method.store is None:
-        raise UserError(f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}")
-    if plan.alignment:
-        raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
-    if plan.stack or plan.onto:
-        what = "stack" if plan.stack else "onto"
-        raise UserError(
-            f"a store keeps experts as they differ from their base; leave out {what}, or merge first"
-        )
-    if plan.components:
-        raise UserError(
-            f"the checkpoints have several components ({', '.join(plan.components)}), and a store is of one: compress "
-            "the folder of each"
-        )
+    if problem := _problem(plan):
+        raise UserError(problem)
+    layout = _Layout(plan)
     with opened(
         [plan], [out], device=device, memory=memory, workers=workers, factors=factors, need=plan.peak_bytes,
-        lapack=plan.is_spectral, layout=lambda source: _Layout(plan, source), kind="store", force=force,
+        lapack=plan.is_spectral, layout=lambda _: layout, kind="store", force=force,
     ) as (source, [output], pool):  # fmt: skip
-        layout, writer, facts = output.layout, output.writer, output.journal.facts
-        assert isinstance(layout, _Layout)
+        writer, facts = output.writer, output.journal.facts
         for name in layout.facts:
             value = facts[int(name.partition("/")[0])] if facts else 1.0
             writer.write(name, torch.tensor(value, dtype=torch.float64))
 
         def write(entry: Entry) -> Finished:
-            hashes = _encode(layout, entry, source, writer, facts)
-            return Finished(entry.name, [hashes], hashes_read(source, entry))
+            hashes, squares = _encode(layout, entry, source, writer, facts)
+            remembered = {_SQUARES: squares} if squares else {}
+            return Finished(entry.name, [hashes], hashes_read(source, entry), remembered)
 
-        run(source, [output], write, pool, progress)
+        remembered = run(source, [output], write, pool, progress)
         writer.finish()
-        return publish_all([output], source, device, {"store": layout.sizes()})[0]
+        told = layout.sizes() | {"errors": layout.errors(remembered)}
+        return publish_all([output], source, device, {"store": told})[0]
+
+
+def store_sizes(plan: Plan) -> dict[str, Any] | None:
+    """Bytes of the store that a plan makes, once and of each expert, and of a checkpoint; None if it makes none."""
+    return None if plan.problems or _problem(plan) else _Layout(plan).sizes()
+
+
+def _problem(plan: Plan) -> str | None:
+    """Why a plan, which has no problems of its own, makes no store."""
+    assert plan.method is not None
+    if plan.method.store is None:
+        return f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}"
+    if plan.alignment:
+        return "the vocabularies differ, and a store keeps the base's alone; align them first"
+    if plan.stack or plan.onto:
+        what = "stack" if plan.stack else "onto"
+        return f"a store keeps experts as they differ from their base; leave out {what}, or merge first"
+    if plan.components:
+        return (
+            f"the checkpoints have several components ({', '.join(plan.components)}), and a store is of one: compress "
+            "the folder of each"
+        )
+    return None
 
 
 def stores() -> list[str]:
@@ -194,32 +208,38 @@ def stores() -> list[str]:
 
 
 class _Layout:
-    """What a store of a plan will hold, from headers and the digest of the base, which is read for it."""
+    """What a store of a plan will hold, from headers; only its metadata has the base read, for the digest."""
 
     file = WEIGHTS
 
-    def __init__(self, plan: Plan, source: FileInputs):
+    def __init__(self, plan: Plan):
         assert plan.method is not None
         self.plan = plan
         self.names = list(plan.experts)
         self.parts: dict[str, dict[str, TensorSpec]] = {}  # of each tensor
         self.facts: dict[str, TensorSpec] = {}
-        tensors = {entry.name: self._add(entry, source) for entry in plan.entries}
+        self.tensors = {entry.name: self._add(entry) for entry in plan.entries}
         self.specs = [spec for parts in self.parts.values() for spec in parts.values()]
         self.specs += self.facts.values()
-        relative = "base" in plan.method.needs_of(plan.params)
-        needs_base = relative or any(kept.how == "base" for kept in tensors.values())
+        self.relative = "base" in plan.method.needs_of(plan.params)
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What the files say of the store."""
+        plan = self.plan
+        assert plan.method is not None
+        needs_base = self.relative or any(kept.how == "base" for kept in self.tensors.values())
         header = _Header(
             format=_FORMAT,
             method=plan.method.id,
             params={k: v for k, v in plan.params.items() if k != "task"},
             experts=self.names,
             base=plan.base.digest() if plan.base and needs_base else None,
-            tensors=tensors,
+            tensors=self.tensors,
         )
-        self.metadata = {_METADATA: canonical_json(header.model_dump(exclude_defaults=True))}
+        return {_METADATA: canonical_json(header.model_dump(exclude_defaults=True))}
 
-    def _add(self, entry: Entry, source: FileInputs) -> _Kept:
+    def _add(self, entry: Entry) -> _Kept:
         spec, parts = entry.spec, self.parts.setdefault(entry.name, {})
         kept = partial(_Kept, dtype=spec.dtype, shape=list(spec.shape))
         if entry.action == "copy" and entry.base:
@@ -229,7 +249,7 @@ class _Layout:
             parts[name] = TensorSpec(name, spec.dtype, spec.shape, spec.nbytes)
             return kept(how="copy")
         assert entry.bound is not None
-        read: Literal["F32", "F64"] = "F64" if source.dtype(spec.name) == torch.float64 else "F32"
+        read: Literal["F32", "F64"] = "F64" if "F64" in entry.dtypes else "F32"
         dtypes = {"number": _STORED.get(entry.bound.params["stored"], read)}
         pieces = entry.bound.pieces(entry.header)
         for piece in pieces:
@@ -256,12 +276,32 @@ class _Layout:
                 own[self.names[int(owner)]] += spec.nbytes
         return {"checkpoint": self.plan.bytes_written, "once": once, "experts": own}
 
+    def errors(self, remembered: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Relative Frobenius errors of what is given back of each expert, over all tensors and of the worst one.
+
+        `of`: what they are relative to. An expert without any has no error.
+        """
+        squares = {name: found[_SQUARES] for name, found in sorted(remembered.items()) if _SQUARES in found}
+        found: dict[str, Any] = {}
+        for t, expert in enumerate(self.names):
+            own = {name: of[t] for name, of in squares.items() if of[t][1]}
+            if own:
+                worst = max(own, key=lambda name: own[name][0] / own[name][1])
+                apart, size = (sum(of[i] for of in own.values()) for i in (0, 1))
+                ratios = {"all": apart / size, "worst": own[worst][0] / own[worst][1]}
+                found[expert] = {k: ratio**0.5 for k, ratio in ratios.items()} | {"worst_tensor": worst}
+        return {"of": "what it adds to the base" if self.relative else "its weights", "experts": found}
+
 
 def _encode(
     layout: _Layout, entry: Entry, source: FileInputs, writer: CheckpointWriter, facts: Any
-) -> dict[str, str]:
-    """Write what is kept of a tensor; the hashes of what was written."""
+) -> tuple[dict[str, str], list[list[float]]]:
+    """Write what is kept of a tensor; the hashes of what was written, and of each expert two sums of squares.
+
+    They are of what the store changes of it, and of what that is relative to; none of what all experts share.
+    """
     sinks = {name: _Sink(writer.open(name), spec) for name, spec in layout.parts[entry.name].items()}
+    squares: list[list[float]] = []
     if entry.bound is None:
         for block in source.copied(list(entry.origins), entry.name, entry.action == "largest"):
             for sink in sinks.values():
@@ -272,6 +312,7 @@ def _encode(
             sink.append(block)
     else:
         bound, facts = entry.bound, found_for(entry, facts)
+        squares = [[0.0, 0.0] for _ in layout.names]
         for piece in bound.pieces(source.view(entry)):
             look = bound.look_at_tensor(piece, facts)
             for x in piece.blocks(bound.unit(piece)):
@@ -282,7 +323,12 @@ def _encode(
                     for part, value in values.items():
                         if _own(t, part, piece.name) in sinks:  # facts are not kept by tensor
                             sinks[_own(t, part, piece.name)].append(value)
-    return {name: sink.close() for name, sink in sinks.items()}
+                    given_X = bound.decode(piece, x.base, once, values, x.shape, x.dtype)
+                    expert_X = x.experts[t].double()
+                    from_X = expert_X - x.base if layout.relative and x.base is not None else expert_X
+                    squares[t][0] += float((given_X - expert_X).square().sum())
+                    squares[t][1] += float(from_X.square().sum())
+    return {name: sink.close() for name, sink in sinks.items()}, squares
 
 
 class _Sink:
@@ -555,6 +601,7 @@ class CompressedStore:
         def part(key: str, what: Part, start: int, stop: int) -> Tensor:
             info = self.checkpoint.tensors[key]
             if what.kind == "bits":
+                start, stop = (0, prod(what.shape)) if whole else (start, stop)
                 return _unpacked(files.elements(info, start // _BITS, -(-stop // _BITS)), stop - start)
             if what.kind == "fact" or whole:
                 return files.elements(info, 0, prod(info.shape)).reshape(info.shape)

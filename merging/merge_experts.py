@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping, Sequence, get
 
 from mergeline.merging.algebra import expert_groups, linear
 from mergeline.merging.algebra.expert_groups import Groups
+from mergeline.merging.algebra.low_rank_sparse import rank_for_parameters, row_count, split
 from mergeline.merging.architecture.mixtures import CHOSEN, COUNTS, GROUPS, Mixture, Place, mixtures
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import replaced, values_in
@@ -41,6 +42,8 @@ STATISTICS = "experts"  # the kind of statistics that groups are found by
 USAGE, LOGITS, OUTPUTS = "usage", "logits", "outputs"  # of each mixture: NAME/usage ...
 
 _SEED = 42  # of K-means, as in Sub-MoE
+_SPARSE = 0.1  # of rows, the last threshold of MC-SMoE's scripts
+_SQUARES = "squares"  # what is remembered of a layer whose experts are cut
 
 
 def merge_experts(
@@ -54,6 +57,8 @@ def merge_experts(
     router: Router | None = None,
     align: bool = True,
     rank: int | float | None = None,
+    compress: float | None = None,
+    sparse: float | None = None,
     device: str = "cpu",
     memory: int | None = None,
     workers: int | None = None,
@@ -78,9 +83,13 @@ def merge_experts(
     align: of `mc_smoe`, whether hidden units are matched before the average. The official code does not for Mixtral.
     rank: of `sub_moe`, how many directions are kept, or as a float a share of the smaller side; None for all, which is
         the average itself.
+    compress: of `mc_smoe`, cut every expert that is left as MC-SMoE begins to: to the product of two factors with this
+        share of a matrix's numbers, and of the rest to the share `sparse` of its rows (0.1), those of the largest mean
+        magnitude. What is written is dense, and no smaller; the method `losparse` keeps the factors in a store.
 
     Memory is that of a few experts; bytes do not depend on workers or memory; a killed run goes on after the last
-    layer that it finished. The manifest's `mixture` has the settings and the groups of each layer.
+    layer that it finished. The manifest's `mixture` has the settings and the groups of each layer, and `compressed` the
+    share of numbers that the factors have and the relative Frobenius error.
 
     Raises:
         UserError: as `merging.merge`; a model without experts or whose experts are not fully known, more experts than
@@ -88,7 +97,7 @@ def merge_experts(
     """
     plan = _plan(model, statistics)
     out = Path(out)
-    settings = _Settings(method, experts, router, align, rank, groups)
+    settings = _Settings(method, experts, router, align, rank, groups, compress, sparse)
     layout = _Layout(plan, settings)
     with opened(
         [plan], [out], device=device, memory=memory, workers=workers, factors=None, need=layout.peak_bytes,
@@ -99,14 +108,16 @@ def merge_experts(
         def write(entry: Entry) -> Finished:
             mixture = layout.led.get(entry.name)
             if mixture is not None:
-                return Finished(entry.name, [_write(layout, mixture, source, output.writer)], {})
+                hashes, squares = _write(layout, mixture, source, output.writer)
+                return Finished(entry.name, [hashes], {}, {_SQUARES: squares} if squares else {})
             if not layout.parts[entry.name]:
                 return Finished(entry.name, [], hashes_read(source, entry))
             return job.write(entry)
 
-        run(source, [output], write, pool, progress)
+        remembered = run(source, [output], write, pool, progress)
         output.writer.finish()
-        return publish_all([output], source, device, {"mixture": layout.told()})[0]
+        told = {**layout.told(), **layout.compressed(remembered)}
+        return publish_all([output], source, device, {"mixture": told})[0]
 
 
 def _plan(
@@ -132,7 +143,15 @@ class _Settings:
     """What was asked, checked, as far as no model is needed for it."""
 
     def __init__(
-        self, method: How, experts: int | None, router: Router | None, align: bool, rank: Any, groups: Any
+        self,
+        method: How,
+        experts: int | None,
+        router: Router | None,
+        align: bool,
+        rank: Any,
+        groups: Any,
+        compress: float | None,
+        sparse: float | None,
     ):
         if method not in get_args(How):
             raise UserError(f"there is no method '{method}' of experts{did_you_mean(method, get_args(How))}")
@@ -152,6 +171,13 @@ class _Settings:
             isinstance(rank, bool) or not rank > 0 or isinstance(rank, float) and rank > 1
         ):
             raise UserError(f"rank {rank}: give a number from 1 on, or a share above 0 and up to 1.0")
+        if compress is not None and method != "mc_smoe":
+            raise UserError(f"--compress is of mc_smoe; {method} leaves experts whole")
+        if compress is not None and not 0 < compress <= 1:
+            raise UserError(f"--compress {compress}: give a share above 0 and up to 1.0")
+        if sparse is not None and (compress is None or not 0 <= sparse <= 1):
+            raise UserError(f"--sparse {sparse}: give a share from 0 to 1.0, beside --compress")
+        self.compress, self.sparse = compress, _SPARSE if sparse is None else sparse
         self.method, self.experts, self.groups, self.rank = method, experts, groups, rank
         self.router: Router = router or ("average" if method == "sub_moe" else "dominant")
         self.align = align and method == "mc_smoe"
@@ -159,10 +185,16 @@ class _Settings:
 
     def told(self) -> dict[str, Any]:
         """JSON values that say the same."""
+        cut = {} if self.compress is None else {"compress": self.compress, "sparse": self.sparse}
         return {
             "method": self.method, "experts": self.experts, "router": self.router, "align": self.align,
-            "rank": self.rank, "groups": self.groups,
+            "rank": self.rank, "groups": self.groups, **cut,
         }  # fmt: skip
+
+    def cut_to(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The rank, and the rows of the rest, that a matrix of an expert is cut to."""
+        assert self.compress is not None
+        return rank_for_parameters(self.compress, shape), row_count(self.sparse, shape)
 
 
 @dataclass(frozen=True)
@@ -282,8 +314,24 @@ class _Layout:
             held += 8 * 2 * mixture.experts[0]["up"].matrix.shape[0] ** 2
         if self.settings.rank is not None:
             held += 8 * 4 * max(rows for rows, _ in shapes) ** 2
+        if self.settings.compress is not None:
+            held += 8 * 4 * (max(map(prod, shapes)) + max(map(min, shapes)) ** 2)
         router = [prod(self.entries[name].spec.shape) for name in mixture.router]
         return held + 8 * 3 * max(router)
+
+    def compressed(self, remembered: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The share of the numbers of experts that factors and rows have, and what they lose; empty if none was cut."""
+        squares = [found[_SQUARES] for _, found in sorted(remembered.items()) if _SQUARES in found]
+        if not squares:
+            return {}
+        shapes = [place.matrix.shape for place in next(iter(self.mixtures.values())).experts[0].values()]
+        kept = 0
+        for rows, columns in shapes:
+            rank, sparse = self.settings.cut_to((rows, columns))
+            kept += rank * (rows + columns) + sparse * columns
+        apart, size = (sum(of[i] for of in squares) for i in (0, 1))
+        numbers = kept / sum(map(prod, shapes))
+        return {"compressed": {"numbers": numbers, "error": (apart / size) ** 0.5 if size else 0.0}}
 
     def told(self) -> dict[str, Any]:
         """Settings and groups, for the manifest."""
@@ -393,8 +441,14 @@ def _are_lists(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _write(layout: _Layout, mixture: Mixture, source: FileInputs, writer: CheckpointWriter) -> dict[str, str]:
-    """Write the experts and the router of one layer; the hashes of what was written."""
+def _write(
+    layout: _Layout, mixture: Mixture, source: FileInputs, writer: CheckpointWriter
+) -> tuple[dict[str, str], list[float]]:
+    """Write the experts and the router of one layer; the hashes of what was written, and what was cut of experts.
+
+    The latter are sums of squares over all groups, of what was lost and of what there was; none if nothing was cut.
+    """
+    squares: list[float] = [] if layout.settings.compress is None else [0.0, 0.0]
     sinks: dict[str, TensorWriter] = {}
     hashes: dict[str, str] = {}
     left = {name: prod(spec.shape) for name, spec in layout.parts[next(iter(mixture.tensors))].items()}
@@ -412,6 +466,8 @@ def _write(layout: _Layout, mixture: Mixture, source: FileInputs, writer: Checkp
     for slot, group in enumerate(layout.slots(mixture)):
         if before is None or before[0] is not group:
             before = group, _merged(layout, mixture, group, source)
+            if squares:
+                before = group, _cut(layout.settings, before[1], squares)
         slabs: dict[tuple[str, int], Tensor] = {}  # stretches of tensors, by where they begin
         for part, matrix_MN in before[1].items():
             place = mixture.experts[slot][part]
@@ -424,7 +480,17 @@ def _write(layout: _Layout, mixture: Mixture, source: FileInputs, writer: Checkp
     for name in mixture.router:
         append(name, _rows(layout, mixture, name, source))
     assert not sinks, sorted(sinks)
-    return hashes
+    return hashes, squares
+
+
+def _cut(settings: _Settings, expert: Mapping[str, Tensor], squares: list[float]) -> dict[str, Tensor]:
+    """The matrices (M, N) of an expert as factors and rows give them; adds to `squares` what is lost, and was there."""
+    found = {}
+    for part, matrix_MN in expert.items():
+        found[part] = split(matrix_MN, *settings.cut_to(matrix_MN.shape)).dense()
+        squares[0] += float((found[part] - matrix_MN).square().sum())
+        squares[1] += float(matrix_MN.square().sum())
+    return found
 
 
 _MODEL = 0  # the only expert of the plan

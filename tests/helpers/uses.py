@@ -159,6 +159,11 @@ STORES: list[Use] = [
     ("tall_mask", {}),
     ("tall_mask", {"inner": "ties", "threshold": 0.2}),
     ("emr", {}),
+    ("losparse", {"sparse_ratio": 1.0}),  # all rows: copies of the base come back
+    ("losparse", {"parameter_ratio": 0.8, "sparse_ratio": 0.4}),
+    ("losparse", {"sparse_ratio": 0.0, "keys": "matrices"}),
+    ("svd_compress", {"rank": 0.5}),
+    ("svd_compress", {"rank": 0.5, "of": "weights", "keys": "matrices"}),
 ]
 
 WRAPPERS: list[Use] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from model_zoo import build
 from places import GOLDENS
 from safetensors.torch import load_file, save_file
 
+from mergeline.merging.compress import compress, extract_expert
 from mergeline.merging.errors import UserError
 from mergeline.merging.learning.collect import collect
 from mergeline.merging.learning.gathering import Gathering
@@ -172,6 +174,73 @@ def test_a_rank_cuts_sub_moe_to_the_leading_directions_of_all_members(mixtral, t
         assert np.linalg.matrix_rank(few.down_proj[0].detach().numpy(), tol=1e-5) == 4
 
 
+def test_compressed_experts_are_factors_and_rows_of_what_the_groups_became(mixtral, tmp_path):
+    """MC-SMoE's form, written dense: transformers opens it, and each matrix is cut from the one without --compress."""
+    model, folder, _ = mixtral
+    merge_experts(folder, tmp_path / "whole", groups=GROUPS)
+    made = merge_experts(folder, tmp_path / "out", groups=GROUPS, compress=0.5, sparse=0.25)
+    whole, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    apart = size = 0.0
+    for name, tensor in whole.items():
+        if ".experts." not in name:
+            assert torch.equal(found[name], tensor)
+            continue
+        rows, columns = tensor.shape
+        rank = math.ceil(0.5 * (rows * columns) / (rows + columns))
+        u, s, vt = torch.linalg.svd(tensor.double(), full_matrices=False)
+        expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        order = (tensor - expected).abs().mean(1).argsort(descending=True)[: rows // 4]
+        expected[order] = tensor[order].double()
+        torch.testing.assert_close(found[name], expected.float(), atol=1e-6, rtol=1e-5)
+        apart += float((expected - tensor).square().sum())
+        size += float(tensor.double().square().sum())
+    told = made["mixture"]["compressed"]
+    assert told["error"] == pytest.approx((apart / size) ** 0.5, rel=1e-4) and 0.1 < told["error"] < 1
+    assert made["mixture"]["compress"] == 0.5 and made["mixture"]["sparse"] == 0.25
+    assert torch.isfinite(opened(model, tmp_path / "out")(input_ids=IDS).logits).all()
+    assert (tmp_path / "out/model.safetensors").stat().st_size == pytest.approx(
+        (tmp_path / "whole/model.safetensors").stat().st_size, rel=0.01
+    )
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{told['error']:.2%}" in card and "written dense" in card
+    assert "bit-identical" in verify(tmp_path / "out")
+
+
+def test_all_rows_of_the_rest_lose_nothing(mixtral, tmp_path):
+    _, folder, _ = mixtral
+    merge_experts(folder, tmp_path / "whole", groups=GROUPS)
+    made = merge_experts(folder, tmp_path / "out", groups=GROUPS, compress=0.1, sparse=1.0)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-7, rtol=1e-6)
+    assert made["mixture"]["compressed"]["error"] < 1e-12 and made["mixture"]["compressed"]["numbers"] > 1
+
+
+def test_a_store_of_losparse_keeps_the_factors_of_experts_alone(mixtral, tmp_path):
+    """What `--compress` writes dense takes less in a store, which gives it back for transformers to open."""
+    model, folder, _ = mixtral
+    merge_experts(folder, tmp_path / "whole", groups=GROUPS)
+    made = merge_experts(folder, tmp_path / "dense", groups=GROUPS, compress=0.3)
+    recipe = {
+        "method": "losparse", "params": {"parameter_ratio": 0.3}, "experts": {"m": tmp_path / "whole"},
+        "include": "*experts*", "excluded": "average",
+    }  # fmt: skip
+    told = compress(recipe, tmp_path / "store")["store"]
+    extract_expert(tmp_path / "store", "m", tmp_path / "out")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=1e-5)
+    experts = sum(4 * tensor.numel() for name, tensor in one.items() if ".experts." in name)
+    bits = sum(-(-len(tensor) // 8) for name, tensor in one.items() if ".experts." in name)
+    share = made["mixture"]["compressed"]["numbers"]
+    assert told["experts"]["m"] == round(share * experts) + bits < experts
+    assert told["once"] == sum(4 * tensor.numel() for tensor in one.values()) - experts
+    error = told["errors"]["experts"]["m"]["all"]
+    assert error == pytest.approx(made["mixture"]["compressed"]["error"], rel=1e-4)
+    assert torch.isfinite(opened(model, tmp_path / "out")(input_ids=IDS).logits).all()
+
+
 def test_statistics_are_what_the_model_shows(mixtral):
     model, _, statistics = mixtral
     seen: list[torch.Tensor] = []
@@ -294,6 +363,11 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"groups": GROUPS, "rank": 2}, ["sub_moe"]),
     ({"groups": GROUPS, "router": "narrow"}, ["average, dominant or wide"]),
     ({"groups": [[0], [1]], "router": "wide"}, ["every expert"]),
+    ({"groups": GROUPS, "compress": 0.0}, ["--compress 0.0", "up to 1.0"]),
+    ({"groups": GROUPS, "compress": float("nan")}, ["--compress nan"]),
+    ({"groups": GROUPS, "compress": 0.1, "method": "sub_moe"}, ["of mc_smoe"]),
+    ({"groups": GROUPS, "sparse": 0.1}, ["--sparse 0.1", "beside --compress"]),
+    ({"groups": GROUPS, "compress": 0.1, "sparse": 1.5}, ["--sparse 1.5", "to 1.0"]),
 ]
 
 
