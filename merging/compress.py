@@ -1,8 +1,9 @@
 """Compressed stores: N experts in the space of a few, any of which is given back on its own.
 
 A store is a safetensors file, or a folder with one or more, of what a method (`merging.methods.stored.Store`) keeps of
-every tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits. Its metadata says
-the rest: the method and its parameters, the experts' names, the base's digest, the dtype and shape of every tensor.
+every tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits; what several
+matrices have in common is kept with the first of them. Its metadata says the rest: the method and its parameters, the
+experts' names, the base's digest, the dtype and shape of every tensor.
 What comes out is, bit for bit, what the method merges with the expert's number as `task`.
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergeline.merging.algebra.slots import MatrixView, View, block_elements, by_stretch
+from mergeline.merging.algebra.slots import MatrixView, View, Views, block_elements, by_stretch
 from mergeline.merging.architecture import Matrix, describe
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import carry
@@ -54,6 +55,7 @@ from mergeline.merging.files import staged
 from mergeline.merging.lazy import torch
 from mergeline.merging.methods.bound import Bound, bind
 from mergeline.merging.methods.contract import catalogue, get_method
+from mergeline.merging.methods.parameters import PositiveCount
 from mergeline.merging.methods.stored import Part
 from mergeline.merging.reading import parsed_json
 from mergeline.merging.recipes.recipe import Recipe
@@ -70,6 +72,15 @@ _BITS = 8  # in a byte of a mask
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
+class _Shared(BaseModel):
+    """With which matrix the parts of a group are kept, and how many matrices the group is of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    owner: str
+    together: PositiveCount
+
+
 class _Kept(BaseModel):
     """A tensor that a store gives back: the base's, a `copy` that all experts share, or restored from its `parts`."""
 
@@ -81,6 +92,7 @@ class _Kept(BaseModel):
     read: Literal["F32", "F64"] = "F32"  # what it is computed in
     params: dict[str, Any] = {}  # that differ from the store's
     matrices: list[dict[str, Any]] = []  # that it consists of, if it is not one itself
+    shared: list[_Shared] = []  # of each of its matrices, where the method's have parts in common
 
 
 class _Header(BaseModel):
@@ -117,17 +129,22 @@ def _spec(name: str, part: Part, dtypes: Mapping[str, str]) -> TensorSpec:
     return TensorSpec(name, dtype, part.shape, prod(part.shape) * DTYPES[dtype][1])
 
 
-def _parts_of(bound: Bound, piece: View) -> Iterator[tuple[str, Part, int | None]]:
+def _parts_of(bound: Bound, piece: View, shared: _Shared | None) -> Iterator[tuple[str, Part, int | None]]:
     """Every stored tensor that belongs to a tensor, or matrix: its name, the part, and the expert (None: all)."""
     if not piece.elements:
         return
     shape = piece.shape if isinstance(piece, MatrixView) else piece.stored_shape
-    once, own = bound.stored_as(piece).parts(shape, len(piece.experts), **bound.own)
+    together = {"together": shared.together} if shared else {}
+    once, own = bound.stored_as(piece).parts(shape, len(piece.experts), **bound.own, **together)
+
+    def of(what: Part) -> str:
+        return shared.owner if shared and what.of_group else piece.name
+
     for part, what in once.items():
-        yield _once(part, piece.name), what, None
+        yield _once(part, of(what)), what, None
     for t in range(len(piece.experts)):
         for part, what in own.items():
-            yield (_fact(t, part) if what.kind == "fact" else _own(t, part, piece.name)), what, t
+            yield (_fact(t, part) if what.kind == "fact" else _own(t, part, of(what))), what, t
 
 
 # ---------------------------------------------------------------------------------------------- compressing
@@ -218,6 +235,13 @@ class _Layout:
         self.names = list(plan.experts)
         self.parts: dict[str, dict[str, TensorSpec]] = {}  # of each tensor
         self.facts: dict[str, TensorSpec] = {}
+        self._groups = self._found_groups()
+        self._settings = {
+            piece.name: self._setting(entry)
+            for entry in (plan.entries if self._groups is not None else ())
+            if entry.bound and self.is_encoded(entry)
+            for piece in entry.bound.pieces(entry.header)
+        }
         self.tensors = {entry.name: self._add(entry) for entry in plan.entries}
         self.specs = [spec for parts in self.parts.values() for spec in parts.values()]
         self.specs += self.facts.values()
@@ -239,6 +263,29 @@ class _Layout:
         )
         return {_METADATA: canonical_json(header.model_dump(exclude_defaults=True))}
 
+    def _found_groups(self) -> Any:
+        """What the method's look says of matrices with parts in common, which it does by headers; None of others."""
+        method = self.plan.method
+        if method is None or method.store is None or method.store.group is None:
+            return None
+        return self.plan.bound.look_at_model(Views([entry.header for entry in self.plan.merged]))
+
+    @staticmethod
+    def _setting(entry: Entry) -> Any:
+        """Equal for tensors of which parts in common are the same."""
+        assert entry.bound is not None
+        return canonical_json(entry.bound.flat), "F64" in entry.dtypes
+
+    def _shared(self, entry: Entry, piece: View) -> _Shared | None:
+        """With whom a matrix has parts in common: the first of those that are kept in the same way owns them."""
+        assert entry.bound is not None
+        store = entry.bound.stored_as(piece)
+        if store.group is None or not piece.elements:
+            return None
+        names, setting = store.group(piece.name, self._groups), self._setting(entry)
+        owner = next(name for name in names if self._settings.get(name) == setting)
+        return _Shared(owner=owner, together=len(names))
+
     def _add(self, entry: Entry) -> _Kept:
         spec, parts = entry.spec, self.parts.setdefault(entry.name, {})
         kept = partial(_Kept, dtype=spec.dtype, shape=list(spec.shape))
@@ -252,14 +299,17 @@ class _Layout:
         read: Literal["F32", "F64"] = "F64" if "F64" in entry.dtypes else "F32"
         dtypes = {"number": _STORED.get(entry.bound.params["stored"], read)}
         pieces = entry.bound.pieces(entry.header)
-        for piece in pieces:
-            for name, part, t in _parts_of(entry.bound, piece):
+        shared = [self._shared(entry, piece) for piece in pieces]
+        for piece, of in zip(pieces, shared):
+            for name, part, t in _parts_of(entry.bound, piece, of):
+                if part.of_group and of and of.owner != piece.name:
+                    continue
                 if part.kind == "exact" and t is not None:
                     dtypes["exact"] = entry.sources[self.names[t]].dtype
                 (self.facts if part.kind == "fact" else parts)[name] = _spec(name, part, dtypes)
         differ = {k: v for k, v in entry.bound.flat.items() if k != "task" and v != self.plan.params[k]}
         matrices = [asdict(piece.matrix) for piece in pieces if isinstance(piece, MatrixView)]
-        return kept(how="parts", read=read, params=differ, matrices=matrices)
+        return kept(how="parts", read=read, params=differ, matrices=matrices, shared=[*filter(None, shared)])
 
     def is_encoded(self, entry: Entry) -> bool:
         """Whether the store keeps parts of it; what all experts share is kept as it is."""
@@ -277,19 +327,19 @@ class _Layout:
         return {"checkpoint": self.plan.bytes_written, "once": once, "experts": own}
 
     def errors(self, remembered: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Relative Frobenius errors of what is given back of each expert, over all tensors and of the worst one.
+        """Relative Frobenius errors of what is given back of each expert, over all tensors, and of each.
 
-        `of`: what they are relative to. An expert without any has no error.
+        `of`: what they are relative to. An expert, or a tensor, that has none of it has no error.
         """
         squares = {name: found[_SQUARES] for name, found in sorted(remembered.items()) if _SQUARES in found}
         found: dict[str, Any] = {}
         for t, expert in enumerate(self.names):
             own = {name: of[t] for name, of in squares.items() if of[t][1]}
             if own:
-                worst = max(own, key=lambda name: own[name][0] / own[name][1])
                 apart, size = (sum(of[i] for of in own.values()) for i in (0, 1))
-                ratios = {"all": apart / size, "worst": own[worst][0] / own[worst][1]}
-                found[expert] = {k: ratio**0.5 for k, ratio in ratios.items()} | {"worst_tensor": worst}
+                tensors = {name: (of[0] / of[1]) ** 0.5 for name, of in own.items()}
+                worst = max(tensors, key=tensors.__getitem__)
+                found[expert] = {"all": (apart / size) ** 0.5, "worst_tensor": worst, "tensors": tensors}
         return {"of": "what it adds to the base" if self.relative else "its weights", "experts": found}
 
 
@@ -524,6 +574,14 @@ class CompressedStore:
             raise self._damaged(f"tensor '{name}' consists of no matrices ({error})") from None
         return [MatrixView(view, matrix) for matrix in matrices] or [view]
 
+    def _pieces_shared(self, name: str) -> list[tuple[View, _Shared | None]]:
+        """The same, with what each has in common with others."""
+        pieces, shared = self._pieces(name), self.header.tensors[name].shared
+        grouped = self._bound(name).stored_as(pieces[0]).group is not None and bool(pieces[0].elements)
+        if len(shared) != (len(pieces) if grouped else 0):
+            raise self._damaged(f"of tensor '{name}' it is not known what matrices have in common")
+        return list(zip(pieces, shared)) if shared else [(piece, None) for piece in pieces]
+
     def _check_parts(self, name: str, kept: _Kept) -> None:
         if kept.dtype not in DTYPES or min(kept.shape, default=0) < 0:
             raise self._damaged(f"tensor '{name}' has dtype {kept.dtype} and shape {kept.shape}")
@@ -531,8 +589,8 @@ class CompressedStore:
         if kept.how == "copy":
             expected = [(_once("whole", name), shape, {kept.dtype})]
         elif kept.how == "parts":
-            for piece in self._pieces(name):
-                for key, part, _ in _parts_of(self._bound(name), piece):
+            for piece, shared in self._pieces_shared(name):
+                for key, part, _ in _parts_of(self._bound(name), piece, shared):
                     spec = _spec(key, part, {"number": "F32", "exact": "F32"})
                     expected.append((key, spec.shape, {"U8"} if part.kind == "bits" else set(FLOATS)))
         for key, shape, dtypes in expected:
@@ -578,25 +636,30 @@ class CompressedStore:
             for start in range(0, elements, block_elements(1)):
                 yield files.elements(info, start, min(start + block_elements(1), elements))
             return
-        pieces = self._pieces(name)
-        if not isinstance(pieces[0], MatrixView):
-            yield from self._decoded(files, spec, pieces[0], task)
+        pieces = self._pieces_shared(name)
+        if not isinstance(pieces[0][0], MatrixView):
+            yield from self._decoded(files, spec, *pieces[0], task)
             return
-        for slab, parts in by_stretch(pieces):
+        shared = {piece.name: of for piece, of in pieces}
+        for slab, parts in by_stretch(piece for piece, _ in pieces):
             stretch = torch.empty(slab, dtype=torch.float64)
             for piece in parts:
-                blocks = [block.reshape(-1) for block in self._decoded(files, spec, piece, task)]
+                blocks = [
+                    block.reshape(-1) for block in self._decoded(files, spec, piece, shared[piece.name], task)
+                ]
                 piece.matrix.put(stretch, torch.cat(blocks).double().reshape(piece.shape))
             yield stretch
 
-    def _decoded(self, files: Files, spec: TensorSpec, piece: View, task: int) -> Iterator[Tensor]:
+    def _decoded(
+        self, files: Files, spec: TensorSpec, piece: View, shared: _Shared | None, task: int
+    ) -> Iterator[Tensor]:
         """One expert's tensor, or one matrix of it, block by block."""
         name, kept = spec.name, self.header.tensors[spec.name]
         bound, elements = self._bound(name), piece.elements
         dtype = getattr(torch, DTYPES[kept.read][0])
         whole = bound.unit(piece) == "tensor"
         step = max(elements, 1) if whole else -(-block_elements(1) // _BITS) * _BITS
-        parts = list(_parts_of(bound, piece))
+        parts = list(_parts_of(bound, piece, shared))
 
         def part(key: str, what: Part, start: int, stop: int) -> Tensor:
             info = self.checkpoint.tensors[key]

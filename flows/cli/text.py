@@ -110,7 +110,8 @@ def store(kept: Mapping[str, Any]) -> Iterator[str]:
         share = count / max(whole, 1)
         line = f"{name:{width}}  {size(count):>10}  {share:6.1%} of a checkpoint, {size(whole)}"
         if name in own and (error := errors.get(name)):
-            line += f"; error {error['all']:.2%}, at most {error['worst']:.2%} ({error['worst_tensor']})"
+            worst = error["worst_tensor"]
+            line += f"; error {error['all']:.2%}, at most {error['tensors'][worst]:.2%} ({worst})"
         yield printable(line)
     total = sum(rows.values())
     share = total / max(len(own) * whole, 1)

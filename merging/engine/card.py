@@ -172,9 +172,10 @@ def _kept(store: dict[str, Any] | None) -> list[str]:
     ]
     for name, count in store["experts"].items():
         error = errors.get(name)
-        told = (
-            f"{error['all']:.2%} | {error['worst']:.2%} | {_cell(error['worst_tensor'])}" if error else "| |"
-        )
+        told = "| |"
+        if error:
+            worst = error["worst_tensor"]
+            told = f"{error['all']:.2%} | {error['tensors'][worst]:.2%} | {_cell(worst)}"
         lines.append(f"| {_cell(name)} | {count} | {told} |")
     return [*lines, ""]
 

@@ -162,6 +162,8 @@ STORES: list[Use] = [
     ("losparse", {"sparse_ratio": 1.0}),  # all rows: copies of the base come back
     ("losparse", {"parameter_ratio": 0.8, "sparse_ratio": 0.4}),
     ("losparse", {"sparse_ratio": 0.0, "keys": "matrices"}),
+    ("shared_basis", {"rank": 0.5, "layers": 2}),
+    ("shared_basis", {"rank": 0.3, "side": "out", "of": "weights", "keys": "matrices"}),
     ("svd_compress", {"rank": 0.5}),
     ("svd_compress", {"rank": 0.5, "of": "weights", "keys": "matrices"}),
 ]

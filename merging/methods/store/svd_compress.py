@@ -20,7 +20,8 @@ Of = Literal["task_vectors", "weights"]
 Norm = Literal["none", "gram", "fisher"]
 
 
-def _reference(params: Mapping[str, Any]) -> Reference:
+def reference_of(params: Mapping[str, Any]) -> Reference:
+    """What is cut is measured from, as the parameter `of` says."""
     return "pretrained" if params["of"] == "task_vectors" else "none"
 
 
@@ -76,7 +77,7 @@ STORE = Store(_parts, _encode, _decode)
 @method(
     paper="2403.07378",
     code="hahnyuan/ASVD4LLM@86304274",
-    reference=_reference,
+    reference=reference_of,
     keys="block_linear",
     other="task",
     needs=_needs,
