@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping, Sequence, get
 from mergeline.merging.algebra import expert_groups, linear
 from mergeline.merging.algebra.expert_groups import Groups
 from mergeline.merging.algebra.low_rank_sparse import rank_for_parameters, row_count, split
-from mergeline.merging.architecture.mixtures import CHOSEN, COUNTS, GROUPS, Mixture, Place, mixtures
+from mergeline.merging.architecture.mixtures import (
+    CHOSEN,
+    CHOSEN_GROUPS,
+    COUNTS,
+    GROUPS,
+    Mixture,
+    Place,
+    mixtures,
+)
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import replaced, values_in
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Files, open_checkpoint
@@ -226,12 +234,17 @@ class _Layout:
             raise UserError(f"{_path(plan)}: has no experts of a mixture; name a mixture")
         self._check_counts(found, config)
         self.mixtures = {mixture.name: mixture for mixture in found}
-        self.groups = {name: self._in_groups(name, g) for name, g in _groups(found, settings, plan).items()}
+        told = [n for n in values_in(config, GROUPS) if isinstance(n, int) and n > 1]
+        self.router_groups = 1 if settings.wide else max(told, default=1)
+        self._check_router_groups(found)
+        groups = _groups(found, settings, plan, self.router_groups)
+        self.groups = {name: self._in_groups(name, of) for name, of in groups.items()}
         self.count = len(next(iter(self.groups.values())))
         if settings.wide:
             self.count = len(found[0].experts)
         else:
             self._check_kept(config)
+            self._check_kept_in_router_groups(config)
         self.entries = {entry.name: entry for entry in plan.entries}
         # All of a layer is written with the first of its tensors.
         self.led = {next(iter(mixture.tensors)): mixture for mixture in found}
@@ -256,15 +269,50 @@ class _Layout:
             raise UserError(
                 f"{_path(self.plan)}: has no {CONFIG}, which says how experts are used; name a folder"
             )
-        if any(isinstance(n, int) and n > 1 for n in values_in(config, GROUPS)) and not self.settings.wide:
-            raise UserError(
-                f"its router chooses experts in groups ({', '.join(GROUPS)} in {CONFIG}), which would be torn apart; "
-                "take router wide"
-            )
         said = [n for n in values_in(config, COUNTS) if isinstance(n, int) and n > 1]
         if set(said) - counts or not said:
             raise UserError(
                 f"{CONFIG} says {said or 'nothing'} of the number of experts, of which there are {counts}"
+            )
+
+    def _check_router_groups(self, found: Sequence[Mixture]) -> None:
+        count, total, wanted = self.router_groups, len(found[0].experts), self.settings.experts
+        if total % count:
+            raise UserError(f"{CONFIG}: {total} experts are not {count} equal groups of its router; mend it")
+        if wanted is not None and wanted % count:
+            raise UserError(
+                f"--experts {wanted}: the router chooses in {count} groups, of which each keeps the same number; give "
+                f"a multiple of {count}, or take router wide"
+            )
+
+    def _check_kept_in_router_groups(self, config: Mapping[str, Any]) -> None:
+        """Each group of the router keeps the same number of experts, its own, and enough for a token."""
+        if self.router_groups == 1:
+            return
+        size = len(next(iter(self.mixtures.values())).experts) // self.router_groups
+        for name, groups in self.groups.items():
+            places = [sorted({e // size for e in group.members}) for group in groups]
+            kept = [places.count([place]) for place in range(self.router_groups)]
+            if sum(kept) < len(places) or len(set(kept)) > 1:
+                raise UserError(
+                    f"--groups: of '{name}': its router chooses in {self.router_groups} groups of {size} neighbouring "
+                    "experts; let each list be of one of them, and as many lists of each, or take router wide"
+                )
+        per, least = self.count // self.router_groups, max(m.least_in_group for m in self.mixtures.values())
+        if per < least:
+            raise UserError(
+                f"{self.count} experts are {per} in each of {self.router_groups} groups of the router, which are "
+                f"scored by their best {least}; keep {least * self.router_groups} or more"
+            )
+        chosen, of = (
+            max((n for n in values_in(config, keys) if isinstance(n, int)), default=1)
+            for keys in (CHOSEN, CHOSEN_GROUPS)
+        )
+        if per * of < chosen:
+            more = -(-chosen // of) * self.router_groups
+            raise UserError(
+                f"{self.count} experts: a token is sent to {chosen} in {of} groups of the router ({CONFIG}), which "
+                f"have {per} each; keep {more} or more"
             )
 
     def _check_kept(self, config: Mapping[str, Any]) -> None:
@@ -371,8 +419,10 @@ def _statistic(plan: Plan, name: str, kind: str, *shape: int) -> Any:
     return value
 
 
-def _groups(found: Sequence[Mixture], settings: _Settings, plan: Plan) -> dict[str, Groups]:
-    """The groups of every mixture, by hand or by the statistics."""
+def _groups(
+    found: Sequence[Mixture], settings: _Settings, plan: Plan, router_groups: int
+) -> dict[str, Groups]:
+    """The groups of every mixture, by hand or by the statistics; the latter each inside of a group of the router."""
     if settings.groups is not None:
         return _given(found, settings)
     if STATISTICS not in plan.statistics:
@@ -385,18 +435,29 @@ def _groups(found: Sequence[Mixture], settings: _Settings, plan: Plan) -> dict[s
     if wanted > total:
         raise UserError(f"--experts {wanted}: there are {total} in a layer; keep as many, or fewer")
     usages = [_statistic(plan, mixture.name, USAGE, total) for mixture in found]
-    if settings.method == "prune":
-        leaders = [expert_groups.most_used(usage, wanted) for usage in usages]
-        return {m.name: [[e] for e in sorted(kept)] for m, kept in zip(found, leaders)}
-    if settings.method == "sub_moe":
-        outputs = {m.name: _statistic(plan, m.name, OUTPUTS, total, total) for m in found}
-        return {name: expert_groups.clustered(1 - o, wanted, _SEED) for name, o in outputs.items()}
-    if settings.wide:
+    if settings.wide and settings.method == "mc_smoe":
         leaders = expert_groups.dominants(usages, wanted)
-    else:
-        leaders = [expert_groups.most_used(usage, wanted) for usage in usages]
-    alike = [expert_groups.cosines(_statistic(plan, m.name, LOGITS, total, total)) for m in found]
-    return {m.name: expert_groups.joined(s, lead) for m, s, lead in zip(found, alike, leaders)}
+        alike = [expert_groups.cosines(_statistic(plan, m.name, LOGITS, total, total)) for m in found]
+        return {m.name: expert_groups.joined(s, lead) for m, s, lead in zip(found, alike, leaders)}
+    size, kept = total // router_groups, wanted // router_groups
+
+    def grouped(mixture: Mixture, usage_E: Any) -> Groups:
+        groups: Groups = []
+        for start in range(0, total, size):
+            own = slice(start, start + size)
+            leaders = expert_groups.most_used(usage_E[own], kept)
+            if settings.method == "prune":
+                part = [[e] for e in sorted(leaders)]
+            elif settings.method == "sub_moe":
+                outputs_EE = _statistic(plan, mixture.name, OUTPUTS, total, total)
+                part = expert_groups.clustered(1 - outputs_EE[own], kept, _SEED)
+            else:
+                alike_EE = expert_groups.cosines(_statistic(plan, mixture.name, LOGITS, total, total))
+                part = expert_groups.joined(alike_EE[own, own], leaders)
+            groups += [[start + e for e in group] for group in part]
+        return groups
+
+    return {m.name: grouped(m, usage) for m, usage in zip(found, usages)}
 
 
 def _given(found: Sequence[Mixture], settings: _Settings) -> dict[str, Groups]:
