@@ -266,7 +266,8 @@ class _Layout:
     def _found_groups(self) -> Any:
         """What the method's look says of matrices with parts in common, which it does by headers; None of others."""
         method = self.plan.method
-        if method is None or method.store is None or method.store.group is None:
+        assert method is not None and method.store is not None
+        if method.store.group is None:
             return None
         return self.plan.bound.look_at_model(Views([entry.header for entry in self.plan.merged]))
 

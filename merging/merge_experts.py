@@ -372,7 +372,7 @@ class _Layout:
         squares = [found[_SQUARES] for _, found in sorted(remembered.items()) if _SQUARES in found]
         if not squares:
             return {}
-        shapes = [place.matrix.shape for place in next(iter(self.mixtures.values())).experts[0].values()]
+        shapes = [place.matrix.shape for m in self.mixtures.values() for place in m.experts[0].values()]
         kept = 0
         for rows, columns in shapes:
             rank, sparse = self.settings.cut_to((rows, columns))
@@ -442,6 +442,8 @@ def _groups(
     size, kept = total // router_groups, wanted // router_groups
 
     def grouped(mixture: Mixture, usage_E: Any) -> Groups:
+        kind = {"mc_smoe": LOGITS, "sub_moe": OUTPUTS}.get(settings.method)
+        held_EE: Any = _statistic(plan, mixture.name, kind, total, total) if kind else None
         groups: Groups = []
         for start in range(0, total, size):
             own = slice(start, start + size)
@@ -449,11 +451,9 @@ def _groups(
             if settings.method == "prune":
                 part = [[e] for e in sorted(leaders)]
             elif settings.method == "sub_moe":
-                outputs_EE = _statistic(plan, mixture.name, OUTPUTS, total, total)
-                part = expert_groups.clustered(1 - outputs_EE[own], kept, _SEED)
+                part = expert_groups.clustered(1 - held_EE[own], kept, _SEED)
             else:
-                alike_EE = expert_groups.cosines(_statistic(plan, mixture.name, LOGITS, total, total))
-                part = expert_groups.joined(alike_EE[own, own], leaders)
+                part = expert_groups.joined(expert_groups.cosines(held_EE)[own, own], leaders)
             groups += [[start + e for e in group] for group in part]
         return groups
 
