@@ -368,17 +368,20 @@ def _encode(
             look = bound.look_at_tensor(piece, facts)
             for x in piece.blocks(bound.unit(piece)):
                 once, own = bound.encode(x, facts, look, range(len(layout.names)))
+                base_X = x.base
                 for part, value in once.items():
                     sinks[_once(part, piece.name)].append(value)
                 for t, values in enumerate(own):
                     for part, value in values.items():
                         if _own(t, part, piece.name) in sinks:  # facts are not kept by tensor
                             sinks[_own(t, part, piece.name)].append(value)
-                    given_X = bound.decode(piece, x.base, once, values, x.shape, x.dtype)
-                    expert_X = x.experts[t].double()
-                    from_X = expert_X - x.base if layout.relative and x.base is not None else expert_X
-                    squares[t][0] += float((given_X - expert_X).square().sum())
-                    squares[t][1] += float(from_X.square().sum())
+                    given_X, expert_X = (
+                        bound.decode(piece, base_X, once, values, x.shape, x.dtype),
+                        x.experts[t],
+                    )
+                    from_X = expert_X - base_X if layout.relative and base_X is not None else expert_X
+                    for i, apart_X in enumerate((given_X - expert_X, from_X)):
+                        squares[t][i] += float(torch.linalg.vector_norm(apart_X, dtype=torch.float64)) ** 2
     return {name: sink.close() for name, sink in sinks.items()}, squares
 
 
