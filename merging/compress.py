@@ -341,7 +341,10 @@ class _Layout:
                 tensors = {name: (of[0] / of[1]) ** 0.5 for name, of in own.items()}
                 worst = max(tensors, key=tensors.__getitem__)
                 found[expert] = {"all": (apart / size) ** 0.5, "worst_tensor": worst, "tensors": tensors}
-        return {"of": "what it adds to the base" if self.relative else "its weights", "experts": found}
+        return {
+            "of": "what an expert adds to the base" if self.relative else "an expert's weights",
+            "experts": found,
+        }
 
 
 def _encode(

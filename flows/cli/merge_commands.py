@@ -170,8 +170,7 @@ def merge_experts(args: argparse.Namespace) -> None:
         manifest = merge_experts(
             recipe, args.out, method=args.method, experts=args.experts, statistics=args.statistics, groups=groups,
             router=args.router, align=not args.no_align, rank=args.rank, compress=args.compress, sparse=args.sparse,
-            device=args.device, memory=args.memory,
-            workers=args.workers, progress=text.progress(), force=args.force,
+            device=args.device, memory=args.memory, workers=args.workers, progress=text.progress(), force=args.force,
         )  # fmt: skip
     if args.json:
         print(text.as_json({"out": str(args.out), **manifest}))

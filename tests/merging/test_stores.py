@@ -322,7 +322,7 @@ def test_a_store_says_how_far_each_expert_is_from_what_it_gives_back(method, par
     recipe = {**recipe, "method": method, "params": params}
     told = compress(recipe, tmp_path / "store")["store"]["errors"]
     relative = "base" in get_method(method).needs_of(get_method(method).resolve(params))
-    assert told["of"] == ("what it adds to the base" if relative else "its weights")
+    assert told["of"] == ("what an expert adds to the base" if relative else "an expert's weights")
     base = load_file(recipe["base"])
     for name, path in recipe["experts"].items():
         extract_expert(tmp_path / "store", name, tmp_path / "out.safetensors")
@@ -791,7 +791,7 @@ def test_the_command_line_compresses_and_extracts(recipe, tmp_path, mergeline):
     assert [line.split()[0] for line in lines[1:5]] == ["once", "a", "b", "c"]
     assert all("% of a checkpoint" in line for line in lines[1:5]) and lines[5].startswith("3 experts in")
     assert all("error" in line and "at most" in line for line in lines[2:5])
-    assert lines[6] == "errors are relative to what it adds to the base, in the Frobenius norm"
+    assert lines[6] == "errors are relative to what an expert adds to the base, in the Frobenius norm"
     planned = mergeline("plan", *words)
     [line] = [line for line in planned.out.splitlines() if line.startswith("store ")]
     assert planned.code == 0 and lines[1].split()[1] in line and "by `mergeline compress`" in line

@@ -244,8 +244,10 @@ def fuzzed(whole: bytes, draw: random.Random) -> bytes:
     return bytes(changed[: draw.randrange(len(changed))] if draw.random() < 0.2 else changed)
 
 
-def check_fuzzed(tmp_path: Path, cases: int) -> None:
-    write(tmp_path / "whole.gguf", model("llama", num_hidden_layers=1), "Q4_0")
+def check_fuzzed(tmp_path: Path, cases: int, kind: str = "llama") -> None:
+    counts = {"expert_count": 4, "expert_used_count": 2} if kind in MIXTURES else {}
+    made = model(kind, num_hidden_layers=1, **MIXTURES.get(kind, {}))
+    write(tmp_path / "whole.gguf", made, "Q4_0", **counts)
     whole, path = (tmp_path / "whole.gguf").read_bytes(), tmp_path / "fuzzed.gguf"
     refusals = 0
     for seed in range(cases):
@@ -258,10 +260,12 @@ def check_fuzzed(tmp_path: Path, cases: int) -> None:
     assert cases / 4 < refusals < cases
 
 
-def test_hostile_headers_are_refused_in_one_line(tmp_path):
-    check_fuzzed(tmp_path, 100)
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_hostile_headers_are_refused_in_one_line(kind, tmp_path):
+    check_fuzzed(tmp_path, 100, kind)
 
 
 @pytest.mark.slow
-def test_many_hostile_headers_are_refused_in_one_line(tmp_path):
-    check_fuzzed(tmp_path, 1000)
+@pytest.mark.parametrize("kind", ["llama", *MIXTURES])
+def test_many_hostile_headers_are_refused_in_one_line(kind, tmp_path):
+    check_fuzzed(tmp_path, 1000, kind)
