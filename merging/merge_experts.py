@@ -305,7 +305,7 @@ class _Layout:
                 f"scored by their best {least}; keep {least * self.router_groups} or more"
             )
         chosen, of = (
-            max((n for n in values_in(config, keys) if isinstance(n, int)), default=1)
+            max([1, *(n for n in values_in(config, keys) if isinstance(n, int))])
             for keys in (CHOSEN, CHOSEN_GROUPS)
         )
         if per * of < chosen:

@@ -449,6 +449,7 @@ def test_statistics_find_groups_inside_of_the_groups_of_a_router(method, tmp_pat
         ({}, {"groups": [[0, 1, 2, 3], [4, 5, 6, 7]]}, ["best 2", "keep 4 or more"]),
         ({}, {"experts": 5, "statistics": "none.safetensors"}, ["a multiple of 2"]),
         ({"num_experts_per_tok": 3}, {"groups": SCATTERED}, ["sent to 3 in 1 groups", "keep 6 or more"]),
+        ({"num_experts_per_tok": 3, "topk_group": 0}, {"groups": SCATTERED}, ["sent to 3 in 1 groups"]),
         ({"n_group": 3}, {"groups": SCATTERED}, ["8 experts are not 3 equal groups"]),
     ],
 )

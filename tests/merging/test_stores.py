@@ -475,6 +475,18 @@ def test_low_rank_and_sparse_rows_take_what_they_say(recipe, tmp_path):
     assert torch.allclose(dense[kept], expert["blocks.1.mlp.weight"][kept], atol=1e-6) and kept.sum() == 4
 
 
+def test_a_store_that_marks_other_rows_than_it_keeps_was_damaged(recipe, tmp_path):
+    store = tmp_path / "store.safetensors"
+    compress({**recipe, "method": "losparse", "params": {"sparse_ratio": 0.5}}, store)
+    with safe_open(store, "pt") as file:
+        metadata = file.metadata()
+    marks = {"0/kept/blocks.1.mlp.weight": torch.full((1,), 255, dtype=torch.uint8)}
+    save_file({**load_file(store), **marks}, store, metadata)
+    with refused("damaged", "8 rows", "keeps 4"):
+        extract_expert(store, "a", tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_a_store_of_overflowing_numbers_is_refused(recipe, tmp_path):
     for path in recipe["experts"].values():
         edit(path, odd=load_file(path)["odd"] + 1e6)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 from mergeline.merging.algebra import low_rank_sparse
 from mergeline.merging.algebra.low_rank_sparse import LowRankSparse
 from mergeline.merging.algebra.slots import Slot
+from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 from mergeline.merging.methods.contract import method
 from mergeline.merging.methods.parameters import Rate, Share, Task
@@ -58,7 +59,12 @@ def _decode(
 ) -> Tensor:
     left_MK, right_KN = own["left"], own["right"]
     kept_M = own["kept"] if "kept" in own else torch.zeros(shape[0], dtype=torch.bool, device=left_MK.device)
-    return LowRankSparse(left_MK, right_KN, kept_M, own.get("rows", right_KN[:0])).dense()
+    rows_PN = own.get("rows", right_KN[:0])
+    if int(kept_M.sum()) != len(rows_PN):
+        raise UserError(
+            f"the store was damaged: it marks {int(kept_M.sum())} rows and keeps {len(rows_PN)}; copy it again"
+        )
+    return LowRankSparse(left_MK, right_KN, kept_M, rows_PN).dense()
 
 
 STORE = Store(_parts, _encode, _decode)
