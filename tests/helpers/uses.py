@@ -201,6 +201,11 @@ OF_FITS = {"solved", "weighted"}
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS
 
 
+def cuts_weights(method: str, params: dict[str, Any]) -> bool:
+    """Whether it cuts the weights themselves, so that copies of the base come back cut."""
+    return method == "losparse" or params.get("of") == "weights"
+
+
 def by_use(method: str, uses: Sequence[Use] = USES, *, others_slow: bool = False) -> pytest.MarkDecorator:
     """A test of every use, which is given `method` and `params`; maybe a slow one of all but each method's first."""
     seen: set[str] = set()
