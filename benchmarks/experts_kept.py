@@ -35,6 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "mc_smoe, router average": {"method": "mc_smoe", "router": "average"},
     "mc_smoe, not aligned": {"method": "mc_smoe", "align": False},
     "mc_smoe, router wide": {"method": "mc_smoe", "router": "wide"},
+    "mc_smoe, compress 0.5": {"method": "mc_smoe", "compress": 0.5},
+    "mc_smoe, compress 0.15": {"method": "mc_smoe", "compress": 0.15},
     "sub_moe": {"method": "sub_moe"},
     "sub_moe, router dominant": {"method": "sub_moe", "router": "dominant"},
     "sub_moe, rank 0.75": {"method": "sub_moe", "rank": 0.75},
@@ -86,16 +88,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         held = statistics(model, Path(place) / "experts.safetensors")
         print("| experts kept of 8 | " + " | ".join(map(str, _KEPT)) + " |\n|---|" + "---|" * len(_KEPT))
-        seconds = []
+        seconds, cut = [], {}
         for name, way in WAYS.items():
             row = []
             for kept in _KEPT:
                 out = Path(place) / "out"
                 start = time.perf_counter()
-                merge_experts(model, out, experts=kept, statistics=held, force=True, **way)
+                made = merge_experts(model, out, experts=kept, statistics=held, force=True, **way)
                 seconds.append(time.perf_counter() - start)
+                if told := made["mixture"].get("compressed"):
+                    cut[f"{name}, {kept} experts"] = told
                 row.append(f"{perplexity(out, test):.3f}")
             print(f"| {name} | " + " | ".join(row) + " |", flush=True)
+        for name, told in cut.items():
+            print(f"{name}: {told['numbers']:.1%} of their numbers, relative error {told['error']:.1%}")
         print(f"a merge takes {sum(seconds) / len(seconds):.2f} s")
 
 

@@ -1,8 +1,9 @@
 """Compressed stores: N experts in the space of a few, any of which is given back on its own.
 
 A store is a safetensors file, or a folder with one or more, of what a method (`merging.methods.stored.Store`) keeps of
-every tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits. Its metadata says
-the rest: the method and its parameters, the experts' names, the base's digest, the dtype and shape of every tensor.
+every tensor: `once/PART/TENSOR` for all experts, `INDEX/PART/TENSOR` of each, masks as packed bits; what several
+matrices have in common is kept with the first of them. Its metadata says the rest: the method and its parameters, the
+experts' names, the base's digest, the dtype and shape of every tensor.
 What comes out is, bit for bit, what the method merges with the expert's number as `task`.
 """
 
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergeline.merging.algebra.slots import MatrixView, View, block_elements, by_stretch
+from mergeline.merging.algebra.slots import MatrixView, View, Views, block_elements, by_stretch
 from mergeline.merging.architecture import Matrix, describe
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import carry
@@ -54,6 +55,7 @@ from mergeline.merging.files import staged
 from mergeline.merging.lazy import torch
 from mergeline.merging.methods.bound import Bound, bind
 from mergeline.merging.methods.contract import catalogue, get_method
+from mergeline.merging.methods.parameters import PositiveCount
 from mergeline.merging.methods.stored import Part
 from mergeline.merging.reading import parsed_json
 from mergeline.merging.recipes.recipe import Recipe
@@ -65,8 +67,18 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _METADATA = "mergeline.store"
+_SQUARES = "squares"  # what is remembered of a tensor
 _BITS = 8  # in a byte of a mask
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class _Shared(BaseModel):
+    """With which matrix the parts of a group are kept, and how many matrices the group is of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    owner: str
+    together: PositiveCount
 
 
 class _Kept(BaseModel):
@@ -80,6 +92,7 @@ class _Kept(BaseModel):
     read: Literal["F32", "F64"] = "F32"  # what it is computed in
     params: dict[str, Any] = {}  # that differ from the store's
     matrices: list[dict[str, Any]] = []  # that it consists of, if it is not one itself
+    shared: list[_Shared] = []  # of each of its matrices, where the method's have parts in common
 
 
 class _Header(BaseModel):
@@ -116,17 +129,22 @@ def _spec(name: str, part: Part, dtypes: Mapping[str, str]) -> TensorSpec:
     return TensorSpec(name, dtype, part.shape, prod(part.shape) * DTYPES[dtype][1])
 
 
-def _parts_of(bound: Bound, piece: View) -> Iterator[tuple[str, Part, int | None]]:
+def _parts_of(bound: Bound, piece: View, shared: _Shared | None) -> Iterator[tuple[str, Part, int | None]]:
     """Every stored tensor that belongs to a tensor, or matrix: its name, the part, and the expert (None: all)."""
     if not piece.elements:
         return
     shape = piece.shape if isinstance(piece, MatrixView) else piece.stored_shape
-    once, own = bound.stored_as(piece).parts(shape, len(piece.experts), **bound.own)
+    together = {"together": shared.together} if shared else {}
+    once, own = bound.stored_as(piece).parts(shape, len(piece.experts), **bound.own, **together)
+
+    def of(what: Part) -> str:
+        return shared.owner if shared and what.of_group else piece.name
+
     for part, what in once.items():
-        yield _once(part, piece.name), what, None
+        yield _once(part, of(what)), what, None
     for t in range(len(piece.experts)):
         for part, what in own.items():
-            yield (_fact(t, part) if what.kind == "fact" else _own(t, part, piece.name)), what, t
+            yield (_fact(t, part) if what.kind == "fact" else _own(t, part, of(what))), what, t
 
 
 # ---------------------------------------------------------------------------------------------- compressing
@@ -147,45 +165,58 @@ def compress(
 
     The recipe's method says how; its `task` is not used. Everything else is as with `merging.merge`: the bytes do not
     depend on workers, memory or factors, memory is bounded, and a killed run goes on where it was. The manifest's
-    `store` has the bytes that are kept once and of each expert, and those of a checkpoint.
+    `store` has the bytes that are kept once and of each expert, those of a checkpoint, and how far each expert is from
+    what is given back: relative Frobenius errors, of what it adds to the base, or without one of its weights.
 
     Raises:
         UserError: as `merging.merge`; a method that is no store, vocabularies that differ.
     """
     plan, out = recipe if isinstance(recipe, Plan) else make_plan(recipe), Path(out)
     plan.check()
-    assert plan.method is not None
-    if plan.method.store is None:
-        raise UserError(f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}")
-    if plan.alignment:
-        raise UserError("the vocabularies differ, and a store keeps the base's alone; align them first")
-    if plan.stack or plan.onto:
-        what = "stack" if plan.stack else "onto"
-        raise UserError(
-            f"a store keeps experts as they differ from their base; leave out {what}, or merge first"
-        )
-    if plan.components:
-        raise UserError(
-            f"the checkpoints have several components ({', '.join(plan.components)}), and a store is of one: compress "
-            "the folder of each"
-        )
+    if problem := _problem(plan):
+        raise UserError(problem)
+    layout = _Layout(plan)
     with opened(
         [plan], [out], device=device, memory=memory, workers=workers, factors=factors, need=plan.peak_bytes,
-        lapack=plan.is_spectral, layout=lambda source: _Layout(plan, source), kind="store", force=force,
+        lapack=plan.is_spectral, layout=lambda _: layout, kind="store", force=force,
     ) as (source, [output], pool):  # fmt: skip
-        layout, writer, facts = output.layout, output.writer, output.journal.facts
-        assert isinstance(layout, _Layout)
+        writer, facts = output.writer, output.journal.facts
         for name in layout.facts:
             value = facts[int(name.partition("/")[0])] if facts else 1.0
             writer.write(name, torch.tensor(value, dtype=torch.float64))
 
         def write(entry: Entry) -> Finished:
-            hashes = _encode(layout, entry, source, writer, facts)
-            return Finished(entry.name, [hashes], hashes_read(source, entry))
+            hashes, squares = _encode(layout, entry, source, writer, facts)
+            remembered = {_SQUARES: squares} if squares else {}
+            return Finished(entry.name, [hashes], hashes_read(source, entry), remembered)
 
-        run(source, [output], write, pool, progress)
+        remembered = run(source, [output], write, pool, progress)
         writer.finish()
-        return publish_all([output], source, device, {"store": layout.sizes()})[0]
+        told = layout.sizes() | {"errors": layout.errors(remembered)}
+        return publish_all([output], source, device, {"store": told})[0]
+
+
+def store_sizes(plan: Plan) -> dict[str, Any] | None:
+    """Bytes of the store that a plan makes, once and of each expert, and of a checkpoint; None if it makes none."""
+    return None if plan.problems or _problem(plan) else _Layout(plan).sizes()
+
+
+def _problem(plan: Plan) -> str | None:
+    """Why a plan, which has no problems of its own, makes no store."""
+    assert plan.method is not None
+    if plan.method.store is None:
+        return f"{plan.method.id} makes one merge of all; choose one of {', '.join(stores())}"
+    if plan.alignment:
+        return "the vocabularies differ, and a store keeps the base's alone; align them first"
+    if plan.stack or plan.onto:
+        what = "stack" if plan.stack else "onto"
+        return f"a store keeps experts as they differ from their base; leave out {what}, or merge first"
+    if plan.components:
+        return (
+            f"the checkpoints have several components ({', '.join(plan.components)}), and a store is of one: compress "
+            "the folder of each"
+        )
+    return None
 
 
 def stores() -> list[str]:
@@ -194,32 +225,69 @@ def stores() -> list[str]:
 
 
 class _Layout:
-    """What a store of a plan will hold, from headers and the digest of the base, which is read for it."""
+    """What a store of a plan will hold, from headers; only its metadata has the base read, for the digest."""
 
     file = WEIGHTS
 
-    def __init__(self, plan: Plan, source: FileInputs):
+    def __init__(self, plan: Plan):
         assert plan.method is not None
         self.plan = plan
         self.names = list(plan.experts)
         self.parts: dict[str, dict[str, TensorSpec]] = {}  # of each tensor
         self.facts: dict[str, TensorSpec] = {}
-        tensors = {entry.name: self._add(entry, source) for entry in plan.entries}
+        self._groups = self._found_groups()
+        self._settings = {
+            piece.name: self._setting(entry)
+            for entry in (plan.entries if self._groups is not None else ())
+            if entry.bound and self.is_encoded(entry)
+            for piece in entry.bound.pieces(entry.header)
+        }
+        self.tensors = {entry.name: self._add(entry) for entry in plan.entries}
         self.specs = [spec for parts in self.parts.values() for spec in parts.values()]
         self.specs += self.facts.values()
-        relative = "base" in plan.method.needs_of(plan.params)
-        needs_base = relative or any(kept.how == "base" for kept in tensors.values())
+        self.relative = "base" in plan.method.needs_of(plan.params)
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What the files say of the store."""
+        plan = self.plan
+        assert plan.method is not None
+        needs_base = self.relative or any(kept.how == "base" for kept in self.tensors.values())
         header = _Header(
             format=_FORMAT,
             method=plan.method.id,
             params={k: v for k, v in plan.params.items() if k != "task"},
             experts=self.names,
             base=plan.base.digest() if plan.base and needs_base else None,
-            tensors=tensors,
+            tensors=self.tensors,
         )
-        self.metadata = {_METADATA: canonical_json(header.model_dump(exclude_defaults=True))}
+        return {_METADATA: canonical_json(header.model_dump(exclude_defaults=True))}
 
-    def _add(self, entry: Entry, source: FileInputs) -> _Kept:
+    def _found_groups(self) -> Any:
+        """What the method's look says of matrices with parts in common, which it does by headers; None of others."""
+        method = self.plan.method
+        assert method is not None and method.store is not None
+        if method.store.group is None:
+            return None
+        return self.plan.bound.look_at_model(Views([entry.header for entry in self.plan.merged]))
+
+    @staticmethod
+    def _setting(entry: Entry) -> Any:
+        """Equal for tensors of which parts in common are the same."""
+        assert entry.bound is not None
+        return canonical_json(entry.bound.flat), "F64" in entry.dtypes
+
+    def _shared(self, entry: Entry, piece: View) -> _Shared | None:
+        """With whom a matrix has parts in common: the first of those that are kept in the same way owns them."""
+        assert entry.bound is not None
+        store = entry.bound.stored_as(piece)
+        if store.group is None or not piece.elements:
+            return None
+        names, setting = store.group(piece.name, self._groups), self._setting(entry)
+        owner = next(name for name in names if self._settings.get(name) == setting)
+        return _Shared(owner=owner, together=len(names))
+
+    def _add(self, entry: Entry) -> _Kept:
         spec, parts = entry.spec, self.parts.setdefault(entry.name, {})
         kept = partial(_Kept, dtype=spec.dtype, shape=list(spec.shape))
         if entry.action == "copy" and entry.base:
@@ -229,17 +297,20 @@ class _Layout:
             parts[name] = TensorSpec(name, spec.dtype, spec.shape, spec.nbytes)
             return kept(how="copy")
         assert entry.bound is not None
-        read: Literal["F32", "F64"] = "F64" if source.dtype(spec.name) == torch.float64 else "F32"
+        read: Literal["F32", "F64"] = "F64" if "F64" in entry.dtypes else "F32"
         dtypes = {"number": _STORED.get(entry.bound.params["stored"], read)}
         pieces = entry.bound.pieces(entry.header)
-        for piece in pieces:
-            for name, part, t in _parts_of(entry.bound, piece):
+        shared = [self._shared(entry, piece) for piece in pieces]
+        for piece, of in zip(pieces, shared):
+            for name, part, t in _parts_of(entry.bound, piece, of):
+                if part.of_group and of and of.owner != piece.name:
+                    continue
                 if part.kind == "exact" and t is not None:
                     dtypes["exact"] = entry.sources[self.names[t]].dtype
                 (self.facts if part.kind == "fact" else parts)[name] = _spec(name, part, dtypes)
         differ = {k: v for k, v in entry.bound.flat.items() if k != "task" and v != self.plan.params[k]}
         matrices = [asdict(piece.matrix) for piece in pieces if isinstance(piece, MatrixView)]
-        return kept(how="parts", read=read, params=differ, matrices=matrices)
+        return kept(how="parts", read=read, params=differ, matrices=matrices, shared=[*filter(None, shared)])
 
     def is_encoded(self, entry: Entry) -> bool:
         """Whether the store keeps parts of it; what all experts share is kept as it is."""
@@ -256,12 +327,35 @@ class _Layout:
                 own[self.names[int(owner)]] += spec.nbytes
         return {"checkpoint": self.plan.bytes_written, "once": once, "experts": own}
 
+    def errors(self, remembered: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Relative Frobenius errors of what is given back of each expert, over all tensors, and of each.
+
+        `of`: what they are relative to. An expert, or a tensor, that has none of it has no error.
+        """
+        squares = {name: found[_SQUARES] for name, found in sorted(remembered.items()) if _SQUARES in found}
+        found: dict[str, Any] = {}
+        for t, expert in enumerate(self.names):
+            own = {name: of[t] for name, of in squares.items() if of[t][1]}
+            if own:
+                apart, size = (sum(of[i] for of in own.values()) for i in (0, 1))
+                tensors = {name: (of[0] / of[1]) ** 0.5 for name, of in own.items()}
+                worst = max(tensors, key=tensors.__getitem__)
+                found[expert] = {"all": (apart / size) ** 0.5, "worst_tensor": worst, "tensors": tensors}
+        return {
+            "of": "what an expert adds to the base" if self.relative else "an expert's weights",
+            "experts": found,
+        }
+
 
 def _encode(
     layout: _Layout, entry: Entry, source: FileInputs, writer: CheckpointWriter, facts: Any
-) -> dict[str, str]:
-    """Write what is kept of a tensor; the hashes of what was written."""
+) -> tuple[dict[str, str], list[list[float]]]:
+    """Write what is kept of a tensor; the hashes of what was written, and of each expert two sums of squares.
+
+    They are of what the store changes of it, and of what that is relative to; none of what all experts share.
+    """
     sinks = {name: _Sink(writer.open(name), spec) for name, spec in layout.parts[entry.name].items()}
+    squares: list[list[float]] = []
     if entry.bound is None:
         for block in source.copied(list(entry.origins), entry.name, entry.action == "largest"):
             for sink in sinks.values():
@@ -272,17 +366,26 @@ def _encode(
             sink.append(block)
     else:
         bound, facts = entry.bound, found_for(entry, facts)
+        squares = [[0.0, 0.0] for _ in layout.names]
         for piece in bound.pieces(source.view(entry)):
             look = bound.look_at_tensor(piece, facts)
             for x in piece.blocks(bound.unit(piece)):
                 once, own = bound.encode(x, facts, look, range(len(layout.names)))
+                base_X = x.base
                 for part, value in once.items():
                     sinks[_once(part, piece.name)].append(value)
                 for t, values in enumerate(own):
                     for part, value in values.items():
                         if _own(t, part, piece.name) in sinks:  # facts are not kept by tensor
                             sinks[_own(t, part, piece.name)].append(value)
-    return {name: sink.close() for name, sink in sinks.items()}
+                    given_X, expert_X = (
+                        bound.decode(piece, base_X, once, values, x.shape, x.dtype),
+                        x.experts[t],
+                    )
+                    from_X = expert_X - base_X if layout.relative and base_X is not None else expert_X
+                    for i, apart_X in enumerate((given_X - expert_X, from_X)):
+                        squares[t][i] += float(torch.linalg.vector_norm(apart_X, dtype=torch.float64)) ** 2
+    return {name: sink.close() for name, sink in sinks.items()}, squares
 
 
 class _Sink:
@@ -478,6 +581,14 @@ class CompressedStore:
             raise self._damaged(f"tensor '{name}' consists of no matrices ({error})") from None
         return [MatrixView(view, matrix) for matrix in matrices] or [view]
 
+    def _pieces_shared(self, name: str) -> list[tuple[View, _Shared | None]]:
+        """The same, with what each has in common with others."""
+        pieces, shared = self._pieces(name), self.header.tensors[name].shared
+        grouped = self._bound(name).stored_as(pieces[0]).group is not None and bool(pieces[0].elements)
+        if len(shared) != (len(pieces) if grouped else 0):
+            raise self._damaged(f"of tensor '{name}' it is not known what matrices have in common")
+        return list(zip(pieces, shared)) if shared else [(piece, None) for piece in pieces]
+
     def _check_parts(self, name: str, kept: _Kept) -> None:
         if kept.dtype not in DTYPES or min(kept.shape, default=0) < 0:
             raise self._damaged(f"tensor '{name}' has dtype {kept.dtype} and shape {kept.shape}")
@@ -485,8 +596,8 @@ class CompressedStore:
         if kept.how == "copy":
             expected = [(_once("whole", name), shape, {kept.dtype})]
         elif kept.how == "parts":
-            for piece in self._pieces(name):
-                for key, part, _ in _parts_of(self._bound(name), piece):
+            for piece, shared in self._pieces_shared(name):
+                for key, part, _ in _parts_of(self._bound(name), piece, shared):
                     spec = _spec(key, part, {"number": "F32", "exact": "F32"})
                     expected.append((key, spec.shape, {"U8"} if part.kind == "bits" else set(FLOATS)))
         for key, shape, dtypes in expected:
@@ -532,29 +643,35 @@ class CompressedStore:
             for start in range(0, elements, block_elements(1)):
                 yield files.elements(info, start, min(start + block_elements(1), elements))
             return
-        pieces = self._pieces(name)
-        if not isinstance(pieces[0], MatrixView):
-            yield from self._decoded(files, spec, pieces[0], task)
+        pieces = self._pieces_shared(name)
+        if not isinstance(pieces[0][0], MatrixView):
+            yield from self._decoded(files, spec, *pieces[0], task)
             return
-        for slab, parts in by_stretch(pieces):
+        shared = {piece.name: of for piece, of in pieces}
+        for slab, parts in by_stretch(piece for piece, _ in pieces):
             stretch = torch.empty(slab, dtype=torch.float64)
             for piece in parts:
-                blocks = [block.reshape(-1) for block in self._decoded(files, spec, piece, task)]
+                blocks = [
+                    block.reshape(-1) for block in self._decoded(files, spec, piece, shared[piece.name], task)
+                ]
                 piece.matrix.put(stretch, torch.cat(blocks).double().reshape(piece.shape))
             yield stretch
 
-    def _decoded(self, files: Files, spec: TensorSpec, piece: View, task: int) -> Iterator[Tensor]:
+    def _decoded(
+        self, files: Files, spec: TensorSpec, piece: View, shared: _Shared | None, task: int
+    ) -> Iterator[Tensor]:
         """One expert's tensor, or one matrix of it, block by block."""
         name, kept = spec.name, self.header.tensors[spec.name]
         bound, elements = self._bound(name), piece.elements
         dtype = getattr(torch, DTYPES[kept.read][0])
         whole = bound.unit(piece) == "tensor"
         step = max(elements, 1) if whole else -(-block_elements(1) // _BITS) * _BITS
-        parts = list(_parts_of(bound, piece))
+        parts = list(_parts_of(bound, piece, shared))
 
         def part(key: str, what: Part, start: int, stop: int) -> Tensor:
             info = self.checkpoint.tensors[key]
             if what.kind == "bits":
+                start, stop = (0, prod(what.shape)) if whole else (start, stop)
                 return _unpacked(files.elements(info, start // _BITS, -(-stop // _BITS)), stop - start)
             if what.kind == "fact" or whole:
                 return files.elements(info, 0, prod(info.shape)).reshape(info.shape)

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping, Sequence, get
 
 from mergeline.merging.algebra import assignment, expert_groups, linear
 from mergeline.merging.algebra.expert_groups import Groups
-from mergeline.merging.architecture.mixtures import CHOSEN, COUNTS, GROUPS, Mixture, Place, mixtures
+from mergeline.merging.algebra.low_rank_sparse import rank_for_parameters, row_count, split
+from mergeline.merging.architecture.mixtures import (
+    CHOSEN,
+    CHOSEN_GROUPS,
+    COUNTS,
+    GROUPS,
+    Mixture,
+    Place,
+    mixtures,
+)
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.carried import replaced, values_in
 from mergeline.merging.checkpoints.checkpoint import DTYPES, Files, open_checkpoint
@@ -41,6 +50,8 @@ STATISTICS = "experts"  # the kind of statistics that groups are found by
 USAGE, LOGITS, OUTPUTS = "usage", "logits", "outputs"  # of each mixture: NAME/usage ...
 
 _SEED = 42  # of K-means, as in Sub-MoE
+_SPARSE = 0.1  # of rows, the last threshold of MC-SMoE's scripts
+_SQUARES = "squares"  # what is remembered of a layer whose experts are cut
 
 
 def merge_experts(
@@ -54,6 +65,8 @@ def merge_experts(
     router: Router | None = None,
     align: bool = True,
     rank: int | float | None = None,
+    compress: float | None = None,
+    sparse: float | None = None,
     device: str = "cpu",
     memory: int | None = None,
     workers: int | None = None,
@@ -78,9 +91,13 @@ def merge_experts(
     align: of `mc_smoe`, whether hidden units are matched before the average. The official code does not for Mixtral.
     rank: of `sub_moe`, how many directions are kept, or as a float a share of the smaller side; None for all, which is
         the average itself.
+    compress: of `mc_smoe`, cut every expert that is left as MC-SMoE begins to: to the product of two factors with this
+        share of a matrix's numbers, and of the rest to the share `sparse` of its rows (0.1), those of the largest mean
+        magnitude. What is written is dense, and no smaller; the method `losparse` keeps the factors in a store.
 
     Memory is that of a few experts; bytes do not depend on workers or memory; a killed run goes on after the last
-    layer that it finished. The manifest's `mixture` has the settings and the groups of each layer.
+    layer that it finished. The manifest's `mixture` has the settings and the groups of each layer, and `compressed` the
+    share of numbers that the factors have and the relative Frobenius error.
 
     Raises:
         UserError: as `merging.merge`; a model without experts or whose experts are not fully known, more experts than
@@ -88,7 +105,7 @@ def merge_experts(
     """
     plan = _plan(model, statistics)
     out = Path(out)
-    settings = _Settings(method, experts, router, align, rank, groups)
+    settings = _Settings(method, experts, router, align, rank, groups, compress, sparse)
     layout = _Layout(plan, settings)
     with opened(
         [plan], [out], device=device, memory=memory, workers=workers, factors=None, need=layout.peak_bytes,
@@ -99,14 +116,16 @@ def merge_experts(
         def write(entry: Entry) -> Finished:
             mixture = layout.led.get(entry.name)
             if mixture is not None:
-                return Finished(entry.name, [_write(layout, mixture, source, output.writer)], {})
+                hashes, squares = _write(layout, mixture, source, output.writer)
+                return Finished(entry.name, [hashes], {}, {_SQUARES: squares} if squares else {})
             if not layout.parts[entry.name]:
                 return Finished(entry.name, [], hashes_read(source, entry))
             return job.write(entry)
 
-        run(source, [output], write, pool, progress)
+        remembered = run(source, [output], write, pool, progress)
         output.writer.finish()
-        return publish_all([output], source, device, {"mixture": layout.told()})[0]
+        told = {**layout.told(), **layout.compressed(remembered)}
+        return publish_all([output], source, device, {"mixture": told})[0]
 
 
 def _plan(
@@ -132,7 +151,15 @@ class _Settings:
     """What was asked, checked, as far as no model is needed for it."""
 
     def __init__(
-        self, method: How, experts: int | None, router: Router | None, align: bool, rank: Any, groups: Any
+        self,
+        method: How,
+        experts: int | None,
+        router: Router | None,
+        align: bool,
+        rank: Any,
+        groups: Any,
+        compress: float | None,
+        sparse: float | None,
     ):
         if method not in get_args(How):
             raise UserError(f"there is no method '{method}' of experts{did_you_mean(method, get_args(How))}")
@@ -152,6 +179,13 @@ class _Settings:
             isinstance(rank, bool) or not rank > 0 or isinstance(rank, float) and rank > 1
         ):
             raise UserError(f"rank {rank}: give a number from 1 on, or a share above 0 and up to 1.0")
+        if compress is not None and method != "mc_smoe":
+            raise UserError(f"--compress is of mc_smoe; {method} leaves experts whole")
+        if compress is not None and not 0 < compress <= 1:
+            raise UserError(f"--compress {compress}: give a share above 0 and up to 1.0")
+        if sparse is not None and (compress is None or not 0 <= sparse <= 1):
+            raise UserError(f"--sparse {sparse}: give a share from 0 to 1.0, beside --compress")
+        self.compress, self.sparse = compress, _SPARSE if sparse is None else sparse
         self.method, self.experts, self.groups, self.rank = method, experts, groups, rank
         self.router: Router = router or ("average" if method == "sub_moe" else "dominant")
         self.align = align and method == "mc_smoe"
@@ -159,10 +193,16 @@ class _Settings:
 
     def told(self) -> dict[str, Any]:
         """JSON values that say the same."""
+        cut = {} if self.compress is None else {"compress": self.compress, "sparse": self.sparse}
         return {
             "method": self.method, "experts": self.experts, "router": self.router, "align": self.align,
-            "rank": self.rank, "groups": self.groups,
+            "rank": self.rank, "groups": self.groups, **cut,
         }  # fmt: skip
+
+    def cut_to(self, shape: Sequence[int]) -> tuple[int, int]:
+        """The rank, and the rows of the rest, that a matrix of an expert is cut to."""
+        assert self.compress is not None
+        return rank_for_parameters(self.compress, shape), row_count(self.sparse, shape)
 
 
 @dataclass(frozen=True)
@@ -194,12 +234,17 @@ class _Layout:
             raise UserError(f"{_path(plan)}: has no experts of a mixture; name a mixture")
         self._check_counts(found, config)
         self.mixtures = {mixture.name: mixture for mixture in found}
-        self.groups = {name: self._in_groups(name, g) for name, g in _groups(found, settings, plan).items()}
+        told = [n for n in values_in(config, GROUPS) if isinstance(n, int) and n > 1]
+        self.router_groups = 1 if settings.wide else max(told, default=1)
+        self._check_router_groups(found)
+        groups = _groups(found, settings, plan, self.router_groups)
+        self.groups = {name: self._in_groups(name, of) for name, of in groups.items()}
         self.count = len(next(iter(self.groups.values())))
         if settings.wide:
             self.count = len(found[0].experts)
         else:
             self._check_kept(config)
+            self._check_kept_in_router_groups(config)
         self.entries = {entry.name: entry for entry in plan.entries}
         # All of a layer is written with the first of its tensors.
         self.led = {next(iter(mixture.tensors)): mixture for mixture in found}
@@ -224,15 +269,50 @@ class _Layout:
             raise UserError(
                 f"{_path(self.plan)}: has no {CONFIG}, which says how experts are used; name a folder"
             )
-        if any(isinstance(n, int) and n > 1 for n in values_in(config, GROUPS)) and not self.settings.wide:
-            raise UserError(
-                f"its router chooses experts in groups ({', '.join(GROUPS)} in {CONFIG}), which would be torn apart; "
-                "take router wide"
-            )
         said = [n for n in values_in(config, COUNTS) if isinstance(n, int) and n > 1]
         if set(said) - counts or not said:
             raise UserError(
                 f"{CONFIG} says {said or 'nothing'} of the number of experts, of which there are {counts}"
+            )
+
+    def _check_router_groups(self, found: Sequence[Mixture]) -> None:
+        count, total, wanted = self.router_groups, len(found[0].experts), self.settings.experts
+        if total % count:
+            raise UserError(f"{CONFIG}: {total} experts are not {count} equal groups of its router; mend it")
+        if wanted is not None and wanted % count:
+            raise UserError(
+                f"--experts {wanted}: the router chooses in {count} groups, of which each keeps the same number; give "
+                f"a multiple of {count}, or take router wide"
+            )
+
+    def _check_kept_in_router_groups(self, config: Mapping[str, Any]) -> None:
+        """Each group of the router keeps the same number of experts, its own, and enough for a token."""
+        if self.router_groups == 1:
+            return
+        size = len(next(iter(self.mixtures.values())).experts) // self.router_groups
+        for name, groups in self.groups.items():
+            places = [sorted({e // size for e in group.members}) for group in groups]
+            kept = [places.count([place]) for place in range(self.router_groups)]
+            if sum(kept) < len(places) or len(set(kept)) > 1:
+                raise UserError(
+                    f"--groups: of '{name}': its router chooses in {self.router_groups} groups of {size} neighbouring "
+                    "experts; let each list be of one of them, and as many lists of each, or take router wide"
+                )
+        per, least = self.count // self.router_groups, max(m.least_in_group for m in self.mixtures.values())
+        if per < least:
+            raise UserError(
+                f"{self.count} experts are {per} in each of {self.router_groups} groups of the router, which are "
+                f"scored by their best {least}; keep {least * self.router_groups} or more"
+            )
+        chosen, of = (
+            max([1, *(n for n in values_in(config, keys) if isinstance(n, int))])
+            for keys in (CHOSEN, CHOSEN_GROUPS)
+        )
+        if per * of < chosen:
+            more = -(-chosen // of) * self.router_groups
+            raise UserError(
+                f"{self.count} experts: a token is sent to {chosen} in {of} groups of the router ({CONFIG}), which "
+                f"have {per} each; keep {more} or more"
             )
 
     def _check_kept(self, config: Mapping[str, Any]) -> None:
@@ -282,8 +362,24 @@ class _Layout:
             held += 8 * 2 * mixture.experts[0]["up"].matrix.shape[0] ** 2
         if self.settings.rank is not None:
             held += 8 * 4 * max(rows for rows, _ in shapes) ** 2
+        if self.settings.compress is not None:
+            held += 8 * 4 * (max(map(prod, shapes)) + max(map(min, shapes)) ** 2)
         router = [prod(self.entries[name].spec.shape) for name in mixture.router]
         return held + 8 * 3 * max(router)
+
+    def compressed(self, remembered: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The share of the numbers of experts that factors and rows have, and what they lose; empty if none was cut."""
+        squares = [found[_SQUARES] for _, found in sorted(remembered.items()) if _SQUARES in found]
+        if not squares:
+            return {}
+        shapes = [place.matrix.shape for m in self.mixtures.values() for place in m.experts[0].values()]
+        kept = 0
+        for rows, columns in shapes:
+            rank, sparse = self.settings.cut_to((rows, columns))
+            kept += rank * (rows + columns) + sparse * columns
+        apart, size = (sum(of[i] for of in squares) for i in (0, 1))
+        numbers = kept / sum(map(prod, shapes))
+        return {"compressed": {"numbers": numbers, "error": (apart / size) ** 0.5 if size else 0.0}}
 
     def told(self) -> dict[str, Any]:
         """Settings and groups, for the manifest."""
@@ -323,8 +419,10 @@ def _statistic(plan: Plan, name: str, kind: str, *shape: int) -> Any:
     return value
 
 
-def _groups(found: Sequence[Mixture], settings: _Settings, plan: Plan) -> dict[str, Groups]:
-    """The groups of every mixture, by hand or by the statistics."""
+def _groups(
+    found: Sequence[Mixture], settings: _Settings, plan: Plan, router_groups: int
+) -> dict[str, Groups]:
+    """The groups of every mixture, by hand or by the statistics; the latter each inside of a group of the router."""
     if settings.groups is not None:
         return _given(found, settings)
     if STATISTICS not in plan.statistics:
@@ -337,18 +435,29 @@ def _groups(found: Sequence[Mixture], settings: _Settings, plan: Plan) -> dict[s
     if wanted > total:
         raise UserError(f"--experts {wanted}: there are {total} in a layer; keep as many, or fewer")
     usages = [_statistic(plan, mixture.name, USAGE, total) for mixture in found]
-    if settings.method == "prune":
-        leaders = [expert_groups.most_used(usage, wanted) for usage in usages]
-        return {m.name: [[e] for e in sorted(kept)] for m, kept in zip(found, leaders)}
-    if settings.method == "sub_moe":
-        outputs = {m.name: _statistic(plan, m.name, OUTPUTS, total, total) for m in found}
-        return {name: expert_groups.clustered(1 - o, wanted, _SEED) for name, o in outputs.items()}
-    if settings.wide:
+    if settings.wide and settings.method == "mc_smoe":
         leaders = expert_groups.dominants(usages, wanted)
-    else:
-        leaders = [expert_groups.most_used(usage, wanted) for usage in usages]
-    alike = [expert_groups.cosines(_statistic(plan, m.name, LOGITS, total, total)) for m in found]
-    return {m.name: expert_groups.joined(s, lead) for m, s, lead in zip(found, alike, leaders)}
+        alike = [expert_groups.cosines(_statistic(plan, m.name, LOGITS, total, total)) for m in found]
+        return {m.name: expert_groups.joined(s, lead) for m, s, lead in zip(found, alike, leaders)}
+    size, kept = total // router_groups, wanted // router_groups
+
+    def grouped(mixture: Mixture, usage_E: Any) -> Groups:
+        kind = {"mc_smoe": LOGITS, "sub_moe": OUTPUTS}.get(settings.method)
+        held_EE: Any = _statistic(plan, mixture.name, kind, total, total) if kind else None
+        groups: Groups = []
+        for start in range(0, total, size):
+            own = slice(start, start + size)
+            leaders = expert_groups.most_used(usage_E[own], kept)
+            if settings.method == "prune":
+                part = [[e] for e in sorted(leaders)]
+            elif settings.method == "sub_moe":
+                part = expert_groups.clustered(1 - held_EE[own], kept, _SEED)
+            else:
+                part = expert_groups.joined(expert_groups.cosines(held_EE)[own, own], leaders)
+            groups += [[start + e for e in group] for group in part]
+        return groups
+
+    return {m.name: grouped(m, usage) for m, usage in zip(found, usages)}
 
 
 def _given(found: Sequence[Mixture], settings: _Settings) -> dict[str, Groups]:
@@ -393,8 +502,14 @@ def _are_lists(value: Any) -> bool:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def _write(layout: _Layout, mixture: Mixture, source: FileInputs, writer: CheckpointWriter) -> dict[str, str]:
-    """Write the experts and the router of one layer; the hashes of what was written."""
+def _write(
+    layout: _Layout, mixture: Mixture, source: FileInputs, writer: CheckpointWriter
+) -> tuple[dict[str, str], list[float]]:
+    """Write the experts and the router of one layer; the hashes of what was written, and what was cut of experts.
+
+    The latter are sums of squares over all groups, of what was lost and of what there was; none if nothing was cut.
+    """
+    squares: list[float] = [] if layout.settings.compress is None else [0.0, 0.0]
     sinks: dict[str, TensorWriter] = {}
     hashes: dict[str, str] = {}
     left = {name: prod(spec.shape) for name, spec in layout.parts[next(iter(mixture.tensors))].items()}
@@ -412,6 +527,8 @@ def _write(layout: _Layout, mixture: Mixture, source: FileInputs, writer: Checkp
     for slot, group in enumerate(layout.slots(mixture)):
         if before is None or before[0] is not group:
             before = group, _merged(layout, mixture, group, source)
+            if squares:
+                before = group, _cut(layout.settings, before[1], squares)
         slabs: dict[tuple[str, int], Tensor] = {}  # stretches of tensors, by where they begin
         for part, matrix_MN in before[1].items():
             place = mixture.experts[slot][part]
@@ -424,7 +541,17 @@ def _write(layout: _Layout, mixture: Mixture, source: FileInputs, writer: Checkp
     for name in mixture.router:
         append(name, _rows(layout, mixture, name, source))
     assert not sinks, sorted(sinks)
-    return hashes
+    return hashes, squares
+
+
+def _cut(settings: _Settings, expert: Mapping[str, Tensor], squares: list[float]) -> dict[str, Tensor]:
+    """The matrices (M, N) of an expert as factors and rows give them; adds to `squares` what is lost, and was there."""
+    found = {}
+    for part, matrix_MN in expert.items():
+        found[part] = split(matrix_MN, *settings.cut_to(matrix_MN.shape)).dense()
+        squares[0] += float((found[part] - matrix_MN).square().sum())
+        squares[1] += float(matrix_MN.square().sum())
+    return found
 
 
 _MODEL = 0  # the only expert of the plan

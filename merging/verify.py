@@ -117,6 +117,8 @@ class _Mixture(BaseModel):
     router: Literal["average", "dominant", "wide"]
     align: bool
     rank: int | float | None
+    compress: float | None = None
+    sparse: float | None = None
 
 
 class _OfMoe(BaseModel):

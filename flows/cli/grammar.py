@@ -584,6 +584,18 @@ def _merge_experts(command: argparse.ArgumentParser) -> None:
         metavar="R",
         help="of sub_moe: directions that are kept, or a share of them",
     )
+    command.add_argument(
+        "--compress",
+        type=float,
+        metavar="SHARE",
+        help="of mc_smoe: cut experts to low rank, to this share of their numbers, and a few rows; written dense",
+    )
+    command.add_argument(
+        "--sparse",
+        type=float,
+        metavar="SHARE",
+        help="of --compress: rows of what the cut leaves that are kept (default: 0.1)",
+    )
     command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     command.add_argument(
         "--layout", choices=["as_base", "packed", "per_expert"], help="default: as the model's"

@@ -67,6 +67,7 @@ def _grid(args: argparse.Namespace, recipe: Recipe) -> dict[str, list[Any]]:
 
 
 def plan(args: argparse.Namespace) -> None:
+    from mergeline.merging.compress import store_sizes
     from mergeline.merging.engine.planning import make_plan
 
     if _several(args):
@@ -75,6 +76,8 @@ def plan(args: argparse.Namespace) -> None:
     inputs = Inputs(args.allow_pickle)
     made = make_plan(_recipe(args, inputs.headers))
     summary = made.summary()
+    if store := store_sizes(made):
+        summary["store"] = store
     summary |= {kind: [*map(inputs.named, summary[kind])] for kind in ("warnings", "problems")}
     if inputs.are_remote:
         summary |= inputs.network(made)
@@ -166,8 +169,8 @@ def merge_experts(args: argparse.Namespace) -> None:
     with _replacing(args, [args.out]):
         manifest = merge_experts(
             recipe, args.out, method=args.method, experts=args.experts, statistics=args.statistics, groups=groups,
-            router=args.router, align=not args.no_align, rank=args.rank, device=args.device, memory=args.memory,
-            workers=args.workers, progress=text.progress(), force=args.force,
+            router=args.router, align=not args.no_align, rank=args.rank, compress=args.compress, sparse=args.sparse,
+            device=args.device, memory=args.memory, workers=args.workers, progress=text.progress(), force=args.force,
         )  # fmt: skip
     if args.json:
         print(text.as_json({"out": str(args.out), **manifest}))

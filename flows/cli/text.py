@@ -62,6 +62,13 @@ def plan(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"read       {size(summary['bytes_read'])}, write {size(summary['bytes_written'])}"
     yield f"memory     {size(summary['peak_bytes'])} a worker at the largest tensor, besides the imports"
     yield f"time       about {summary['seconds']:g} s on one core"
+    if store := summary.get("store"):
+        kept = store["once"] + sum(store["experts"].values())
+        own = ", ".join(f"{name} {size(count)}" for name, count in store["experts"].items())
+        yield printable(
+            f"store      {size(kept)} by `mergeline compress` ({size(store['once'])} once; {own}); a checkpoint takes "
+            f"{size(store['checkpoint'])}"
+        )
     for name, source in summary.get("sources", {}).items():
         yield printable(f"source     {name}: {source}")
     if network := summary.get("network"):
@@ -96,15 +103,21 @@ def plan_table(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> 
 
 def store(kept: Mapping[str, Any]) -> Iterator[str]:
     """What a store keeps once and of each expert, of the part `store` of its manifest."""
-    whole, own = kept["checkpoint"], kept["experts"]
+    whole, own, errors = kept["checkpoint"], kept["experts"], kept["errors"]["experts"]
     rows = {"once": kept["once"], **own}
     width = max(map(len, rows))
     for name, count in rows.items():
         share = count / max(whole, 1)
-        yield f"{name:{width}}  {size(count):>10}  {share:6.1%} of a checkpoint, {size(whole)}"
+        line = f"{name:{width}}  {size(count):>10}  {share:6.1%} of a checkpoint, {size(whole)}"
+        if name in own and (error := errors.get(name)):
+            worst = error["worst_tensor"]
+            line += f"; error {error['all']:.2%}, at most {error['tensors'][worst]:.2%} ({worst})"
+        yield printable(line)
     total = sum(rows.values())
     share = total / max(len(own) * whole, 1)
     yield f"{len(own)} experts in {size(total)}, {share:.1%} of their checkpoints"
+    if errors:
+        yield f"errors are relative to {kept['errors']['of']}, in the Frobenius norm"
 
 
 def adapter(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -133,6 +146,11 @@ def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
     )
     if left := sum(map(len, made["left_out"].values())):
         yield f"left out: {left} experts"
+    if cut := made.get("compressed"):
+        yield (
+            f"cut to low rank and sparse rows: {cut['numbers']:.1%} of the experts' numbers, a relative error of "
+            f"{cut['error']:.2%}; written dense, and no smaller (a store of `losparse` is)"
+        )
 
 
 def moe(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
 from math import isfinite, prod
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Literal, Pr
 
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.algebra.sums import mean
-from mergeline.merging.architecture import Keys, Matrix, Model, TensorRole, describe
+from mergeline.merging.architecture import Keys, Matrix, Model, TensorRole, describe, layer_of
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 
@@ -361,6 +362,18 @@ class Slot:
         other.experts = Experts(len(self.experts), expert, keep=False)
         return other
 
+    def alike(self, name: str) -> Slot:
+        """The whole matrix of this name, as `View.alike` has it.
+
+        Raises:
+            UserError: this one is what a wrapper made of its tensor, which says nothing of another.
+        """
+        if self.changes != [] or self.base_is != "pretrained":
+            raise UserError(
+                f"'{self.name}': a method that joins layers does not see what a wrapper makes of them; take it alone"
+            )
+        return next(self.view.alike(name).blocks("tensor"))
+
     def blocks(self, unit: Unit) -> Iterator[Slot]:
         """The block cut into those of a smaller unit, at the places where its tensor is cut."""
         if UNITS.index(unit) >= UNITS.index(self.unit):
@@ -479,6 +492,19 @@ class View:
         )
         return [self] if whole or not matrices else [MatrixView(self, matrix) for matrix in matrices]
 
+    def alike(self, name: str) -> View:
+        """The matrix of this name, which is of the same kind and shape, and in another layer of the same tower."""
+        return View(
+            self._source, self._stored_alike(name), self.stored_shape,
+            experts=self.experts, has_base=self.has_base, model=self.model, shared=self.shared,
+        )  # fmt: skip
+
+    def _stored_alike(self, name: str) -> str:
+        """The stored tensor in which it lies."""
+        tower = layer_of(self.name)[0] or ""
+        own, other = (text[len(tower) :].partition(".")[0] for text in (self.name, name))
+        return f"{tower}{other}{self.stored_name[len(tower) + len(own) :]}"
+
     def read(self, origin: str, start: int, shape: tuple[int, ...]) -> Tensor:
         """Elements from `start` on, of an expert or the base."""
         return self.source.read(origin, self.stored_name, start, start + prod(shape)).reshape(shape)
@@ -522,6 +548,9 @@ class MatrixView(View):
     @property
     def kind(self) -> str:
         return self.matrix.kind
+
+    def alike(self, name: str) -> View:
+        return MatrixView(super().alike(name), replace(self.matrix, name=name))
 
     def pieces(self, matrices: Sequence[Matrix]) -> list[View]:
         return [self]

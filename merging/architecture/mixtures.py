@@ -15,10 +15,12 @@ _OF_EXPERT = re.compile(r"^(?P<module>(?:.*\.)?)experts\.(?P<expert>\d{1,9})\.(?
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 _CORRECTION = "e_score_correction_bias"
 
-# Of config.json: how many experts a layer has, to how many a token is sent, in how many groups they are chosen.
+# Of config.json: how many experts a layer has, to how many a token is sent; how many groups the router tells apart,
+# each of neighbouring experts, and in how many of them it chooses for a token.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k")
 GROUPS = ("n_group", "num_expert_group")
+CHOSEN_GROUPS = ("topk_group", "topk_groups")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Mixture:
     name: str
     experts: tuple[Mapping[str, Place], ...]
     router: tuple[str, ...]
+
+    @property
+    def least_in_group(self) -> int:
+        """How many experts score a group of the router: its best one, or of DeepSeek-V3 and its like its best two."""
+        return 2 if any(name.endswith(_CORRECTION) for name in self.router) else 1
 
     @property
     def tensors(self) -> dict[str, None]:

@@ -61,6 +61,7 @@ def model_card(manifest: dict[str, Any]) -> str:
         json.dumps(_settings(recipe), indent=1, ensure_ascii=False),
         "```",
         "",
+        *_kept(manifest.get("store")),
         *_requantised(manifest.get("requantised")),
         *([f"{_seen(recipe['fitted'])}", ""] if recipe.get("fitted") else []),
         *_use(recipe),
@@ -143,7 +144,40 @@ def _of_experts(mixture: dict[str, Any]) -> str:
         f"The {mixture['of']} experts of each of {len(mixture['merged'])} layers {done}: {count} are left"
         + (", each in the place of all its members" if mixture["router"] == "wide" else "")
         + (f". {left} experts are in no group." if left else ".")
+        + _of_cut_experts(mixture)
     )
+
+
+def _of_cut_experts(mixture: dict[str, Any]) -> str:
+    """What cutting the experts that are left to low rank and sparse rows changed."""
+    if not (cut := mixture.get("compressed")):
+        return ""
+    return (
+        f" They are cut as MC-SMoE begins to, to factors and rows with {cut['numbers']:.1%} of their numbers: a "
+        f"relative error of {cut['error']:.2%} (Frobenius). They are written dense, and are to be trained."
+    )
+
+
+def _kept(store: dict[str, Any] | None) -> list[str]:
+    """What a store keeps of each expert, and how far that is from it."""
+    if not store:
+        return []
+    errors = store["errors"]["experts"]
+    lines = [
+        f"Of {store['checkpoint']} bytes of a checkpoint {store['once']} are kept once, for all experts. Errors are "
+        f"relative to {store['errors']['of']} (Frobenius), over all tensors and of the worst one.",
+        "",
+        "| expert | bytes of its own | error | at most | of |",
+        "|---|---|---|---|---|",
+    ]
+    for name, count in store["experts"].items():
+        error = errors.get(name)
+        told = "| |"
+        if error:
+            worst = error["worst_tensor"]
+            told = f"{error['all']:.2%} | {error['tensors'][worst]:.2%} | {_cell(worst)}"
+        lines.append(f"| {_cell(name)} | {count} | {told} |")
+    return [*lines, ""]
 
 
 def _requantised(found: dict[str, Any] | None) -> list[str]:

@@ -199,8 +199,10 @@ class Layout(Protocol):
 
     parts: dict[str, dict[str, TensorSpec]]
     specs: list[TensorSpec]
-    metadata: dict[str, str]
     file: str
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
 
 
 def open_writer(

@@ -17,11 +17,13 @@ class Part(NamedTuple):
     """What is kept as one tensor, in the shape that it has for a whole tensor.
 
     kind: `number`, in the dtype of `stored_dtype`; `exact`, what an expert itself holds, in its own; `bits`, a mask;
-    `fact`, a number of each expert that the method's look at the model found, the same for all tensors.
+    `fact`, a number of each expert that the method's look at the model found, the same for all tensors. of_group: it is
+    the same for all matrices of a group, and kept with one of them.
     """
 
     kind: Literal["number", "exact", "bits", "fact"]
     shape: tuple[int, ...] = ()
+    of_group: bool = False
 
 
 Parts = tuple[dict[str, Part], dict[str, Part]]  # kept once, and of each expert
@@ -36,12 +38,15 @@ class Store(NamedTuple):
     decode(once, own, shape, dtype, **params): what the method returns for the block (X) of that shape, in float64 or
     the dtype that the block is computed in.
     other: the same of tensors that are no matrices to the method, where decode gives the weights themselves.
+    group(name, found): of a matrix the names of those that have parts in common with it, of what the method's look at
+        the model found; parts is then told how many these are, as `together`.
     """
 
     parts: Callable[..., Parts]
     encode: Callable[..., Encoded]
     decode: Callable[..., Tensor]
     other: Store | None = None
+    group: Callable[[str, Any], list[str]] | None = None
 
 
 WHOLE = Store(  # of each expert as it is

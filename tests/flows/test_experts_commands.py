@@ -36,11 +36,14 @@ def test_statistics_of_a_model_on_lines_of_text_and_its_experts_made_fewer_by_th
             ["--experts", "2", "--statistics", str(held)],
             ["--experts", "2", "--statistics", str(held), "--method", "sub_moe", "--rank", "0.5"],
             ["--groups", str(tmp_path / "groups.json"), "--no-align", "--dtype", "bfloat16"],
+            ["--groups", str(tmp_path / "groups.json"), "--compress", "0.5", "--sparse", "0.2"],
         ]
     ):
         out = tmp_path / f"out{i}"
         assert main(["merge-experts", model, *options, "--out", str(out)]) == 0
-        assert "2 layers of 4 experts: 2 are left" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "2 layers of 4 experts: 2 are left" in said
+        assert ("written dense, and no smaller" in said) is ("--compress" in options)
         assert main(["verify", str(out)]) == 0
         card = (out / "README.md").read_text()
         assert "The 4 experts of each of 2 layers" in card and "2 are left" in card

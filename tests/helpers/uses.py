@@ -159,6 +159,13 @@ STORES: list[Use] = [
     ("tall_mask", {}),
     ("tall_mask", {"inner": "ties", "threshold": 0.2}),
     ("emr", {}),
+    ("losparse", {"sparse_ratio": 1.0}),  # all rows: copies of the base come back
+    ("losparse", {"parameter_ratio": 0.8, "sparse_ratio": 0.4}),
+    ("losparse", {"sparse_ratio": 0.0, "keys": "matrices"}),
+    ("shared_basis", {"rank": 0.5, "layers": 2}),
+    ("shared_basis", {"rank": 0.3, "side": "out", "of": "weights", "keys": "matrices"}),
+    ("svd_compress", {"rank": 0.5}),
+    ("svd_compress", {"rank": 0.5, "of": "weights", "keys": "matrices"}),
 ]
 
 WRAPPERS: list[Use] = [
@@ -192,6 +199,11 @@ WRAPPERS: list[Use] = [
 # What fits give is merged by these; their tests are those of the fits.
 OF_FITS = {"solved", "weighted"}
 USES = ELEMENTWISE + GEOMETRIC + SPECTRAL + OPTIMISED + STATISTICS + STORES + WRAPPERS
+
+
+def cuts_weights(method: str, params: dict[str, Any]) -> bool:
+    """Whether it cuts the weights themselves, so that copies of the base come back cut."""
+    return method == "losparse" or params.get("of") == "weights"
 
 
 def by_use(method: str, uses: Sequence[Use] = USES, *, others_slow: bool = False) -> pytest.MarkDecorator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from checkpoints import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_zoo import build
+from model_zoo import TRANSFORMERS, build
 from places import GOLDENS
 from safetensors.torch import load_file, save_file
 
+from mergeline.merging.compress import compress, extract_expert
 from mergeline.merging.errors import UserError
 from mergeline.merging.learning.collect import collect
 from mergeline.merging.learning.gathering import Gathering
@@ -172,6 +174,73 @@ def test_a_rank_cuts_sub_moe_to_the_leading_directions_of_all_members(mixtral, t
         assert np.linalg.matrix_rank(few.down_proj[0].detach().numpy(), tol=1e-5) == 4
 
 
+def test_compressed_experts_are_factors_and_rows_of_what_the_groups_became(mixtral, tmp_path):
+    """MC-SMoE's form, written dense: transformers opens it, and each matrix is cut from the one without --compress."""
+    model, folder, _ = mixtral
+    merge_experts(folder, tmp_path / "whole", groups=GROUPS)
+    made = merge_experts(folder, tmp_path / "out", groups=GROUPS, compress=0.5, sparse=0.25)
+    whole, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    apart = size = 0.0
+    for name, tensor in whole.items():
+        if ".experts." not in name:
+            assert torch.equal(found[name], tensor)
+            continue
+        rows, columns = tensor.shape
+        rank = math.ceil(0.5 * (rows * columns) / (rows + columns))
+        u, s, vt = torch.linalg.svd(tensor.double(), full_matrices=False)
+        expected = (u[:, :rank] * s[:rank]) @ vt[:rank]
+        order = (tensor - expected).abs().mean(1).argsort(descending=True)[: rows // 4]
+        expected[order] = tensor[order].double()
+        torch.testing.assert_close(found[name], expected.float(), atol=1e-6, rtol=1e-5)
+        apart += float((expected - tensor).square().sum())
+        size += float(tensor.double().square().sum())
+    told = made["mixture"]["compressed"]
+    assert told["error"] == pytest.approx((apart / size) ** 0.5, rel=1e-4) and 0.1 < told["error"] < 1
+    assert made["mixture"]["compress"] == 0.5 and made["mixture"]["sparse"] == 0.25
+    assert torch.isfinite(opened(model, tmp_path / "out")(input_ids=IDS).logits).all()
+    assert (tmp_path / "out/model.safetensors").stat().st_size == pytest.approx(
+        (tmp_path / "whole/model.safetensors").stat().st_size, rel=0.01
+    )
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"{told['error']:.2%}" in card and "written dense" in card
+    assert "bit-identical" in verify(tmp_path / "out")
+
+
+def test_all_rows_of_the_rest_lose_nothing(mixtral, tmp_path):
+    _, folder, _ = mixtral
+    merge_experts(folder, tmp_path / "whole", groups=GROUPS)
+    made = merge_experts(folder, tmp_path / "out", groups=GROUPS, compress=0.1, sparse=1.0)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-7, rtol=1e-6)
+    assert made["mixture"]["compressed"]["error"] < 1e-12 and made["mixture"]["compressed"]["numbers"] > 1
+
+
+def test_a_store_of_losparse_keeps_the_factors_of_experts_alone(mixtral, tmp_path):
+    """What `--compress` writes dense takes less in a store, which gives it back for transformers to open."""
+    model, folder, _ = mixtral
+    merge_experts(folder, tmp_path / "whole", groups=GROUPS)
+    made = merge_experts(folder, tmp_path / "dense", groups=GROUPS, compress=0.3)
+    recipe = {
+        "method": "losparse", "params": {"parameter_ratio": 0.3}, "experts": {"m": tmp_path / "whole"},
+        "include": "*experts*", "excluded": "average",
+    }  # fmt: skip
+    told = compress(recipe, tmp_path / "store")["store"]
+    extract_expert(tmp_path / "store", "m", tmp_path / "out")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "out"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=1e-5)
+    experts = sum(4 * tensor.numel() for name, tensor in one.items() if ".experts." in name)
+    bits = sum(-(-len(tensor) // 8) for name, tensor in one.items() if ".experts." in name)
+    share = made["mixture"]["compressed"]["numbers"]
+    assert told["experts"]["m"] == round(share * experts) + bits < experts
+    assert told["once"] == sum(4 * tensor.numel() for tensor in one.values()) - experts
+    error = told["errors"]["experts"]["m"]["all"]
+    assert error == pytest.approx(made["mixture"]["compressed"]["error"], rel=1e-4)
+    assert torch.isfinite(opened(model, tmp_path / "out")(input_ids=IDS).logits).all()
+
+
 def test_statistics_are_what_the_model_shows(mixtral):
     model, _, statistics = mixtral
     seen: list[torch.Tensor] = []
@@ -294,7 +363,113 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"groups": GROUPS, "rank": 2}, ["sub_moe"]),
     ({"groups": GROUPS, "router": "narrow"}, ["average, dominant or wide"]),
     ({"groups": [[0], [1]], "router": "wide"}, ["every expert"]),
+    ({"groups": GROUPS, "compress": 0.0}, ["--compress 0.0", "up to 1.0"]),
+    ({"groups": GROUPS, "compress": float("nan")}, ["--compress nan"]),
+    ({"groups": GROUPS, "compress": 0.1, "method": "sub_moe"}, ["of mc_smoe"]),
+    ({"groups": GROUPS, "sparse": 0.1}, ["--sparse 0.1", "beside --compress"]),
+    ({"groups": GROUPS, "compress": 0.1, "sparse": 1.5}, ["--sparse 1.5", "to 1.0"]),
 ]
+
+
+# ------------------------------------------------------------------------- routers that choose in groups
+
+SCATTERED = [[0, 2], [1, 3], [4, 6], [5, 7]]  # two of each of the router's groups of four
+
+
+def deepseek(experts: int, topk_group: int = 1) -> Any:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    changed = {"n_routed_experts": experts, "topk_group": topk_group}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**{**TRANSFORMERS["deepseek_v3"][2], **changed})).eval()
+
+
+def grouped(folder: Path, topk_group: int = 1) -> Any:
+    """A tiny DeepSeek-V3 of eight experts in two groups, with corrections that count."""
+    torch.manual_seed(0)
+    model = deepseek(8, topk_group)
+    with torch.no_grad():
+        for name, tensor in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                tensor.copy_(torch.randn(8) / 4)
+    model.save_pretrained(folder)
+    return model
+
+
+def routers_of(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    gates = [
+        part.gate
+        for part in model.modules()
+        if hasattr(getattr(part, "gate", None), "e_score_correction_bias")
+    ]
+    return [(gate.weight, gate.e_score_correction_bias) for gate in gates]
+
+
+@pytest.mark.parametrize("router", ["average", "dominant"])
+def test_groups_of_a_router_keep_as_many_experts_each(router, tmp_path):
+    """What transformers computes with the output is what it computes with a smaller model that was filled by hand."""
+    model = grouped(tmp_path / "model")
+    merge_experts(tmp_path / "model", tmp_path / "out", groups=SCATTERED, align=False, router=router)
+    found = opened(model, tmp_path / "out")
+    assert found.config.n_routed_experts == 4 and found.config.n_group == 2
+    by_hand = deepseek(4)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if ".mlp.experts." in name:
+            state[name] = torch.stack([tensor[group].mean(0) for group in SCATTERED])
+        elif ".mlp.gate." in name and "gate_proj" not in name:
+            rows = [tensor[group].mean(0) if router == "average" else tensor[group[0]] for group in SCATTERED]
+            state[name] = torch.stack(rows)
+    by_hand.load_state_dict(state)
+    [(weight, bias)], [(_, before)] = routers_of(found), routers_of(model)
+    assert weight.shape[0] == 4 and not torch.equal(before, torch.zeros(8)) and bias.shape == (4,)
+    torch.testing.assert_close(found(input_ids=IDS).logits, by_hand(input_ids=IDS).logits)
+    verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["mc_smoe", "sub_moe", "prune"])
+def test_statistics_find_groups_inside_of_the_groups_of_a_router(method, tmp_path):
+    model = grouped(tmp_path / "model", topk_group=2)
+    held = statistics_of(model, tmp_path / "model")
+    made = merge_experts(tmp_path / "model", tmp_path / "out", method=method, experts=4, statistics=held)
+    for groups in made["mixture"]["merged"].values():
+        assert [{e // 4 for e in group} for group in groups] == [{0}, {0}, {1}, {1}]
+        if method == "prune":
+            [usage] = [tensor for name, tensor in load_file(held).items() if name.endswith("/usage")]
+            halves = [usage[:4], usage[4:]]
+            kept = [sorted(half.argsort(descending=True, stable=True)[:2].tolist()) for half in halves]
+            assert groups == [[e] for e in kept[0]] + [[4 + e] for e in kept[1]]
+    assert torch.isfinite(opened(model, tmp_path / "out")(input_ids=IDS).logits).all()
+
+
+@pytest.mark.parametrize(
+    "changes, options, parts",
+    [
+        ({}, {"groups": [[0, 4], [1, 2, 3], [5], [6, 7]]}, ["2 groups of 4", "of one of them"]),
+        ({}, {"groups": [[0], [1], [2], [4, 5, 6, 7]]}, ["as many lists of each"]),
+        ({}, {"groups": [[0, 1, 2, 3], [4, 5, 6, 7]]}, ["best 2", "keep 4 or more"]),
+        ({}, {"experts": 5, "statistics": "none.safetensors"}, ["a multiple of 2"]),
+        ({"num_experts_per_tok": 3}, {"groups": SCATTERED}, ["sent to 3 in 1 groups", "keep 6 or more"]),
+        ({"num_experts_per_tok": 3, "topk_group": 0}, {"groups": SCATTERED}, ["sent to 3 in 1 groups"]),
+        ({"n_group": 3}, {"groups": SCATTERED}, ["8 experts are not 3 equal groups"]),
+    ],
+)
+def test_groups_that_would_tear_those_of_a_router_are_refused(changes, options, parts, tmp_path):
+    grouped(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, **changes}))
+    if "statistics" in options:
+        save_file({"a": torch.ones(1)}, tmp_path / "none.safetensors")
+        options = {**options, "statistics": tmp_path / "none.safetensors"}
+    with refused(*parts):
+        merge_experts(tmp_path / "model", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wide_router_in_groups_stays_as_it_is(tmp_path):
+    model = grouped(tmp_path / "model")
+    merge_experts(tmp_path / "model", tmp_path / "out", groups=[[0, 7], [1, 2, 3, 4, 5, 6]], router="wide")
+    for (weight, bias), (before, of) in zip(routers_of(opened(model, tmp_path / "out")), routers_of(model)):
+        assert torch.equal(weight, before) and torch.equal(bias, of)
 
 
 @pytest.mark.parametrize("options, parts", REFUSED, ids=[str(i) for i in range(len(REFUSED))])
@@ -310,7 +485,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(options, parts, mi
         ("llama", ["no experts"]),
         ("gpt_oss", ["biases"]),
         ("dbrx", ["not known"]),
-        ("deepseek_v3", ["in groups"]),
     ],
 )
 def test_models_whose_experts_are_not_fully_known_are_refused(name, parts, tmp_path):

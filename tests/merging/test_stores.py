@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import SHAPES, State, edit, random_state, refused, same_tensors, save_family, shard
@@ -27,6 +28,7 @@ from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.compress import CompressedStore, compress, extract_expert, stores
 from mergeline.merging.engine.manifest import manifest_path
 from mergeline.merging.engine.places import replaced
+from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.methods import catalogue, get_method
 from mergeline.merging.verify import verify
 
@@ -121,7 +123,7 @@ def test_emr_counts_every_tensor_the_same():
 
 
 @given(st.integers(0, 1000), st.integers(0, 2))
-@pytest.mark.parametrize("method", ["tsv_compress", "twin", "cart_indexing", "rmm"])
+@pytest.mark.parametrize("method", ["tsv_compress", "twin", "cart_indexing", "rmm", "svd_compress"])
 def test_full_rank_gives_an_expert_back(method, seed, task):
     base = random_state(seed)
     experts = {f"e{t}": random_state(seed + 1 + t) for t in range(3)}
@@ -312,6 +314,177 @@ def test_a_store_is_as_small_as_it_says(recipe, tmp_path):
     assert kept["once"] == 0 and set(kept["experts"].values()) == {2 * factors + 4 * others}
     total = kept["once"] + sum(kept["experts"].values())
     assert total == sum(info.nbytes for info in open_checkpoint(tmp_path / "tsv").tensors.values())
+
+
+@every_use
+def test_a_store_says_how_far_each_expert_is_from_what_it_gives_back(method, params, recipe, tmp_path):
+    """In the manifest and the card; of what it adds to the base, or where the method needs none, of its weights."""
+    recipe = {**recipe, "method": method, "params": params}
+    told = compress(recipe, tmp_path / "store")["store"]["errors"]
+    relative = "base" in get_method(method).needs_of(get_method(method).resolve(params))
+    assert told["of"] == ("what an expert adds to the base" if relative else "an expert's weights")
+    base = load_file(recipe["base"])
+    for name, path in recipe["experts"].items():
+        extract_expert(tmp_path / "store", name, tmp_path / "out.safetensors")
+        expert, back = load_file(path), load_file(tmp_path / "out.safetensors")
+        apart, size = {}, {}
+        for key, tensor in expert.items():
+            if tensor.is_floating_point() and tensor.numel():
+                apart[key] = float((back[key].double() - tensor).square().sum())
+                size[key] = float((tensor.double() - base[key] * relative).square().sum())
+        each = {key: (apart[key] / size[key]) ** 0.5 for key in apart}
+        found = told["experts"][name]
+        # What comes out is rounded to float32 once more.
+        assert found["all"] == pytest.approx((sum(apart.values()) / sum(size.values())) ** 0.5, abs=1e-6)
+        assert found["tensors"] == pytest.approx(each, abs=1e-6)
+        assert found["tensors"][found["worst_tensor"]] == max(found["tensors"].values())
+        assert f"| {name} | " in (tmp_path / "store" / "README.md").read_text()
+
+
+def test_an_expert_that_adds_nothing_has_no_error(recipe, tmp_path):
+    shutil.copy(recipe["base"], recipe["experts"]["b"])
+    edit(recipe["experts"]["b"], text__only=None)
+    told = compress({**recipe, "method": "tsv_compress"}, tmp_path / "store")["store"]["errors"]["experts"]
+    assert set(told) == {"a", "c"}
+
+
+@every_use
+def test_a_plan_says_the_bytes_of_the_store(method, params, recipe, tmp_path):
+    recipe = {**recipe, "method": method, "params": params}
+    told = compress(recipe, tmp_path / "store.safetensors")["store"]
+    assert module.store_sizes(make_plan(recipe)) == {
+        key: told[key] for key in ("checkpoint", "once", "experts")
+    }
+
+
+def test_a_plan_of_a_merge_says_none(recipe):
+    assert module.store_sizes(make_plan({**recipe, "method": "ties"})) is None
+    assert module.store_sizes(make_plan({**recipe, "method": "emr", "base": None})) is None
+
+
+# --------------------------------------------------------------------------------------- one model in factors
+
+
+def statistics_of(recipe: dict[str, Any], folder: Path) -> dict[str, list[Path]]:
+    """Gram matrices of every expert's matrices, and Fisher information of all its tensors, drawn."""
+    states = {name: load_file(path) for name, path in recipe["experts"].items()}
+    found: dict[str, list[Path]] = {}
+    for kind in ("gram", "fisher"):
+        for name, held in zip(states, gathered(states, kind)):
+            save_file(held, folder / f"{kind}-{name}.safetensors")
+            found.setdefault(kind, []).append(folder / f"{kind}-{name}.safetensors")
+    return found
+
+
+def gathered(states: dict[str, State], kind: str) -> list[State]:
+    draws = torch.Generator().manual_seed(5)
+    found = []
+    for state in states.values():
+        held = {}
+        for name, tensor in state.items():
+            if kind == "fisher" and tensor.is_floating_point():
+                held[name] = torch.rand(tensor.shape, generator=draws)
+            elif tensor.ndim in (2, 4) and tensor.numel():
+                rows = torch.rand(7, prod(tensor.shape[1:]), generator=draws)
+                held[name] = rows.T @ rows
+        found.append(held)
+    return found
+
+
+WEIGHTED = pytest.mark.parametrize(
+    "params",
+    [{}, {"weights": "gram"}, {"weights": "fisher"}, {"weights": "fisher", "side": "out"}],
+    ids=["plain", "gram", "fisher of inputs", "fisher of outputs"],
+)
+
+
+@WEIGHTED
+@pytest.mark.parametrize("of", ["task_vectors", "weights"])
+def test_factors_are_those_of_the_best_part_in_the_norm(of, params, tmp_path):
+    """One expert, in float64, beside `truncate` and `weighted_truncate`; weights are task vectors of a zero base."""
+    base, expert = random_state(0, torch.float64), random_state(1, torch.float64)
+    start = base if of == "task_vectors" else {name: torch.zeros_like(t) for name, t in base.items()}
+    kind = params.get("weights")
+    statistics = (
+        {kind: [{k: v.double() for k, v in gathered({"e": expert}, kind)[0].items()}]} if kind else {}
+    )
+    given = {"statistics": statistics}
+    settings = {**params, "rank": 0.4}
+    found = merge_state_dicts(
+        "svd_compress",
+        {"e": expert},
+        base if of == "task_vectors" else None,
+        params={**settings, "of": of},
+        **given,
+    )
+    wrapper = "weighted_truncate" if kind else "truncate"
+    expected = merge_state_dicts(wrapper, {"e": expert}, start, params={**settings, "scale": 1.0}, **given)
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-12), name
+    assert not torch.allclose(found["blocks.0.attn.weight"], expert["blocks.0.attn.weight"], atol=1e-3)
+
+
+@WEIGHTED
+@pytest.mark.parametrize("of", ["task_vectors", "weights"])
+def test_a_merged_model_in_factors_is_smaller_and_comes_back_as_the_method_merges_it(
+    of, params, recipe, tmp_path
+):
+    merge({**recipe, "method": "task_arithmetic"}, tmp_path / "merged.safetensors")
+    alone: dict[str, Any] = {"experts": {"m": tmp_path / "merged.safetensors"}, "method": "svd_compress"}
+    alone["params"] = {"rank": 0.3, "of": of, **params}
+    if of == "task_vectors":
+        alone["base"] = recipe["base"]
+    if kind := params.get("weights"):
+        alone["statistics"] = {kind: statistics_of(alone, tmp_path / "in")[kind]}
+    told = compress(alone, tmp_path / "store")["store"]
+    stored = sum(info.nbytes for info in open_checkpoint(tmp_path / "store").tensors.values())
+    assert stored == told["once"] + told["experts"]["m"] < told["checkpoint"]
+    assert 0 < told["errors"]["experts"]["m"]["all"] < 1
+    extract_expert(tmp_path / "store", "m", tmp_path / "m.safetensors")
+    merge(alone, tmp_path / "again.safetensors")
+    assert same_tensors(load_file(tmp_path / "m.safetensors"), load_file(tmp_path / "again.safetensors"))
+    assert "bit-identical" in verify(tmp_path / "store")
+
+
+def test_weights_that_lack_their_statistics_or_side_are_refused(recipe, tmp_path):
+    asked = {**recipe, "method": "svd_compress"}
+    with refused("gram"):
+        compress({**asked, "params": {"weights": "gram"}}, tmp_path / "store.safetensors")
+    with refused("side: Gram matrices are of inputs"):
+        compress({**asked, "params": {"weights": "gram", "side": "out"}}, tmp_path / "store.safetensors")
+    with refused("base"):
+        compress({**asked, "base": None}, tmp_path / "store.safetensors")
+
+
+def test_low_rank_and_sparse_rows_take_what_they_say(recipe, tmp_path):
+    params = {"parameter_ratio": 0.5, "sparse_ratio": 0.5}
+    asked = {**recipe, "method": "losparse", "base": None, "params": params}
+    asked |= {"include": "blocks.1.mlp.weight", "excluded": "average"}
+    for path in recipe["experts"].values():
+        edit(path, ids=None)
+    told = compress(asked, tmp_path / "store.safetensors")["store"]
+    # (8, 16) at rank ceil(0.5 * 128 / 24) = 3, four rows of 16, a byte for which they are.
+    assert set(told["experts"].values()) == {4 * (3 * (8 + 16) + 4 * 16) + 1}
+    state = load_file(tmp_path / "store.safetensors")
+    kept = np.unpackbits(state["0/kept/blocks.1.mlp.weight"].numpy()).astype(bool)
+    dense = state["0/left/blocks.1.mlp.weight"] @ state["0/right/blocks.1.mlp.weight"]
+    dense[kept] += state["0/rows/blocks.1.mlp.weight"]
+    extract_expert(tmp_path / "store.safetensors", "a", tmp_path / "a.safetensors")
+    found, expert = (load_file(path) for path in (tmp_path / "a.safetensors", recipe["experts"]["a"]))
+    assert torch.allclose(found["blocks.1.mlp.weight"], dense, atol=1e-6)
+    assert torch.allclose(dense[kept], expert["blocks.1.mlp.weight"][kept], atol=1e-6) and kept.sum() == 4
+
+
+def test_a_store_that_marks_other_rows_than_it_keeps_was_damaged(recipe, tmp_path):
+    store = tmp_path / "store.safetensors"
+    compress({**recipe, "method": "losparse", "params": {"sparse_ratio": 0.5}}, store)
+    with safe_open(store, "pt") as file:
+        metadata = file.metadata()
+    marks = {"0/kept/blocks.1.mlp.weight": torch.full((1,), 255, dtype=torch.uint8)}
+    save_file({**load_file(store), **marks}, store, metadata)
+    with refused("damaged", "8 rows", "keeps 4"):
+        extract_expert(store, "a", tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_a_store_of_overflowing_numbers_is_refused(recipe, tmp_path):
@@ -629,6 +802,11 @@ def test_the_command_line_compresses_and_extracts(recipe, tmp_path, mergeline):
     assert lines[0].split() == [str(store), open_checkpoint(store).digest()]
     assert [line.split()[0] for line in lines[1:5]] == ["once", "a", "b", "c"]
     assert all("% of a checkpoint" in line for line in lines[1:5]) and lines[5].startswith("3 experts in")
+    assert all("error" in line and "at most" in line for line in lines[2:5])
+    assert lines[6] == "errors are relative to what an expert adds to the base, in the Frobenius norm"
+    planned = mergeline("plan", *words)
+    [line] = [line for line in planned.out.splitlines() if line.startswith("store ")]
+    assert planned.code == 0 and lines[1].split()[1] in line and "by `mergeline compress`" in line
     outcome = mergeline("extract-expert", store, "b", "--out", out)
     assert outcome.code == 0 and outcome.out.split() == [str(out), open_checkpoint(out).digest()]
     states = {name: load_file(path) for name, path in recipe["experts"].items()}

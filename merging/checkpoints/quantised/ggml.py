@@ -6,7 +6,7 @@ llama.cpp's convert_hf_to_gguf.py changes: the rows of Llama's queries and keys,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Iterator, Mapping
 
 from mergeline.merging.checkpoints.checkpoint import GGUF_DTYPE, Checkpoint, TensorInfo
@@ -19,8 +19,9 @@ from mergeline.merging.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-# `general.architecture` -> the classes of transformers that these are.
+# `general.architecture`, of dense models and of mixtures; Mixtral is a llama with experts.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+MIXTURES = ("llama", "qwen2moe", "qwen3moe")
 _PERMUTED, _SHIFTED = ("llama",), ("gemma", "gemma2", "gemma3")
 _WHOLE = ("model.embed_tokens", "model.norm", "lm_head")
 _OF_LAYERS = (
@@ -28,8 +29,21 @@ _OF_LAYERS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.q_norm",
     "self_attn.k_norm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
+# Of mixtures: what the package's table has of a layer, and what files of transformers call it, experts by their number.
+_MIXTRAL = {
+    "mlp.gate": "block_sparse_moe.gate", "mlp.experts.gate_proj": "block_sparse_moe.experts.{}.w1",
+    "mlp.experts.down_proj": "block_sparse_moe.experts.{}.w2", "mlp.experts.up_proj": "block_sparse_moe.experts.{}.w3",
+}  # fmt: skip
+_QWEN = {
+    "mlp.gate": "mlp.gate", "mlp.experts.gate_proj": "mlp.experts.{}.gate_proj",
+    "mlp.experts.up_proj": "mlp.experts.{}.up_proj", "mlp.experts.down_proj": "mlp.experts.{}.down_proj",
+}  # fmt: skip
+_GATE_OF_SHARED = "mlp.shared_expert_gate"  # (1, N), in GGUF (N,)
+_SHARED = (
+    "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj", _GATE_OF_SHARED,
+)  # fmt: skip
 _DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_MOST_LAYERS, _MOST_HEADS = 1 << 12, 1 << 16
+_MOST_LAYERS, _MOST_HEADS, _MOST_EXPERTS = 1 << 12, 1 << 16, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -75,12 +89,17 @@ def as_transformers_has_it(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
     """
     settings = checkpoint.settings or {}
     kind = settings.get("general.architecture")
-    experts = " with experts" if settings.get(f"{kind}.expert_count") else ""
-    if kind not in ARCHITECTURES or experts:
+    has_experts = bool(settings.get(f"{kind}.expert_count"))
+    readable = MIXTURES if has_experts else ARCHITECTURES
+    if not isinstance(kind, str) or kind not in readable:
+        words = f"{kind!r} with experts" if has_experts else repr(kind)
         raise UserError(
-            f"{checkpoint.path}: is a GGUF file of the architecture {kind!r}{experts}, which cannot be read; known are "
-            f"{', '.join(ARCHITECTURES)}; merge the original weights"
+            f"{checkpoint.path}: is a GGUF file of the architecture {words}, which cannot be read; known are "
+            f"{', '.join(ARCHITECTURES)}, and with experts {', '.join(MIXTURES)}; merge the original weights"
         )
+    experts = 0
+    if has_experts:
+        experts = _number(checkpoint, settings, f"{kind}.expert_count", _MOST_EXPERTS)
     names = _names(checkpoint, kind, _number(checkpoint, settings, f"{kind}.block_count", _MOST_LAYERS))
     count = f"{kind}.attention.head_count"
     heads = {"q_proj": _number(checkpoint, settings, count, _MOST_HEADS)}
@@ -96,18 +115,18 @@ def as_transformers_has_it(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
         stem, _, end = info.name.rpartition(".")
         if stem not in names or end not in ("weight", "bias"):
             raise bad(info, f"{kind} has no such tensor in transformers; merge the original weights")
-        name = f"{names[stem]}.{end}"
-        packed = info.dtype.startswith(GGUF_DTYPE)
         type = info.dtype.removeprefix(GGUF_DTYPE)
-        shape = (*info.shape[:-1], elements_of(type, info.shape[-1])) if packed else info.shape
-        of = heads.get(name.split(".")[-2], 0) if kind in _PERMUTED else 0
-        if of and (of < 0 or not shape or shape[0] % (2 * of)):
-            raise bad(info, f"{shape[:1]} rows are not those of {of} heads; download it again")
-        less = 1.0 if kind in _SHIFTED and name.endswith("norm.weight") else 0.0
         types |= {type}
-        place = name, "BF16", shape, info.file, info.start, info.stop, (info,), type, of, less
-        plain = not packed and not of and not less
-        tensors[name] = _renamed(info, name) if plain else GGMLTensor(*place)
+        for name, part in _named(info, f"{names[stem]}.{end}", experts):
+            packed = part.dtype.startswith(GGUF_DTYPE)
+            shape = (*part.shape[:-1], elements_of(type, part.shape[-1])) if packed else part.shape
+            of = heads.get(name.split(".")[-2], 0) if kind in _PERMUTED else 0
+            if of and (of < 0 or not shape or shape[0] % (2 * of)):
+                raise bad(info, f"{shape[:1]} rows are not those of {of} heads; download it again")
+            less = 1.0 if kind in _SHIFTED and name.endswith("norm.weight") else 0.0
+            place = name, "BF16", shape, part.file, part.start, part.stop, (part,), type, of, less
+            plain = not packed and not of and not less
+            tensors[name] = replace(part, name=name) if plain else GGMLTensor(*place)
     notes = [
         f"is a GGUF file of {kind} ({', '.join(sorted(types))}): its tensors have the names of transformers, and are "
         "dequantised as they are read"
@@ -117,8 +136,23 @@ def as_transformers_has_it(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str
     return checkpoint.view(tensors), notes
 
 
-def _renamed(info: TensorInfo, name: str) -> TensorInfo:
-    return TensorInfo(name, info.dtype, info.shape, info.file, info.start, info.stop)
+def _named(info: TensorInfo, name: str, experts: int) -> Iterator[tuple[str, TensorInfo]]:
+    """What a stored tensor is in transformers: itself, or of the experts that lie in it, one after the other, each."""
+    if name.endswith(f"{_GATE_OF_SHARED}.weight") and len(info.shape) == 1:
+        yield name, replace(info, shape=(1, *info.shape))
+        return
+    if "{}" not in name:
+        yield name, info
+        return
+    if len(info.shape) != 3 or info.shape[0] != experts:
+        raise bad(
+            info,
+            f"has shape {list(info.shape)}, not one matrix for each of {experts} experts; download it again",
+        )
+    size = (info.stop - info.start) // experts
+    for expert in range(experts):
+        start = info.start + expert * size
+        yield name.format(expert), replace(info, shape=info.shape[1:], start=start, stop=start + size)
 
 
 def _number(checkpoint: Checkpoint, settings: Mapping[str, Any], key: str, most: int) -> int:
@@ -136,10 +170,15 @@ def _names(checkpoint: Checkpoint, kind: str, layers: int) -> dict[str, str]:
         raise UserError(f"{checkpoint.path}: gguf is not installed; pip install 'mergeline[gguf]'") from None
     known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
     table = get_tensor_name_map(MODEL_ARCH(known[kind]), layers)
-    return {own: name for name in _candidates(layers) if (own := table.get_name(name)) is not None}
+    return {own: name for key, name in _candidates(kind, layers) if (own := table.get_name(key)) is not None}
 
 
-def _candidates(layers: int) -> Iterator[str]:
-    yield from _WHOLE
+def _candidates(kind: str, layers: int) -> Iterator[tuple[str, str]]:
+    """What the table may have, and what transformers calls it."""
+    yield from zip(_WHOLE, _WHOLE)
+    of_mixtures = (_MIXTRAL if kind == "llama" else _QWEN) if kind in MIXTURES else {}
+    of_layers = {**{name: name for name in (*_OF_LAYERS, *_SHARED)}, **of_mixtures}
     for layer in range(layers):
-        yield from (f"model.layers.{layer}.{name}" for name in _OF_LAYERS)
+        yield from (
+            (f"model.layers.{layer}.{key}", f"model.layers.{layer}.{n}") for key, n in of_layers.items()
+        )

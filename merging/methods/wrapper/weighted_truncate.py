@@ -22,9 +22,23 @@ def _needs(params: Mapping[str, Any]) -> Sequence[str]:
     return ("base", params["weights"])
 
 
-def _wrong(params: Mapping[str, Any], experts: int) -> Iterator[str]:
+def wrong_side(params: Mapping[str, Any], experts: int) -> Iterator[str]:
+    """What is wrong with the weights and their side, which `merging.methods.contract.Method.check` yields."""
     if params["weights"] == "gram" and params["side"] == "out":
         yield "side: Gram matrices are of inputs; take side in, or weights fisher"
+
+
+def weighted_squares(x: Slot, t: int, tau_MN: Tensor, weights: Weights, side: Side) -> Tensor:
+    """tau W W^T tau^T, (M, M), or of outputs tau^T W^2 tau, (N, N): its leading eigenvectors hold what counts most.
+
+    A part of rank k of tau W, undone by W^-1, is tau projected onto them: W may have zeros, and need not be inverted.
+    """
+    weight = x.statistic(weights, t).double()
+    if weights == "gram":
+        return (tau_MN @ weight) @ tau_MN.T
+    if side == "in":
+        return (tau_MN * weight.mean(0)) @ tau_MN.T
+    return tau_MN.T @ (weight.mean(1)[:, None] * tau_MN)
 
 
 def cut(x: Slot, *, rank: float, energy: float | None, weights: Weights, side: Side, inner: str) -> Slot:
@@ -35,16 +49,7 @@ def cut(x: Slot, *, rank: float, energy: float | None, weights: Weights, side: S
 
     def nearest(t: int) -> Tensor:
         tau_MN = directions.task_vector(x, t)
-        weight = x.statistic(weights, t).double()
-        # A part of rank k of tau W, undone by W^-1, is tau projected onto k directions of the other side: W may have
-        # zeros, and need not be inverted.
-        if weights == "gram":
-            squares = (tau_MN @ weight) @ tau_MN.T
-        elif side == "in":
-            squares = (tau_MN * weight.mean(0)) @ tau_MN.T
-        else:
-            squares = tau_MN.T @ (weight.mean(1)[:, None] * tau_MN)
-        energy_K, q_K = decompositions.leading(squares, k)
+        energy_K, q_K = decompositions.leading(weighted_squares(x, t, tau_MN, weights, side), k)
         q_K = q_K[:, : linear.rank_for_energy(energy_K, energy)] if energy is not None else q_K
         return (tau_MN @ q_K) @ q_K.T if side == "out" else q_K @ (q_K.T @ tau_MN)
 
@@ -58,7 +63,7 @@ def cut(x: Slot, *, rank: float, energy: float | None, weights: Weights, side: S
     keys="block_linear",
     other="inner",
     needs=_needs,
-    check=_wrong,
+    check=wrong_side,
     transform=cut,
     spectral=lambda rows, columns, experts: max(rows, columns) ** 2 + rows * columns,
 )

