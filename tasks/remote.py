@@ -50,6 +50,7 @@ _FIRST_BYTES = (
     1 << 12
 )  # of a file of weights: a shard's header is in them, or one more question brings the rest
 _LARGEST_COMPANION = 100_000_000
+_FORM = 2  # of a folder of headers; those of another form are made again
 _AT_ONCE = 8  # headers
 _MOST_AT_ONCE = 1 << 25
 _WINDOWS = 64  # of a thread, each of a tensor that is being read
@@ -61,13 +62,14 @@ class Remote:
 
     source: where the data is, without credentials, with the commit if there is one. where: what it was found by.
     files: of weights, by their names in the folder, with the names, sizes and versions that they have there; each with
-    what stands before it, as `unet/`.
+    what stands before it, as `unet/`. beside: what describes the weights there, brought or not; named as the files.
     """
 
     folder: Path
     source: str
     where: str = field(repr=False)
     files: Mapping[str, tuple[RemoteFile, str, int, str]]
+    beside: tuple[str, ...]
     is_pinned: bool
 
 
@@ -104,14 +106,16 @@ def remote_headers(found: Source, where: str, companions: bool = False) -> Remot
                         _finish(found, read, own, out, companions)
     try:
         located = {}
-        prefixes = read_object(held(out) / REMOTE)["folders"]
-        for prefix in prefixes:
+        told = read_object(held(out) / REMOTE)
+        beside = tuple(map(str, told["beside"]))
+        for prefix in told["folders"]:
             inside = _below(found, prefix)
             for name, (of, size, version) in read_object(out / prefix / REMOTE)["files"].items():
                 located[prefix + name] = _remote(inside, of), of, size, version
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{out / REMOTE}: was damaged; remove the folder") from None
-    return Remote(out, found.pinned or found.name, where, located, is_pinned=found.revision is not None)
+    source, is_pinned = found.pinned or found.name, found.revision is not None
+    return Remote(out, source, where, located, beside, is_pinned)
 
 
 def _below(source: Source, prefix: str) -> Source:
@@ -124,7 +128,7 @@ def _below(source: Source, prefix: str) -> Source:
 
 
 def _cached(found: Source, companions: bool, versions: Any) -> Path:
-    key = json.dumps([found.pinned or found.name, found.chosen, companions, versions])
+    key = json.dumps([_FORM, found.pinned or found.name, found.chosen, companions, versions])
     return user_cache() / CACHED_HEADERS / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -229,6 +233,7 @@ def _finish(found: Source, read: _Headers, staging: Path, out: Path, companions:
         }
         if not prefix:
             told["folders"] = [p for p, own in read.files.items() if own or not p]
+            told["beside"] = [p + name for p, of in read.folders.items() for name in config_files(of.source)]
         if files or not prefix:
             (staging / prefix / REMOTE).write_bytes(json_bytes(told))
     shutil.rmtree(staging / _DOWNLOADS, ignore_errors=True)

@@ -209,6 +209,132 @@ def test_a_tokenizer_that_experts_share_comes_once(hub, mergeline):
     assert len(hub.bodies("tokenizer.json")) == 1
 
 
+# Looking
+
+
+def test_a_remote_checkpoint_is_inspected_from_headers_alone(hub, here, mergeline, tmp_path):
+    hub.repositories["org/a"] |= {"tokenizer.json": b'{"model": {"vocab": {}}}', "vocab.json": b"{}" * 9000}
+    (tmp_path / "here/a/tokenizer.json").write_bytes(hub.repositories["org/a"]["tokenizer.json"])
+    (tmp_path / "here/a/vocab.json").write_bytes(b"{}" * 9000)
+    local = json.loads(mergeline("inspect", tmp_path / "here/a", "--table", "--json").out)
+    told = json.loads(mergeline("inspect", "org/a", "--table", "--json").out)
+    assert told.pop("path") == f"hf://org/a@{hub.commit('org/a')}" and local.pop("path")
+    assert told.pop("network") == {"bytes": hub.sent, "answers": len(hub.seen)}
+    assert hub.sent < 10_000 and not data_bytes(hub) and not hub.bodies("vocab.json")
+    assert told.pop("digest") is None and local.pop("digest")
+    assert told.pop("unread") == ["vocab.json"] and local.pop("unread") == []
+    assert told == local
+    assert told["architecture"] == "llama" and told["layers"] == {"model.layers": 4}
+    assert told["companions"] == ["config.json", "tokenizer.json", "vocab.json"]
+    assert told["table"][0] == {
+        "tensor": "model.layers.0.mlp.up_proj.weight", "dtype": "F32", "shape": [64, 48], "role": "mlp up",
+    }  # fmt: skip
+    shown = mergeline("inspect", "org/a").out
+    assert "not read: values, vocab.json; --no-cache reads them over the network" in shown
+    assert "sha256:" not in shown and f"network: {hub.sent / 1024:.4g} KiB in " in shown
+
+
+def test_inspect_of_70b_reads_kilobytes(hub, mergeline):
+    hub.repositories["org/a"] = llama_70b()
+    told = json.loads(mergeline("inspect", "hf://org/a", "--json").out)
+    assert (told["tensors"], told["bytes"]) == (723, 141_107_412_992)
+    assert told["layers"] == {"model.layers": 80} and hub.sent < 300_000
+
+
+def test_a_file_of_a_web_server_is_inspected(hub, mergeline):
+    hub.web["a.safetensors"] = save(weights(1))
+    told = json.loads(mergeline("inspect", f"{hub.endpoint}/web/a.safetensors", "--json").out)
+    assert told["tensors"] == 5 and told["companions"] == [] and hub.sent == remote._FIRST_BYTES
+    hub.ranges = False
+    outcome = mergeline("inspect", f"{hub.endpoint}/web/a.safetensors")
+    assert outcome.code == 2 and "the server sends no parts of files" in outcome.err
+
+
+def test_the_digest_of_a_remote_checkpoint_is_read_over_the_network(hub, here, mergeline, tmp_path):
+    local = json.loads(mergeline("inspect", tmp_path / "here/a", "--json").out)
+    told = json.loads(mergeline("inspect", "org/a", "--no-cache", "--json").out)
+    assert told["digest"] == local["digest"] and told["unread"] == []
+    assert data_bytes(hub) == local["bytes"] and not list((tmp_path / "cache").rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda seed: pipeline_files(seed, width=256), lambda seed: sentence_model(seed)]
+)
+def test_remote_pipelines_are_inspected(hub, mergeline, tmp_path, made):
+    for seed, name in enumerate(NAMES):
+        hub.repositories[f"org/{name}"] = made(seed)
+    lay_down(hub, tmp_path / "here")
+    local = json.loads(mergeline("inspect", tmp_path / "here/a", "--json").out)
+    told = json.loads(mergeline("inspect", "org/a", "--json").out)
+    assert told["components"] == local["components"] and told["components"]
+    assert told["companions"] == local["companions"] and hub.sent < 80_000
+
+
+def test_remote_checkpoints_are_compared_by_headers_and_the_rest_is_said(hub, here, mergeline, tmp_path):
+    odd = weights(1) | {"model.norm.weight": torch.zeros(47), "more": torch.zeros(3)}
+    hub.repositories["org/a"]["model.safetensors"] = save(odd)
+    told = json.loads(mergeline("diff", "org/base", "org/a", "--json").out)
+    assert [row["what"] for row in told["differences"]] == ["shape", "missing"]
+    assert told["differences"][1]["words"] == f"only in hf://org/a@{hub.commit('org/a')}"
+    assert told["unread"] == 4 and told["unread_bytes"] == 4 * 64 * 48 * 4
+    assert told["norm"] is None and told["relative_norm"] is None
+    assert told["network"]["bytes"] == hub.sent < 20_000 and not data_bytes(hub)
+    shown = mergeline("diff", tmp_path / "here/base", "hf://org/b").out
+    assert "the same names, dtypes and shapes" in shown and "bit for bit" not in shown
+    assert "values of 5 tensors, which may differ; --no-cache reads them over the network (48.19 KiB" in shown
+
+
+def test_values_of_remote_checkpoints_are_compared_over_the_network(hub, here, mergeline, tmp_path):
+    local = json.loads(mergeline("diff", tmp_path / "here/base", tmp_path / "here/a", "--json").out)
+    told = json.loads(mergeline("diff", "org/base", "org/a", "--no-cache", "--json").out)
+    assert told["differences"] == local["differences"] and told["unread"] == 0
+    assert told["relative_norm"] == local["relative_norm"] > 1
+    assert data_bytes(hub) == 2 * sum(t.nbytes for t in weights(0).values())  # each tensor comes once
+    assert "bit for bit" in mergeline("diff", "org/base", tmp_path / "here/base", "--no-cache").out
+    assert not list((tmp_path / "cache").rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_remote_family_is_described_as_a_local_one(stream, hub, here, mergeline, tmp_path):
+    local = json.loads(mergeline("inspect", *here[1:], "--json").out)
+    told = json.loads(mergeline("inspect", *family()[1:], "--json", *["--no-cache"] * stream).out)
+    assert told.pop("network")["bytes"] == hub.sent > 3 * sum(t.nbytes for t in weights(0).values())
+    assert told.pop("base") == f"hf://org/base@{hub.commit('org/base')}" or not stream
+    assert told | {"base": ""} == local | {"base": ""}
+    assert bool(list((tmp_path / "cache").rglob("checkpoints/*"))) != stream
+
+
+@pytest.mark.parametrize("command", [["inspect", "org/a"], ["diff", "org/base", "org/a"], ["inspect"]])
+def test_what_is_wrong_with_remote_checkpoints_is_told_before_data_is_brought(command, hub, mergeline):
+    command = command if command[1:] else ["inspect", *family()[1:]]
+    odd = weights(1) | {"model.norm.weight": torch.zeros(47)}
+    hub.repositories["org/a"]["model.safetensors"] = save(odd)[:-4]
+    outcome = mergeline(*command)
+    assert (
+        outcome.code == 2 and "model.safetensors: truncated" in outcome.err and "hf://org/a@" in outcome.err
+    )
+    assert "/cache/" not in outcome.err and outcome.err.count("\n") == 1 and not data_bytes(hub)
+    hub.repositories["org/a"] = {"pytorch_model.bin": b"x" * 50_000, "config.json": CONFIG}
+    assert "'pytorch_model.bin' is a pickle" in mergeline(*command).err
+    hub.faults = [Fault("/api/models/org/a", status=401)]
+    outcome = mergeline(*command)
+    assert outcome.code == 2 and "access denied (HTTP 401)" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_a_file_that_changes_while_it_is_compared_is_noticed(hub, memory, mergeline, monkeypatch):
+    from mergeline.tasks import inspection
+
+    read = inspection.Checkpoint.read
+
+    def changing(self, name):
+        memory.pipe("/a/model.safetensors", save(weights(9)))
+        return read(self, name)
+
+    monkeypatch.setattr(inspection.Checkpoint, "read", changing)
+    outcome = mergeline("diff", "memory://base", "memory://a", "--no-cache")
+    assert outcome.code == 2 and "was changed while it was read" in outcome.err
+
+
 # Pipelines
 
 
@@ -351,7 +477,7 @@ def test_other_commands_of_a_recipe_read_over_the_network(hub, here, mergeline, 
         assert made(command, here, *more) == made(command, family(), *more, "--no-cache")
     here[0] = "--method=emr"
     assert made("compress", here) == made("compress", family("emr"), "--no-cache")
-    assert not list((tmp_path / "cache").glob("checkpoints/*"))
+    assert not list((tmp_path / "cache").rglob("checkpoints/*"))
 
 
 def test_tokens_with_other_ids_are_told_to_be_many_questions(hub, mergeline):
@@ -499,6 +625,9 @@ def test_s3_is_read_in_parts(hub, here, mergeline, tmp_path, monkeypatch):
             for file, body in hub.repositories[f"org/{name}"].items():
                 bucket.objects[f"{name}/{file}"] = body
         options = family(prefix="s3://models/")
+        assert json.loads(mergeline("inspect", "s3://models/a", "--json").out)["tensors"] == 5
+        assert bucket.sent < remote._FIRST_BYTES + 100
+        bucket.sent = 0
         told = json.loads(mergeline("plan", *options, "--json").out)
         assert told["sources"]["a"] == "s3://models/a"
         assert bucket.sent < 3 * (remote._FIRST_BYTES + 100)
