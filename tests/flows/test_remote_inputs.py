@@ -427,6 +427,28 @@ def test_a_path_that_is_mistyped_is_told_as_one(hub, mergeline):
     assert "a: experts/none: no such file or folder, and as a repository: hf://experts/none" in outcome.out
 
 
+def test_modules_of_mergekit_that_differ_are_planned_from_headers(hub, mergeline, tmp_path):
+    def module(expert: str) -> dict[str, Any]:
+        return {"models": [{"model": f"org/{expert}", "parameters": {"weight": 1.0}}]}
+
+    config = {"merge_method": "task_arithmetic", "base_model": "org/base"}
+    config["modules"] = {"model.layers": module("a"), "default": module("b")}
+    (tmp_path / "mergekit.yml").write_text(json.dumps(config))
+    told = json.loads(mergeline("plan", "--recipe", tmp_path / "mergekit.yml", "--table", "--json").out)
+    assert not told["problems"] and not data_bytes(hub)
+    weights = {row["tensor"]: row["params"]["weights"] for row in told["table"]}
+    assert weights.pop("model.norm.weight") == [0.0, 1.0]
+    assert len(weights) == 4 and all(own == [1.0, 0.0] for own in weights.values())
+    del hub.repositories["org/base"]
+    for command in (["plan"], ["merge", "--out", tmp_path / "out"]):
+        outcome = mergeline(*command, "--recipe", tmp_path / "mergekit.yml")
+        assert (
+            outcome.code == 2
+            and "which tensors are whose is seen from org/base: hf://org/base" in outcome.err
+        )
+        assert "no such repository" in outcome.err and outcome.err.count("\n") == 1
+
+
 # Data over the network
 
 
