@@ -43,6 +43,7 @@ class Inputs:
 
         Why nothing can be brought of a URI is told in place of the problem that its plan has then (`named`).
         """
+        from mergeline.merging.checkpoints.quantised.formats import MOST_READ
         from mergeline.tasks.fetch import is_fetched, is_here
         from mergeline.tasks.remote import NoHeaders, let_data_be_read, remote_headers
         from mergeline.tasks.sources import NoParts, locate
@@ -66,8 +67,7 @@ class Inputs:
                 return self.data(where)
             return self._refuse(error)
         self.sources[remote.folder], self.beside[remote.folder] = remote.source, remote.beside
-        if self._stream:
-            let_data_be_read(remote)
+        let_data_be_read(remote, most=None if self._stream else MOST_READ)
         return remote.folder
 
     def opened(self, where: str) -> Path:

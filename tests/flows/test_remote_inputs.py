@@ -20,14 +20,16 @@ from hub_server import Fault, Hub, Sparse, running_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipelines import pipeline_files
+from places import GOLDENS
 from s3_server import running_s3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sparse_llama import llama_70b
+from sparse_llama import fp8_llama, llama_70b
 
 from mergeline.merging import merge
 from mergeline.merging.checkpoints import remote as registry
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.engine import output
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import JOURNAL
@@ -207,6 +209,109 @@ def test_a_tokenizer_that_experts_share_comes_once(hub, mergeline):
         hub.repositories[f"org/{name}"]["tokenizer.json"] = tokens
     mergeline("plan", *family())
     assert len(hub.bodies("tokenizer.json")) == 1
+
+
+# Quantised
+
+
+def test_a_plan_of_fp8_reads_headers_alone(hub, mergeline):
+    for name in NAMES:
+        hub.repositories[f"org/{name}"] = fp8_llama() | {"generation_config.json": name.encode()}
+    told = json.loads(mergeline("plan", *family("ties"), "--json").out)
+    assert not told["problems"] and told["tensors"] == {"merge": 226, "copy": 0}
+    assert (
+        sum("224 tensors are quantised (224 of FP8 in blocks of 128 x 128" in w for w in told["warnings"])
+        == 3
+    )
+    assert told["bytes_written"] > 15 * 10**9 and told["network"]["bytes"] == hub.sent < 400_000
+    shown = mergeline("inspect", "org/a").out
+    assert "224 tensors are quantised" in shown and "architecture: llama" in shown
+
+
+def gguf_repositories(hub: Hub, folder: Path, tokens: int = 3) -> None:
+    """The family as GGUF of one file each, with so many tokens in its header."""
+    gguf = pytest.importorskip("gguf")
+    folder.mkdir(exist_ok=True)
+    for seed, name in enumerate(NAMES):
+        draw, file = torch.Generator().manual_seed(seed), folder / f"{name}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        for key, value in {"block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 4}.items():
+            writer.add_uint32(f"llama.{key}", value)
+        writer.add_array("tokenizer.ggml.tokens", [f"token{i}" for i in range(tokens)])
+        q8 = gguf.GGMLQuantizationType.Q8_0
+        for layer in range(2):
+            weight = torch.randn(1024, 1024, generator=draw).numpy()
+            writer.add_tensor(f"blk.{layer}.ffn_up.weight", gguf.quants.quantize(weight, q8), raw_dtype=q8)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        hub.repositories[f"org/{name}"] = {"model-Q8_0.gguf": file.read_bytes(), "README.md": b"no"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "most"), [(3, 3 * 5000), (20_000, 3 * 800_000)])
+def test_a_plan_of_gguf_reads_headers_alone(tokens, most, hub, mergeline, tmp_path):
+    gguf_repositories(hub, tmp_path / "files", tokens)
+    local = [o.replace("hf://org/", f"{tmp_path}/files/") + ".gguf" for o in family()[1:]]
+    expected = json.loads(mergeline("plan", "--method=ties", *local, "--json").out)
+    told = json.loads(mergeline("plan", *family("ties"), "--json").out)
+    assert not told["problems"] and told["tensors"] == expected["tensors"] == {"merge": 2, "copy": 0}
+    size = sum(len(hub.repositories[f"org/{name}"]["model-Q8_0.gguf"]) for name in NAMES)
+    assert told["network"]["bytes"] == hub.sent < most and size > 3 * 2_000_000
+    assert told["bytes_over_network"] >= expected["bytes_read"]
+    header = open_checkpoint(tmp_path / "files/a.gguf")
+    folders = [*(tmp_path / "cache").rglob("model-Q8_0.gguf")]
+    assert len(folders) == 3 and max(file.stat().st_size for file in folders) <= min(
+        info.start for info in header.tensors.values()
+    )
+
+
+@pytest.mark.slow
+def test_gguf_is_merged_over_the_network_as_it_is_here(hub, mergeline, tmp_path):
+    gguf_repositories(hub, tmp_path / "files")
+    local = [o.replace("hf://org/", f"{tmp_path}/files/") + ".gguf" for o in family()[1:]]
+    here = merged(mergeline, tmp_path / "local", "--method=average", *local)
+    there = merged(mergeline, tmp_path / "there", *family("average"), "--no-cache")
+    assert there["output"]["digest"] == here["output"]["digest"]
+    assert not list((tmp_path / "cache").rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 30, 100])
+def test_damaged_gguf_is_refused(cut, hub, mergeline, tmp_path):
+    gguf_repositories(hub, tmp_path / "files")
+    hub.repositories["org/a"] = {"x.gguf": (tmp_path / "files/a.gguf").read_bytes()[:cut]}
+    outcome = mergeline("inspect", "org/a")
+    assert outcome.code == 2 and "malformed GGUF header" in outcome.err and "x.gguf" in outcome.err
+    assert outcome.err.count("\n") == 1 and not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_settings_of_a_few_bytes_are_read_for_a_plan_and_nothing_larger(hub, mergeline):
+    with safe_open(GOLDENS / "quantised.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["configs"])["nf4"]
+        names = [name for name in file.keys() if name.startswith("nf4/")]
+        tensors = {name.removeprefix("nf4/"): file.get_tensor(name) for name in names}
+    settings = next(n for n in tensors if ".quant_state." in n)
+    for seed, name in enumerate(NAMES):
+        more = {
+            "config.json": json.dumps({"quantization_config": config}).encode(),
+            "README.md": bytes([seed]),
+        }
+        hub.repositories[f"org/{name}"] = {
+            "model.safetensors": save(tensors | {"n": torch.ones(seed + 1)}),
+            **more,
+        }
+    found = json.loads(mergeline("inspect", "org/a", "--json").out)
+    assert any("of NF4" in note for note in found["notes"]), found["notes"]
+    assert data_bytes(hub) == tensors[settings].nbytes
+    headers = remote.remote_headers(sources.locate("hf://org/a"), "hf://org/a")
+    remote.let_data_be_read(headers, most=tensors[settings].nbytes - 1)
+    for read in (
+        open_checkpoint(headers.folder).digest,
+        lambda: dequantised(open_checkpoint(headers.folder)),
+    ):
+        with pytest.raises(UserError, match="its headers alone are here"):
+            read()
 
 
 # Looking
