@@ -133,6 +133,7 @@ def describe_family(
         memory=memory,
         progress=progress,
     )
+    refuse_changed_remotes(f for path in (base, *experts.values()) for f in files_of(open_checkpoint(path)))
     found["base"] = _shown(base)
     if page:
         render_family(page, found)

@@ -378,7 +378,7 @@ class _Translation:
         if base is not None and base not in models:
             models[base] = (["base_model"], {})
         found = self._ordered(self._shared(), ["merge_method"], models, base)
-        own = self.modules and [([*inside, "parameters"], part.parameters or {})]
+        own = [([*inside, "parameters"], part.parameters or {})] if self.modules else []
         return replace(found, shared=[*found.shared, *own])
 
     def _shared(self) -> list[tuple[Loc, Settings]]:
@@ -443,9 +443,8 @@ class _Translation:
     def _tensors(self, model: str) -> list[str]:
         """The names of a model's tensors (raises UserError)."""
         try:
-            return list(
-                dequantised(open_checkpoint(self.bring(self._where(model.partition("+")[0]))))[0].tensors
-            )
+            place = self.bring(self._where(model.partition("+")[0]))
+            return list(dequantised(open_checkpoint(place))[0].tensors)
         except UserError as error:
             raise self.file.error(
                 ["modules"], f"which tensors are whose is seen from {model}: {error}"

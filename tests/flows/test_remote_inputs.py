@@ -427,6 +427,7 @@ def test_what_is_wrong_with_remote_checkpoints_is_told_before_data_is_brought(co
 
 
 def test_a_file_that_changes_while_it_is_compared_is_noticed(hub, memory, mergeline, monkeypatch):
+    from mergeline.merging import describe as family_of
     from mergeline.tasks import inspection
 
     read = inspection.Checkpoint.read
@@ -435,8 +436,19 @@ def test_a_file_that_changes_while_it_is_compared_is_noticed(hub, memory, mergel
         memory.pipe("/a/model.safetensors", save(weights(9)))
         return read(self, name)
 
-    monkeypatch.setattr(inspection.Checkpoint, "read", changing)
-    outcome = mergeline("diff", "memory://base", "memory://a", "--no-cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection.Checkpoint, "read", changing)
+        outcome = mergeline("diff", "memory://base", "memory://a", "--no-cache")
+    assert outcome.code == 2 and "was changed while it was read" in outcome.err
+    describe_family = family_of.describe_family
+
+    def described(*args, **options):
+        found = describe_family(*args, **options)
+        memory.pipe("/a/model.safetensors", save(weights(10)))
+        return found
+
+    monkeypatch.setattr(family_of, "describe_family", described)
+    outcome = mergeline("inspect", *family(prefix="memory://")[1:], "--no-cache")
     assert outcome.code == 2 and "was changed while it was read" in outcome.err
 
 

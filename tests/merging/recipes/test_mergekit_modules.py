@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 
 from mergeline.merging import merge
 from mergeline.merging.engine.planning import make_plan
-from mergeline.merging.recipes.loading import load_recipe
+from mergeline.merging.recipes.loading import load_merges, load_recipe
 from mergeline.merging.recipes.mergekit_modules import patterns, prefixes
 from mergeline.merging.recipes.recipe import Recipe
+from mergeline.merging.verify import verify
 
 STORED = GOLDENS / "mergekit" / "modules"
 NAMES = sorted(path.stem for path in STORED.glob("*.yml"))
@@ -148,3 +149,17 @@ def test_modules_of_a_remote_model_are_seen_from_its_headers(t5):
     (t5 / "mergekit.yml").write_text(yaml.safe_dump(config))
     recipe = load_recipe(t5 / "mergekit.yml", bring)
     assert brought[0] == "hf://org/base" and recipe.include == ["encoder.*"]
+
+
+def test_modules_of_a_model_that_another_document_makes_are_refused(t5):
+    first = {"name": "one", "merge_method": "linear", "models": ALL}
+    second = {**stored("t5-encoder-alone"), "base_model": "one"}
+    (t5 / "mergekit.yml").write_text(yaml.safe_dump_all([first, second]))
+    with refused("mergekit.yml:", "which tensors are whose is seen from one: ", "no such file or folder"):
+        load_merges(t5 / "mergekit.yml", t5 / "made", Path)
+
+
+@pytest.mark.parametrize("name", ["t5-task_arithmetic", "t5-passthrough"])
+def test_merges_by_modules_are_verified_from_their_manifests(name, t5, tmp_path):
+    merge(loaded(t5, stored(name)), tmp_path / "out")
+    assert "bit-identical" in verify(tmp_path / "out")
