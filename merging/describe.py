@@ -19,7 +19,7 @@ from mergeline.merging.algebra.slots import Slot, View
 from mergeline.merging.algebra.sums import added
 from mergeline.merging.engine.machine import keep_freed_memory, one_thread, worker_count
 from mergeline.merging.engine.mergelock import Lock, attention_modules, suspicions
-from mergeline.merging.engine.plan import Entry, with_kept
+from mergeline.merging.engine.plan import Entry, Plan, with_kept
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.errors import UserError
@@ -262,6 +262,17 @@ class _Measured:
     spectra: Mapping[str, Spectra] = field(default_factory=dict)
 
 
+def family_plan(base: Path, experts: Mapping[str, Path], heads: Sequence[str] = ()) -> Plan:
+    """The plan whose tensors `describe_family` describes; it may be of headers alone.
+
+    Raises:
+        UserError: checkpoints that do not match.
+    """
+    plan = make_plan({"method": "average", "base": base, "experts": dict(experts), "heads": list(heads)})
+    plan.check()
+    return plan
+
+
 def describe_family(
     base: Path,
     experts: Mapping[str, Path],
@@ -288,9 +299,7 @@ def describe_family(
     if wrong is not None or not ranks:
         raise UserError(f"rank {wrong} is no fraction of full rank; list numbers from 0.01 to 1")
     ranks = sorted(set(ranks))
-    recipe = {"method": "average", "base": base, "experts": dict(experts), "heads": list(heads)}
-    plan = make_plan(recipe)
-    plan.check()
+    plan = family_plan(base, experts, heads)
     entries = [entry for entry in plan.entries if entry.action == "merge"]
     need = max((_peak_bytes(entry, len(experts)) for entry in entries), default=0)
     workers = worker_count(need, workers, memory)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Mapping, get_args
@@ -159,7 +160,7 @@ def make_moe(
 
         run(source, [output], write, pool, progress)
         output.writer.finish()
-        return publish_all([output], source, device, {"moe": layout.told()})[0]
+        return publish_all([output], source, device, {"moe": layout.told})[0]
 
 
 def _plan(
@@ -218,7 +219,7 @@ class _Layout:
         specs = [spec for parts in self.parts.values() for spec in parts.values()]
         self.specs = [*specs, *(spec for found in self.routers.values() for spec in found)]
         digests = [c.digest() for c in plan.statistics.get(ROUTERS, [])]
-        said = canonical_json({"moe": self.told(), "routers": digests})
+        said = canonical_json({"moe": self.told, "routers": digests})
         self.metadata = checkpoint_metadata(plan) | {"mergeline.moe": said}
         plan.configured = self._configured
 
@@ -310,6 +311,7 @@ class _Layout:
             return ((2 * uniform - 1) * width**-0.5).reshape(rows, width)
         return _normal(uniform).reshape(rows, width)
 
+    @cached_property
     def told(self) -> dict[str, Any]:
         """How it is made, for the manifest."""
         names = [*self.experts, "shared"]
@@ -323,16 +325,14 @@ class _Layout:
             "shared": own[-1] if self.shared else None,
             "routers": self.random or "file",
             "experts_per_token": self.chosen,
-            "unbalanced": self.unbalanced(),
+            "unbalanced": self._unbalanced(),
         }
 
-    def unbalanced(self) -> list[int]:
+    def _unbalanced(self) -> list[int]:
         """Layers whose router has rows that are so alike that some expert will hardly be used."""
-        return (
-            []
-            if self.random
-            else [n for n in self.layers if not float(torch.linalg.cond(self.router(n))) <= _UNBALANCED]
-        )
+        if self.random:
+            return []
+        return [n for n in self.layers if not float(torch.linalg.cond(self.router(n))) <= _UNBALANCED]
 
 
 def _chosen_kind(kind: str | None, model_type: str, shared: bool) -> str:

@@ -129,8 +129,8 @@ def transplant(
                 progress(done, len(specs))
         writer.finish()
         transplanted = {
-            "model": origin_of(out, model, open_checkpoint(model).digest()),
-            "donor": origin_of(out, donor, open_checkpoint(donor).digest()),
+            "model": origin_of(out, model, opened.stored.digest()),
+            "donor": origin_of(out, donor, given.stored.digest()),
             **asked,
             "tokens": {"same": len(tokens.same), "new": len(tokens.new), "rows": tokens.rows},
         }

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergeline.evaluation.measures import Measure, Measures
 from mergeline.evaluation.metrics import Outcomes, bootstrap_mean, in_scores, interval, normalised, paired
 from mergeline.evaluation.pages.figures import at_use
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import Files, open_checkpoint
+from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.files import publish, staged, write_bytes, write_json
 from mergeline.tasks.credentials import without_credentials
@@ -23,8 +24,9 @@ from mergeline.tasks.seen import seen
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
-    from mergeline.merging.checkpoints.checkpoint import Checkpoint
+    from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
     from mergeline.tasks.modality import Modality
     from mergeline.tasks.schema import Params
 
@@ -156,6 +158,7 @@ def _row(
             "searched": len(search["points"]),
             "digest": manifest["output"]["digest"],
             "bytes": manifest["output"]["bytes"],
+            **({"requantised": manifest["requantised"]} if "requantised" in manifest else {}),
             # A store holds no weights of one model.
             **(
                 {"norm_ratio": None, "finite": True}
@@ -191,23 +194,31 @@ def _norms(modality: Modality, params: Params, build: Path, name: str) -> dict[s
     """Norm of (merged - base) over the mean norm of its task vectors, and whether every weight is finite."""
     import torch
 
-    merged = open_checkpoint(build / "merges" / name)
-    base = open_checkpoint(build / "checkpoints" / params.base)
+    merged, _ = dequantised(open_checkpoint(build / "merges" / name))
+    base, _ = dequantised(open_checkpoint(build / "checkpoints" / params.base))
     if base.tensors.keys().isdisjoint(merged.tensors):  # under another prefix
         base = _as_merged(modality, params, build) or base
     square, finite = 0.0, True
-    for tensor, info in merged.tensors.items():
-        if info.is_float:
-            value = merged.read(tensor).double()
-            finite = finite and bool(torch.isfinite(value).all())
-            start = base.read(tensor).double() if tensor in base.tensors else value
-            rows = (
-                min(len(value), len(start)) if value.dim() else None
-            )  # of vocabularies that differ, what both have
-            square += float(((value[:rows] - start[:rows] if rows is not None else value - start) ** 2).sum())
+    with Files() as files:
+        for tensor, info in merged.tensors.items():
+            if info.is_float:
+                value = _values(files, info)
+                finite = finite and bool(torch.isfinite(value).all())
+                start = _values(files, base.tensors[tensor]) if tensor in base.tensors else value
+                rows = (
+                    min(len(value), len(start)) if value.dim() else None
+                )  # of vocabularies that differ, what both have
+                square += float(
+                    ((value[:rows] - start[:rows] if rows is not None else value - start) ** 2).sum()
+                )
     description = json.loads((build / "extract" / "description.json").read_text())
     norms = [description["experts"][expert]["norm"] for expert in params.made_of(name)]
     return {"norm_ratio": sqrt(square) / (sum(norms) / len(norms)) if finite else None, "finite": finite}
+
+
+def _values(files: Files, info: TensorInfo) -> Tensor:
+    """A tensor in float64, as a merge reads it."""
+    return info.read(files.elements, 0, prod(info.shape)).double().reshape(info.shape)
 
 
 def _as_merged(modality: Modality, params: Params, build: Path) -> Checkpoint | None:

@@ -58,7 +58,7 @@ _PICKLE_NAMES = (
 )
 _PICKLE_SUFFIXES = (".bin.index.json", *PICKLE_SUFFIXES)
 
-_GGUF_SUFFIX = ".gguf"
+GGUF_SUFFIX = ".gguf"
 _PREPROCESS_KEYS = ("size", "mean", "std", "interpolation", "resize_mode")
 
 
@@ -191,7 +191,7 @@ def config_files(source: Source) -> list[str]:
 def placed_as(weights: str) -> str:
     """What a file of weights, or an index of them, is called here: as libraries open it, whatever variant it is."""
     name = Path(weights).name
-    if name == ADAPTER_WEIGHTS or name.endswith(_GGUF_SUFFIX):
+    if name == ADAPTER_WEIGHTS or name.endswith(GGUF_SUFFIX):
         return name
     stem = next((stem for stem in STEMS if name.startswith((f"{stem}.", f"{stem}-"))), STEMS[0])
     return f"{stem}.safetensors" + (".index.json" if name.endswith(_SAFE_SUFFIXES[0]) else "")
@@ -214,7 +214,7 @@ def choose_weights(source: Source, allow_pickle: bool) -> str:
             f"{source.name}: holds training shards, which are not fetched: merge the folder where it lies (by "
             "`passthrough` it becomes safetensors), and name the merge here"
         )
-    if found := _pick(names, (), (_GGUF_SUFFIX,), source.name):
+    if found := _pick(names, (), (GGUF_SUFFIX,), source.name):
         return found
     raise UserError(
         f"{source.name}: no checkpoint there; expected {WEIGHTS}, {INDEX} or one *.safetensors file, "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 from mergeline.merging import merge
 from mergeline.merging.checkpoints.adapters import is_adapter
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.engine.manifest import manifest_path, read_manifest
 from mergeline.merging.files import write_json
 from mergeline.merging.reading import sha256_of
@@ -59,7 +60,9 @@ def recipe_of(params: Params, name: str, build: Path, heads: Sequence[str]) -> d
     """
     recipe = params.recipe(name, build, heads)
     taken = params.all_merges[name].takes
-    experts = {expert: open_checkpoint(path) for expert, path in recipe["experts"].items() if taken}
+    experts = {
+        expert: dequantised(open_checkpoint(path))[0] for expert, path in recipe["experts"].items() if taken
+    }
     own = [c.tensors.keys() for expert, c in experts.items() if expert not in taken and not is_adapter(c)]
     merged = {tensor for expert in taken if expert in experts for tensor in experts[expert].tensors}
     lacking = {tensor for tensors in own for tensor in merged - tensors}

@@ -26,11 +26,21 @@ from mergeline.merging.checkpoints.companions import (
     TOKENIZER,
 )
 from mergeline.merging.checkpoints.components import PIPELINE
+from mergeline.merging.checkpoints.gguf_header import header_length
 from mergeline.merging.checkpoints.modules import MODULES
-from mergeline.merging.checkpoints.remote import AHEAD_BYTES, REMOTE, register
+from mergeline.merging.checkpoints.remote import AHEAD_BYTES, REMOTE, headers_alone, register
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import json_bytes, publish, read_object, staged, user_errors
-from mergeline.tasks.fetch import Folder, bring, config_files, folders_of, held, placed_as, shards_of
+from mergeline.tasks.fetch import (
+    GGUF_SUFFIX,
+    Folder,
+    bring,
+    config_files,
+    folders_of,
+    held,
+    placed_as,
+    shards_of,
+)
 from mergeline.tasks.places import CACHED_HEADERS, user_cache
 from mergeline.tasks.private import private_folder, private_umask
 from mergeline.tasks.sources import (
@@ -50,6 +60,7 @@ _FIRST_BYTES = (
     1 << 12
 )  # of a file of weights: a shard's header is in them, or one more question brings the rest
 _LARGEST_COMPANION = 100_000_000
+_FORM = 2  # of a folder of headers; those of another form are made again
 _AT_ONCE = 8  # headers
 _MOST_AT_ONCE = 1 << 25
 _WINDOWS = 64  # of a thread, each of a tensor that is being read
@@ -61,18 +72,19 @@ class Remote:
 
     source: where the data is, without credentials, with the commit if there is one. where: what it was found by.
     files: of weights, by their names in the folder, with the names, sizes and versions that they have there; each with
-    what stands before it, as `unet/`.
+    what stands before it, as `unet/`. beside: what describes the weights there, brought or not; named as the files.
     """
 
     folder: Path
     source: str
     where: str = field(repr=False)
     files: Mapping[str, tuple[RemoteFile, str, int, str]]
+    beside: tuple[str, ...]
     is_pinned: bool
 
 
 class NoHeaders(UserError):
-    """The weights are no safetensors, and have no headers that could be read alone."""
+    """The weights are neither safetensors nor GGUF, and have no headers that could be read alone."""
 
 
 def remote_headers(found: Source, where: str, companions: bool = False) -> Remote:
@@ -104,14 +116,16 @@ def remote_headers(found: Source, where: str, companions: bool = False) -> Remot
                         _finish(found, read, own, out, companions)
     try:
         located = {}
-        prefixes = read_object(held(out) / REMOTE)["folders"]
-        for prefix in prefixes:
+        told = read_object(held(out) / REMOTE)
+        beside = tuple(map(str, told["beside"]))
+        for prefix in told["folders"]:
             inside = _below(found, prefix)
             for name, (of, size, version) in read_object(out / prefix / REMOTE)["files"].items():
                 located[prefix + name] = _remote(inside, of), of, size, version
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{out / REMOTE}: was damaged; remove the folder") from None
-    return Remote(out, found.pinned or found.name, where, located, is_pinned=found.revision is not None)
+    source, is_pinned = found.pinned or found.name, found.revision is not None
+    return Remote(out, source, where, located, beside, is_pinned)
 
 
 def _below(source: Source, prefix: str) -> Source:
@@ -124,7 +138,7 @@ def _below(source: Source, prefix: str) -> Source:
 
 
 def _cached(found: Source, companions: bool, versions: Any) -> Path:
-    key = json.dumps([found.pinned or found.name, found.chosen, companions, versions])
+    key = json.dumps([_FORM, found.pinned or found.name, found.chosen, companions, versions])
     return user_cache() / CACHED_HEADERS / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
@@ -155,7 +169,7 @@ def _read_headers(found: Source, staging: Path) -> _Headers:
         (staging / prefix).mkdir(exist_ok=True)
         if weights is None:
             continue
-        if not weights.endswith((".safetensors", ".safetensors.index.json")):
+        if not weights.endswith((".safetensors", ".safetensors.index.json", GGUF_SUFFIX)):
             raise NoHeaders(
                 f"{source.name}: '{weights}' is a pickle, which can run code when it is opened; convert it to "
                 "safetensors, or allow it with --allow-pickle, which brings it here whole"
@@ -166,8 +180,14 @@ def _read_headers(found: Source, staging: Path) -> _Headers:
             places += [(prefix, n, n) for n in shards_of(index, f"{source.name}: {weights}")]
         else:
             places.append((prefix, placed_as(weights), weights))
+
+    def read_header(place: tuple[str, str, str]) -> tuple[bytes, int, str]:
+        prefix, _, name = place
+        file = _remote(folders[prefix].source, name)
+        return _gguf_header(file) if name.endswith(GGUF_SUFFIX) else _header(file)
+
     with ThreadPoolExecutor(min(_AT_ONCE, len(places))) as pool:
-        read = [*pool.map(lambda place: _header(_remote(folders[place[0]].source, place[2])), places)]
+        read = [*pool.map(read_header, places)]
     files: dict[str, dict[str, tuple[str, int, str]]] = {prefix: {} for prefix in folders}
     for (prefix, name, of), (header, size, version) in zip(places, read):
         (staging / prefix / name).write_bytes(header)
@@ -183,12 +203,27 @@ def _header(file: RemoteFile) -> tuple[bytes, int, str]:
     end = 8 + int.from_bytes(start[:8], "little")
     if end - 8 > MAX_HEADER or end > size:
         return start[:16], size, version  # no header: whoever opens it says what is wrong
-    if end > len(start):
-        more, now, later = _bytes(file, len(start), end)
-        if (now, later) != (size, version):
-            raise UserError(f"{file.where}: was changed while its header was read; try again")
-        start += more
-    return start[:end], size, version
+    return _longer(file, start, end, (size, version))[:end], size, version
+
+
+def _gguf_header(file: RemoteFile) -> tuple[bytes, int, str]:
+    """The same of a GGUF file, which does not say beforehand how long its header is; most of it are tokens."""
+    start, size, version = _bytes(file, 0, _FIRST_BYTES)
+    while (end := header_length(start, size, file.where)) is None:
+        if len(start) >= MAX_HEADER:
+            raise UserError(f"{file.where}: has no header of {MAX_HEADER} bytes at most; fetch it")
+        start = _longer(file, start, min(2 * len(start), size), (size, version))
+    return _longer(file, start, end, (size, version))[:end], size, version
+
+
+def _longer(file: RemoteFile, start: bytes, stop: int, known: tuple[int, str]) -> bytes:
+    """The beginning of a file up to `stop`, of which `start` is here; known: its size and version by then."""
+    if stop <= len(start):
+        return start
+    more, *now = _bytes(file, len(start), stop)
+    if tuple(now) != known:
+        raise UserError(f"{file.where}: was changed while its header was read; try again")
+    return start + more
 
 
 def _bytes(file: RemoteFile, start: int, stop: int) -> tuple[bytes, int, str]:
@@ -229,6 +264,7 @@ def _finish(found: Source, read: _Headers, staging: Path, out: Path, companions:
         }
         if not prefix:
             told["folders"] = [p for p, own in read.files.items() if own or not p]
+            told["beside"] = [p + name for p, of in read.folders.items() for name in config_files(of.source)]
         if files or not prefix:
             (staging / prefix / REMOTE).write_bytes(json_bytes(told))
     shutil.rmtree(staging / _DOWNLOADS, ignore_errors=True)
@@ -268,10 +304,13 @@ def streamed(where: str) -> Path:
     return remote.folder
 
 
-def let_data_be_read(remote: Remote) -> None:
-    """Let this process read the data of a remote checkpoint, wherever it has the headers."""
+def let_data_be_read(remote: Remote, most: int | None = None) -> None:
+    """Let this process read the data of a remote checkpoint, wherever it has the headers.
+
+    most: bytes of a tensor, of which larger ones may not be read; None: all may.
+    """
     for prefix in {name[: name.rfind("/") + 1] for name in remote.files}:
-        register(remote.folder / prefix, _Data(remote, prefix))
+        register(remote.folder / prefix, _Data(remote, prefix, most))
 
 
 @dataclass
@@ -299,9 +338,9 @@ _AHEAD_OF = _Windows()
 class _Data:
     """The data of a remote checkpoint; a tensor that is read from one end to the other is read ahead."""
 
-    def __init__(self, remote: Remote, prefix: str):
-        """prefix: of the names of its files, which are of one folder."""
-        self._remote, self._prefix = remote, prefix
+    def __init__(self, remote: Remote, prefix: str, most: int | None):
+        """prefix: of the names of its files, which are of one folder. most: bytes of a tensor that may be read."""
+        self._remote, self._prefix, self._most = remote, prefix, most
         self._files = {
             name.removeprefix(prefix): _Ranges(file, size, version)
             for name, (file, _, size, version) in self._own()
@@ -313,6 +352,8 @@ class _Data:
                 yield name, place
 
     def read_into(self, view: memoryview, file: str, start: int, tensor: tuple[int, int]) -> None:
+        if self._most is not None and tensor[1] - tensor[0] > self._most:
+            raise headers_alone(self._remote.source)
         windows, key = _AHEAD_OF.of, (id(self), file, tensor[0])
         done = 0
         while done < len(view):

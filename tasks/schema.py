@@ -39,7 +39,10 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 
 OF_MERGE = "merge:"  # what stands before the name of a merge whose result another takes
 
-_SELECTION = ("include", "exclude", "excluded", "keep", "rules", "running_statistics", "layout")
+# What a merge says as a recipe does.
+_AS_RECIPES = (
+    "include", "exclude", "excluded", "keep", "rules", "running_statistics", "layout", "requantise"
+)  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -99,8 +102,9 @@ class Merge(Strict):
     all tasks. Those of `merges_of_merges` may be `merge:NAME`, the result of one of `merges`, and so may `base`, which
     others leave out.
 
-    include, exclude, excluded, keep, rules, running_statistics, layout: what is merged of the models, and how, as in a
-    recipe (`merging.recipes.recipe.Recipe`).
+    include, exclude, excluded, keep, rules, running_statistics, layout, requantise: what is merged of the models, and
+    how it is written, as in a recipe (`merging.recipes.recipe.Recipe`). Points of a search are scored as they are
+    written.
 
     examples (or images): for a learned method, how many of each task it is fitted to, the first ones; None for all.
     split: of which part of the data; `test` must be asked for, and its score is then no measure.
@@ -119,6 +123,7 @@ class Merge(Strict):
     rules: list[Rule] = []
     running_statistics: Literal["average", "merge"] = "average"
     layout: Literal["as_base", "packed", "per_expert"] = "as_base"
+    requantise: bool = False
     examples: Annotated[int, Field(gt=0)] | None = None
     images: Annotated[int, Field(gt=0)] | None = None
     split: Literal["fit", "test"] = "fit"
@@ -129,9 +134,9 @@ class Merge(Strict):
         return unfolded_recipe(data)
 
     @property
-    def selection(self) -> dict[str, Any]:
-        """What its recipe says of tensors by their names, where that is not the usual."""
-        return {key: getattr(self, key) for key in _SELECTION if key in self.model_fields_set}
+    def in_recipe(self) -> dict[str, Any]:
+        """What its recipe says of tensors and how they are written, where params.yaml says it."""
+        return {key: getattr(self, key) for key in _AS_RECIPES if key in self.model_fields_set}
 
     @property
     def first(self) -> int | None:
@@ -281,7 +286,7 @@ class Params(Strict, ABC):
             "dtype": own.dtype,
             "seed": self.seed,
             "heads": heads,
-            **own.selection,
+            **own.in_recipe,
         }
 
     @cached_property
@@ -393,6 +398,11 @@ class Params(Strict, ABC):
             yield (
                 [name, "method"],
                 f"{merge.method} is fitted to examples, which merges of merges are not; choose another",
+            )
+        if learned and merge.requantise:
+            yield (
+                [name, "requantise"],
+                f"{merge.method} is fitted to models of floats, and so is what it gives; leave requantise out",
             )
         for key in ("examples", "images", "split"):
             if key in merge.model_fields_set and not learned:

@@ -62,7 +62,7 @@ def search(
         evaluator = Evaluations(modality, params, build, base)
         if grid.is_learned:
             models = _fitted(fits, points, factors, scratch, params)
-        elif modality.in_memory and not grid.selection:
+        elif modality.in_memory and not grid.in_recipe:
             recipe = params.recipe(name, build, [])
             models = _in_memory(grid, points, recipe["base"], recipe["experts"], build, factors, params.seed)
         else:

@@ -217,7 +217,8 @@ def _read_merge(
     found = seen(read_output(build / "merges" / name / "manifest.json"))
     if at_use(row):
         lineage[AT_USE_TAG] = at_use(row)
-    scalars = {key: recipe[key] for key in ("method", "seed", "dtype") if recipe[key] is not None}
+    told = ("method", "seed", "dtype", "layout", "requantise")
+    scalars = {key: recipe[key] for key in told if recipe.get(key) is not None}
     return _Merge(
         name=name,
         method=found.get("method", recipe["method"]),

@@ -70,6 +70,7 @@ def render(
         "counted": counted,
         "signed": _signed,
         "p_value": _p_value,
+        "percent": lambda share: f"{share:.2%}",
         "bytes": _bytes,
         "duration": _duration,
         "settings": _settings,

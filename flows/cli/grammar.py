@@ -408,11 +408,7 @@ def _recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--donor", metavar="NAME", help="whose configuration and tokenizer are carried (default: base)"
     )
-    command.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="convert pickle checkpoints; only their tensors are read",
-    )
+    _allow_pickle(command)
     command.add_argument(
         "--allow-locked",
         action="store_true",
@@ -422,6 +418,14 @@ def _recipe(command: argparse.ArgumentParser) -> None:
         "--requantise",
         action="store_true",
         help="write what is quantised in the base (FP8, MXFP8, MXFP4) in its own format, with new scales",
+    )
+
+
+def _allow_pickle(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="convert pickle checkpoints; only their tensors are read",
     )
 
 
@@ -439,13 +443,17 @@ def _outside(command: argparse.ArgumentParser) -> None:
 def _engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     _resources(command)
+    _no_cache(command)
+    command.add_argument(
+        "--factors", type=Path, metavar="DIR", help="keep spectral decompositions there for the next merge"
+    )
+
+
+def _no_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-cache",
         action="store_true",
         help="read the data of remote checkpoints over the network, without a copy here",
-    )
-    command.add_argument(
-        "--factors", type=Path, metavar="DIR", help="keep spectral decompositions there for the next merge"
     )
 
 
@@ -681,7 +689,10 @@ def _heads(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", type=Path, nargs="*")
+    command.add_argument(
+        "checkpoint", nargs="*", help="a safetensors file, a folder, a URI, or org/name of the Hub"
+    )
+    command.add_argument("--table", action="store_true", help="every tensor of a checkpoint")
     _family(command)
     _heads(command, "leave them out")
     command.add_argument(
@@ -689,13 +700,19 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves, of a family")
     _force(command)
+    _remote(command)
     _resources(command)
     _json(command)
 
 
+def _remote(command: argparse.ArgumentParser) -> None:
+    _allow_pickle(command)
+    _no_cache(command)
+
+
 def _diff(command: argparse.ArgumentParser) -> None:
-    command.add_argument("a", type=Path)
-    command.add_argument("b", type=Path)
+    command.add_argument("a", metavar="A", help="a safetensors file, a folder, a URI, or org/name of the Hub")
+    command.add_argument("b", metavar="B", help="the same")
     command.add_argument(
         "--sort",
         choices=["norm", "name"],
@@ -705,4 +722,5 @@ def _diff(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--limit", type=values.count, metavar="N", help="show so many tensors (default: all)"
     )
+    _remote(command)
     _json(command)

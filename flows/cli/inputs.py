@@ -1,10 +1,11 @@
-"""What the commands of a recipe read: paths, and what URIs name, as headers alone, streamed or brought here whole."""
+"""The checkpoints that commands read: paths, and what URIs name, as headers alone, streamed or brought here whole."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Iterator
 
 from mergeline.flows.cli import text
 from mergeline.flows.cli.text import say as print  # what files hold never commands the terminal
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 class Inputs:
     """The checkpoints of one command, by the names that the user gave.
 
-    sources: of the folders of headers, the URI of each, with the commit if there is one.
+    sources: of the folders of headers, the URI of each, with the commit if there is one. beside: what lies there
+    besides weights, and describes them.
     """
 
     def __init__(self, allow_pickle: bool = False, stream: bool = False, whole: bool = False):
@@ -27,6 +29,7 @@ class Inputs:
         """
         self._allow_pickle, self._stream, self._whole = allow_pickle, stream, whole
         self.sources: dict[Path, str] = {}
+        self.beside: dict[Path, tuple[str, ...]] = {}
         self._pinned: dict[str, str] = {}
         self._refused: dict[Path, str] = {}
 
@@ -40,6 +43,7 @@ class Inputs:
 
         Why nothing can be brought of a URI is told in place of the problem that its plan has then (`named`).
         """
+        from mergeline.merging.checkpoints.quantised.formats import MOST_READ
         from mergeline.tasks.fetch import is_fetched, is_here
         from mergeline.tasks.remote import NoHeaders, let_data_be_read, remote_headers
         from mergeline.tasks.sources import NoParts, locate
@@ -62,10 +66,16 @@ class Inputs:
                 text.note(f"note: {where} has no headers that can be read alone: it is brought here whole")
                 return self.data(where)
             return self._refuse(error)
-        self.sources[remote.folder] = remote.source
-        if self._stream:
-            let_data_be_read(remote)
+        self.sources[remote.folder], self.beside[remote.folder] = remote.source, remote.beside
+        let_data_be_read(remote, most=None if self._stream else MOST_READ)
         return remote.folder
+
+    def opened(self, where: str) -> Path:
+        """The same for what has no plan: why nothing can be brought of a URI is raised at once (UserError)."""
+        path = self.headers(where)
+        if path in self._refused:
+            raise UserError(self._refused[path])
+        return path
 
     def data(self, where: str) -> Path:
         """A path as it is, or a folder in the user's cache with all of what a URI names, or of a pickle."""
@@ -89,10 +99,23 @@ class Inputs:
             line = line.replace(f"{folder}/", f"{source}: ").replace(str(folder), source)
         return line
 
-    def network(self, plan: Plan) -> dict[str, Any]:
-        """What a plan says of its remote inputs: where they are, and what came over the network by now."""
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """What the block raises of folders of headers, it raises of the URIs that they stand for."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(self.named(str(error))) from None
+
+    @staticmethod
+    def traffic() -> dict[str, int]:
+        """What came over the network by now."""
         from mergeline.tasks.sources import TRAFFIC
 
+        return {"bytes": TRAFFIC.bytes, "answers": TRAFFIC.answers}
+
+    def network(self, plan: Plan) -> dict[str, Any]:
+        """What a plan says of its remote inputs: where they are, and what came over the network by now."""
         sources = {
             name: self.sources[checkpoint.folder]
             for name, checkpoint in plan.checkpoints.items()
@@ -100,6 +123,6 @@ class Inputs:
         }
         return {
             "sources": sources,
-            "network": {"bytes": TRAFFIC.bytes, "answers": TRAFFIC.answers},
+            "network": self.traffic(),
             "bytes_over_network": plan.bytes_over_network,
         }

@@ -74,7 +74,9 @@ def plan(args: argparse.Namespace) -> None:
         _plan_chain(args)
         return
     inputs = Inputs(args.allow_pickle)
-    made = make_plan(_recipe(args, inputs.headers))
+    with inputs.blamed():
+        recipe = _recipe(args, inputs.headers)
+    made = make_plan(recipe)
     summary = made.summary()
     if store := store_sizes(made):
         summary["store"] = store
@@ -393,7 +395,9 @@ def _planned(args: argparse.Namespace, point: Callable[[Recipe], Recipe] = lambd
     from mergeline.merging.engine.planning import make_plan
 
     inputs = Inputs(args.allow_pickle, stream=args.no_cache, whole=not args.no_cache)
-    plan = make_plan(point(_recipe(args, inputs.headers)))
+    with inputs.blamed():
+        recipe = _recipe(args, inputs.headers)
+    plan = make_plan(point(recipe))
     if inputs.are_remote:
         if plan.problems:
             raise UserError(_all(map(inputs.named, plan.problems)))

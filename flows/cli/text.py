@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence, TextIO
 
 from mergeline.merging.errors import printable
@@ -72,7 +71,7 @@ def plan(summary: Mapping[str, Any]) -> Iterator[str]:
     for name, source in summary.get("sources", {}).items():
         yield printable(f"source     {name}: {source}")
     if network := summary.get("network"):
-        yield f"network    {size(network['bytes'])} in {network['answers']} answers brought the headers"
+        yield f"network    {_traffic(network)} brought the headers"
         yield f"--no-cache about {size(summary['bytes_over_network'])} would come over the network"
     for kind in ("warnings", "problems"):
         for line in summary[kind]:
@@ -81,24 +80,41 @@ def plan(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def plan_table(rows: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> Iterator[str]:
     """A line for each tensor; of its parameters those that are not the recipe's."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for row in rows:
         own = {k: v for k, v in row.get("params", {}).items() if k not in params or v != params[k]}
-        shape = "x".join(map(str, row["shape"])) or "scalar"
         settings = " ".join(f"{key}={as_json(value, indent=None)}" for key, value in own.items())
         lines.append(
             (
                 printable(row["tensor"]),
-                shape,
+                _shape(row),
                 row["action"],
                 row["treatment"],
                 row.get("method", ""),
                 settings,
             )
         )
+    yield from _aligned(lines)
+
+
+def _shape(row: Mapping[str, Any]) -> str:
+    return "x".join(map(str, row["shape"])) or "scalar"
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+
+
+def over_network(found: Mapping[str, Any]) -> Iterator[str]:
+    """What came over the network, where something did."""
+    if network := found.get("network"):
+        yield f"network: {_traffic(network)}"
+
+
+def _traffic(network: Mapping[str, int]) -> str:
+    return f"{size(network['bytes'])} in {network['answers']} answers"
 
 
 def store(kept: Mapping[str, Any]) -> Iterator[str]:
@@ -167,24 +183,42 @@ def moe(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"rows of the router are nearly alike in {len(layers)} layers, first {layers[0]}: take other prompts"
 
 
-def checkpoint(path: Path, found: Mapping[str, Any]) -> Iterator[str]:
+def checkpoint(found: Mapping[str, Any]) -> Iterator[str]:
     """What is in a checkpoint, of `tasks.inspection.describe`."""
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
-    yield f"{path}"
-    yield f"  {found['digest']}"
+    yield found["path"]
+    if found["digest"]:
+        yield f"  {found['digest']}"
     yield f"  {found['tensors']} tensors ({dtypes}), {size(found['bytes'])}"
     for name, part in found["components"].items():
         yield printable(f"    {name}: {part['tensors']} tensors, {size(part['bytes'])}")
+    towers = (f"{count} in {tower}" if tower else str(count) for tower, count in found["layers"].items())
+    layers = f", layers: {', '.join(towers)}" if found["layers"] else ""
+    yield printable(f"  architecture: {found['architecture']}{layers}")
     for name, value in found["metadata"].items():
         yield printable(f"  {name}: {value if len(value) <= _LONGEST else value[:_LONGEST] + ' ...'}")
+    if found["companions"]:
+        yield printable(f"  beside the weights: {', '.join(found['companions'])}")
+    for line in found["notes"]:
+        yield printable(f"  note: {line}")
+    if not found["digest"]:
+        others = "".join(f", {name}" for name in found["unread"])
+        yield printable(f"  not read: values{others}; --no-cache reads them over the network, for the digest")
+    yield from (f"  {line}" for line in over_network(found))
+
+
+def tensors(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line for each tensor, of the table of `tasks.inspection.describe`."""
+    yield from _aligned(
+        [(printable(row["tensor"]), row["dtype"], _shape(row), row["role"] or "") for row in rows]
+    )
 
 
 def differences(found: Mapping[str, Any]) -> Iterator[str]:
     """How two checkpoints differ, of `tasks.inspection.differences`."""
-    rows, count = found["differences"], found["differing"]
+    rows, count, unread = found["differences"], found["differing"], found["unread"]
     if not count:
-        yield "the same tensors, bit for bit"
-        return
+        yield "the same names, dtypes and shapes" if unread else "the same tensors, bit for bit"
     width = max((len(row["tensor"]) for row in rows), default=0)
     for row in rows:
         words = row.get("words") or (
@@ -193,10 +227,15 @@ def differences(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{row['tensor']:{width}}  {words}"
     if len(rows) < count:
         yield f"and {count - len(rows)} more"
-    yield (
-        f"{count} of {found['tensors']} tensors differ; "
-        f"in all, relative norm {number(found['relative_norm'])}, norm {number(found['norm'])}"
-    )
+    in_all = f"in all, relative norm {number(found['relative_norm'])}, norm {number(found['norm'])}"
+    if count:
+        yield f"{count} of {found['tensors']} tensors differ" + ("" if unread else f"; {in_all}")
+    if unread:
+        yield (
+            f"not read: values of {unread} tensors, which may differ; --no-cache reads them over the network "
+            f"({size(found['unread_bytes'])} of each checkpoint)"
+        )
+    yield from over_network(found)
 
 
 def number(value: float | None) -> str:

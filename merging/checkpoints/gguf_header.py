@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import struct
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BytesIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from mergeline.merging.checkpoints.remote import true_size
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import open_regular
 
@@ -74,13 +75,37 @@ def read_header(path: Path) -> Header:
         UserError: it is cut off, of another version, holds types that are not known, or tensors that overlap.
     """
     with open_regular(path) as file:
-        return _Reader(file, path).header()
+        here = os.fstat(file.fileno()).st_size
+        return _Reader(file, path, true_size(path, here), here).header()
+
+
+def header_length(start: bytes, size: int, named: str) -> int | None:
+    """How long the header of a file is that begins so, with what pads it; None if it goes on after that.
+
+    size: of the file. named: what errors call it.
+
+    Raises:
+        UserError: as `read_header`.
+    """
+    reader = _Reader(BytesIO(start), named, size, len(start))
+    try:
+        reader.header()
+    except _GoesOn:
+        return None
+    return reader.data
+
+
+class _GoesOn(UserError):
+    """The header goes on after what is here of the file."""
 
 
 class _Reader:
-    def __init__(self, file: BufferedReader, path: Path):
-        self.file, self.path = file, path
-        self.size = os.fstat(file.fileno()).st_size
+    """data: where the header ends, once it was read."""
+
+    def __init__(self, file: BinaryIO, path: Path | str, size: int, here: int):
+        """size: of the whole file, of whose beginning so much is `here`."""
+        self.file, self.path, self.size, self.here = file, path, size, here
+        self.data = 0
 
     def bad(self, what: str) -> UserError:
         return UserError(f"{self.path}: malformed GGUF header ({what}); download it again")
@@ -105,13 +130,19 @@ class _Reader:
         alignment = found.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT or alignment & (alignment - 1):
             raise self.bad(f"alignment {alignment!r}")
-        data = -(-self.file.tell() // alignment) * alignment
-        return Header(found, self.placed(rows, data, alignment))
+        self.data = min(-(-self.file.tell() // alignment) * alignment, self.size)
+        return Header(found, self.placed(rows, self.data, alignment))
 
     def bytes(self, count: int) -> bytes:
+        self.refuse_beyond(count)
+        return self.file.read(count)
+
+    def refuse_beyond(self, count: int) -> None:
+        """Raises UserError unless so many bytes are left."""
         if count > self.size - self.file.tell():
             raise self.bad("it ends before it is complete")
-        return self.file.read(count)
+        if count > self.here - self.file.tell():
+            raise _GoesOn(f"{self.path}: its header goes on after what is here; remove the folder")
 
     def number(self, kind: str) -> Any:
         [value] = struct.unpack(f"<{kind}", self.bytes(struct.calcsize(f"<{kind}")))
@@ -156,8 +187,7 @@ class _Reader:
         return None
 
     def skip(self, count: int) -> None:
-        if count > self.size - self.file.tell():
-            raise self.bad("it ends before it is complete")
+        self.refuse_beyond(count)
         self.file.seek(count, os.SEEK_CUR)
 
     def tensor(self) -> tuple[str, int, list[int], int]:

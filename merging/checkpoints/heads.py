@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
-from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mergeline.merging.checkpoints.companions import CONFIG, read_config
+from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, CONFIG, read_config
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import json_bytes, read_object, write_bytes
 

@@ -78,11 +78,15 @@ def data_of(file: Path) -> Data | None:
         return None
     data = _DATA.get(file.parent.resolve())
     if data is None:
-        raise UserError(
-            f"{remote_source(file) or file.parent}: its headers alone are here; fetch it, or read its data over the "
-            "network with --no-cache"
-        )
+        raise headers_alone(remote_source(file) or str(file.parent))
     return data
+
+
+def headers_alone(source: str) -> UserError:
+    """Whoever asks for data of a checkpoint that may not be read is told so."""
+    return UserError(
+        f"{source}: its headers alone are here; fetch it, or read its data over the network with --no-cache"
+    )
 
 
 def refuse_changed_remotes(files: Iterable[Path]) -> None:

@@ -68,7 +68,7 @@ def load_merges(
 
     found: dict[str | None, Merge] = {}
     for name, file in named.items():
-        written, blamed, takes = translated(file, places)
+        written, blamed, takes = translated(file, brought, places)
         found[name] = Merge(name, _validated(file, written, blamed, brought, find), takes)
     return _ordered(path, found)
 
@@ -98,7 +98,7 @@ def load_recipe(path: Path, bring: Callable[[str], Path], find: Callable[[str], 
     """
     file = YamlFile(path)
     if is_mergekit(file.data):
-        written, blamed, _ = translated(file)
+        written, blamed, _ = translated(file, bring)
         return _validated(file, written, blamed, bring, find)
     if problem := of_another_command(file.data):
         raise file.error([], f"the file {problem}")

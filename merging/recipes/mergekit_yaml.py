@@ -9,7 +9,6 @@ mergekit reads and does not use is named in the recipe's notes. Results are roun
 
 from __future__ import annotations
 
-import glob
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,10 @@ from typing import Any, Callable, Iterator, Literal, Mapping, Sequence
 from pydantic import BaseModel, ConfigDict
 
 from mergeline.merging.checkpoints.chat_templates import NAMED, most_common
-from mergeline.merging.errors import did_you_mean
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.quantised.formats import dequantised
+from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.merging.recipes import mergekit_modules
 from mergeline.merging.strict_yaml import YamlFile
 
 Loc = list[Any]
@@ -194,6 +196,15 @@ METHODS = {
         {"variant": "ram_plus"},
     ),
 }  # fmt: skip
+# The same of modules that take different models: of each tensor one has all the weight.
+_PASSTHROUGH_BY_MODULES = _Method(
+    "linear", "all", {"scale": _Parameter("weights", 1.0, "expert")}, {"normalize": False}, base=False
+)
+# Where a weight of 0 leaves a model out.
+_LEAVES_OUT = (
+    "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
+    "breadcrumbs_ties", "passthrough",
+)  # fmt: skip
 # What mergekit takes anywhere, and uses in some methods alone; the last is of versions before 0.1.
 _ALL_PARAMETERS = {name for method in METHODS.values() for name in method.parameters} | {
     "int8_mask",
@@ -228,17 +239,18 @@ def of_another_command(data: Any) -> str | None:
 
 
 def translated(
-    file: YamlFile, merges: Mapping[str, Path] | None = None
+    file: YamlFile, bring: Callable[[str], Path], merges: Mapping[str, Path] | None = None
 ) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc], list[str]]:
     """The recipe as a mapping, with paths or URIs as text; where in the file a part of it is blamed; and whose results
     it takes.
 
+    bring: makes a URI, or a path, that of a checkpoint on this machine; it is asked where modules differ.
     merges: other merges, by the names under which their results are models here -> where these lie.
 
     Raises:
         UserError: with file and line, for what is wrong, or is not supported.
     """
-    translation = _Translation(file, merges or {})
+    translation = _Translation(file, bring, merges or {})
     written, blamed = translation.recipe()
     return written, blamed, list(dict.fromkeys(translation.taken))
 
@@ -248,37 +260,41 @@ class _Group:
     """Tensors that are merged of the same models, with settings of their own: all of them, or those of a slice.
 
     models: key -> where it stands and its own settings, in the order in which they are merged; base: key.
-    layers: how many of each model; None: all.
+    layers: how many of each model; None: all. prefix: how the names of the tensors begin, where not all are of it.
     """
 
     shared: list[tuple[Loc, Settings]]  # of the configuration first
     models: dict[str, tuple[Loc, Settings]]
     base: str | None
     layers: int | None = None
+    prefix: str = ""
 
 
 class _Translation:
-    def __init__(self, file: YamlFile, merges: Mapping[str, Path]):
-        self.file, self.merges = file, merges
+    def __init__(self, file: YamlFile, bring: Callable[[str], Path], merges: Mapping[str, Path]):
+        self.file, self.bring, self.merges = file, bring, merges
         self.taken: list[str] = []
+        self.notes: list[str] = []
         self.config = file.parse(_Configuration)
         self.inside: Loc = []  # where models and slices stand
         self.part: _Configuration | _Module = self.config
-        if self.config.modules:
-            name, self.part = next(iter(self.config.modules.items()))
-            self.inside = ["modules", name]
+        self.modules = dict(self.config.modules or {})  # that differ
+        if self.modules and (list(self.modules) == [_WHOLE] or self._are_alike()):
+            name, self.part = next(iter(self.modules.items()))
+            self.inside, self.modules = ["modules", name], {}
         self.slices: Sequence[_Slice] = self.part.slices or ()
         if self.config.merge_method not in METHODS:
             near = did_you_mean(self.config.merge_method, METHODS)
             raise file.error(["merge_method"], f"unknown merge_method '{self.config.merge_method}'{near}")
         self.method = METHODS[self.config.merge_method]
         self.blame: dict[str, Loc] = {}
-        self.notes: list[str] = []
 
     def recipe(self) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc]]:
-        config, method = self.config, self.method
+        config = self.config
         self._refuse_unsupported()
-        groups = [self._group(i) for i in range(len(self.slices))] or [self._whole()]
+        groups = [self._group(i) for i in range(len(self.slices))]
+        groups = groups or self._groups_of_modules() or [self._whole(self.inside, self.part)]
+        method = self.method
         self.base = self._base(groups)
         self.names = self._names(groups)
         written: dict[str, Any] = {"method": method.id}
@@ -293,6 +309,9 @@ class _Translation:
         written["params"] = {**method.params, **method.finish(plain)}
         if self.slices:
             written["stack"] = [self._part(i, group) for i, group in enumerate(groups)]
+        elif self.modules:
+            found = self._by_modules(dict(zip(self.modules, groups)))
+            written |= {**found, "params": written["params"] | found["params"]}
         else:
             params, written["rules"] = self._settings(groups[0])
             written["params"] |= params
@@ -307,31 +326,29 @@ class _Translation:
         given = [key for key in ("models", "slices", "modules") if getattr(config, key)]
         if len(given) != 1:
             raise self.file.error(given[-1:], "give exactly one of models, slices and modules")
-        if config.modules and list(config.modules) != [_WHOLE]:
-            self._refuse_different(config.modules)
-        if config.modules and bool(self.part.models) == bool(self.part.slices):
-            raise self.file.error(self.inside, "give either models or slices")
+        for name, module in (config.modules or {}).items():
+            if bool(module.models) == bool(module.slices):
+                raise self.file.error(["modules", name], "give either models or slices")
+            if module.slices and name != _WHOLE:
+                raise self.file.error(
+                    ["modules", name, "slices"],
+                    "slices of a module among several are not supported: layers are moved in models of one tower; "
+                    "write models, and what differs between layers by lists of numbers over the depth",
+                )
         if config.name is not None and not self.merges:
             self.notes.append(f"name: {config.name} is for mergekit-multi, and changes nothing here")
         for loc, settings in self._shared():
             self._look_at_names(loc, settings, None)
 
-    def _refuse_different(self, modules: Mapping[str, _Module]) -> None:
-        """Which tensors are a module's, mergekit's architectures alone say: modules are merged where all are alike,
-        which is what mergekit makes of `models`.
-        """
-        first, *others = modules.values()
-        for name, module in modules.items():
-            if module != first or not others or module.models is None:
-                raise self.file.error(
-                    ["modules", name],
-                    f"modules of models with several that are not all alike, or have slices, are not supported "
-                    f"('{_WHOLE}', the whole of one with one, is); write models, and what "
-                    "differs between parts of them by filters",
-                )
-        self.notes.append(
-            "modules are all alike: all tensors are merged so, those of modules not named here, too"
-        )
+    def _are_alike(self) -> bool:
+        """Whether all modules are merged in one way, which is what mergekit makes of `models`."""
+        first, *others = self.modules.values()
+        alike = bool(others) and all(module == first for module in others) and first.models is not None
+        if alike:
+            self.notes.append(
+                "modules are all alike: all tensors are merged so, those of modules not named here, too"
+            )
+        return alike
 
     def _look_at_names(self, loc: Loc, settings: Settings | None, model: str | None) -> None:
         """Refuse what is no parameter of any method; note what this one, or a model, does not use."""
@@ -353,21 +370,85 @@ class _Translation:
 
     # ------------------------------------------------------------------------------------------ models
 
-    def _whole(self) -> _Group:
-        """All tensors of all models; a base that is not among them is added, as mergekit does."""
+    def _whole(self, inside: Loc, part: _Configuration | _Module) -> _Group:
+        """All tensors of all models of a part; a base that is not among them is added, as mergekit does."""
         config = self.config
         base = None if config.base_model is None else _key(self.file, ["base_model"], config.base_model)
-        models = self._listed([*self.inside, "models"], self.part.models or [])
+        models = self._listed([*inside, "models"], part.models or [])
         if base is not None and base not in models:
             models[base] = (["base_model"], {})
-        return self._ordered(self._shared(), ["merge_method"], models, base)
+        found = self._ordered(self._shared(), ["merge_method"], models, base)
+        own = [([*inside, "parameters"], part.parameters or {})] if self.modules else []
+        return replace(found, shared=[*found.shared, *own])
 
     def _shared(self) -> list[tuple[Loc, Settings]]:
-        """What is set for all tensors: for the whole configuration, then for its module."""
+        """What is set for all tensors: for the whole configuration, then for its only module."""
         found: list[tuple[Loc, Settings]] = [(["parameters"], self.config.parameters or {})]
         if self.inside:
             found.append(([*self.inside, "parameters"], self.part.parameters or {}))
         return found
+
+    def _groups_of_modules(self) -> list[_Group]:
+        """What each of the modules that differ is merged of: all models, those that it does not name without weight."""
+        groups = {name: self._whole(["modules", name], module) for name, module in self.modules.items()}
+        every = dict.fromkeys(key for group in groups.values() for key in group.models)
+        named = self.config.merge_method
+        if named == "passthrough" and len(every) > 1:
+            self.method = _PASSTHROUGH_BY_MODULES
+        weight = next((n for n, p in self.method.parameters.items() if p.ours == "weights"), "")
+        found = []
+        for name, group in groups.items():
+            lacking = [key for key in every if key not in group.models]
+            if named == "passthrough" and len(group.models) > 1:
+                raise self.file.error(["modules", name], "passthrough takes one model a module")
+            if lacking and named not in _LEAVES_OUT:
+                raise self.file.error(
+                    ["modules", name],
+                    f"{named} has no weights by which a model is left out, so every module needs the same ones: add "
+                    f"{lacking[0]}, or merge the modules one by one",
+                )
+            self._look_at_names(*group.shared[-1], None)
+            absent: tuple[Loc, Settings] = (["modules", name], {weight: 0.0})
+            found.append(replace(group, models={key: group.models.get(key, absent) for key in every}))
+        return found
+
+    def _by_modules(self, groups: Mapping[str, _Group]) -> dict[str, Any]:
+        """Parameters, rules and what is merged at all, of modules that differ; whose tensors are whose a model says."""
+        model = self.base or next(iter(self.names))
+        tensors = self._tensors(model)
+        places: list[tuple[str, _Group]] = []
+        for name, group in groups.items():
+            begin = mergekit_modules.prefixes(name, tensors)
+            if not begin:
+                near = did_you_mean(name, mergekit_modules.NAMED)
+                raise self.file.error(
+                    ["modules", name], f"no tensor of {model} is of a module '{name}'{near}"
+                )
+            places += [(prefix, group) for prefix in begin]
+        found: dict[str, Any] = {"params": {}, "rules": []}
+        for prefix, group in sorted(places, key=lambda place: len(place[0])):
+            params, rules = self._settings(replace(group, prefix=prefix))
+            found["params"] = params | found["params"]
+            found["rules"] += [{"match": mergekit_modules.patterns(prefix), "params": params}, *rules]
+        rest = [name for name in tensors if not name.startswith(tuple(prefix for prefix, _ in places))]
+        if rest:
+            left = f"{len(rest)} tensors are of no module that is named, '{rest[0]}' first"
+            if self.base is None:
+                mend = "name their modules, too; mergekit leaves them out"
+                raise self.file.error(["modules"], f"{left}, and there is no base to take them from: {mend}")
+            self.notes.append(f"{left}: they stay the base's; mergekit leaves them out")
+            found["include"] = [p for prefix, _ in places for p in mergekit_modules.patterns(prefix)]
+        return found
+
+    def _tensors(self, model: str) -> list[str]:
+        """The names of a model's tensors (raises UserError)."""
+        try:
+            place = self.bring(self._where(model.partition("+")[0]))
+            return list(dequantised(open_checkpoint(place))[0].tensors)
+        except UserError as error:
+            raise self.file.error(
+                ["modules"], f"which tensors are whose is seen from {model}: {error}"
+            ) from None
 
     def _group(self, number: int) -> _Group:
         """A slice."""
@@ -581,7 +662,8 @@ class _Translation:
         self, ours: str, group: _Group, expert: str | None, filter: str | None, values: list[Any]
     ) -> Iterator[dict[str, Any]]:
         """The rule of one filter; over the depth of a single layer mergekit takes the last value, outside the first."""
-        place = {} if filter is None else {"match": [f"*{glob.escape(filter)}*"]}
+        everywhere = filter is None and not group.prefix
+        place = {} if everywhere else {"match": mergekit_modules.patterns(group.prefix, filter)}
         of = {} if expert is None else {"expert": self.names[expert]}
         rule = {**place, "params": {ours: values[0]}, **of}
         if len(values) > 1 and group.layers == 1:
@@ -597,6 +679,11 @@ class _Translation:
             if name in (part.parameters or {}):
                 raise self.file.error(
                     [*self.inside, "slices", i, "parameters", name], f"'{name}' is one for the whole merge"
+                )
+        for module, own in self.modules.items():
+            if name in (own.parameters or {}):
+                raise self.file.error(
+                    ["modules", module, "parameters", name], f"'{name}' is one for the whole merge"
                 )
         value = parameter.default
         for _, settings in self._shared():

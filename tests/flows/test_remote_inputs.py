@@ -20,14 +20,16 @@ from hub_server import Fault, Hub, Sparse, running_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipelines import pipeline_files
+from places import GOLDENS
 from s3_server import running_s3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from sparse_llama import llama_70b
+from sparse_llama import fp8_llama, llama_70b
 
 from mergeline.merging import merge
 from mergeline.merging.checkpoints import remote as registry
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.engine import output
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import JOURNAL
@@ -209,6 +211,247 @@ def test_a_tokenizer_that_experts_share_comes_once(hub, mergeline):
     assert len(hub.bodies("tokenizer.json")) == 1
 
 
+# Quantised
+
+
+def test_a_plan_of_fp8_reads_headers_alone(hub, mergeline):
+    for name in NAMES:
+        hub.repositories[f"org/{name}"] = fp8_llama() | {"generation_config.json": name.encode()}
+    told = json.loads(mergeline("plan", *family("ties"), "--json").out)
+    assert not told["problems"] and told["tensors"] == {"merge": 226, "copy": 0}
+    assert (
+        sum("224 tensors are quantised (224 of FP8 in blocks of 128 x 128" in w for w in told["warnings"])
+        == 3
+    )
+    assert told["bytes_written"] > 15 * 10**9 and told["network"]["bytes"] == hub.sent < 400_000
+    shown = mergeline("inspect", "org/a").out
+    assert "224 tensors are quantised" in shown and "architecture: llama" in shown
+
+
+def gguf_repositories(hub: Hub, folder: Path, tokens: int = 3) -> None:
+    """The family as GGUF of one file each, with so many tokens in its header."""
+    gguf = pytest.importorskip("gguf")
+    folder.mkdir(exist_ok=True)
+    for seed, name in enumerate(NAMES):
+        draw, file = torch.Generator().manual_seed(seed), folder / f"{name}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        for key, value in {"block_count": 2, "attention.head_count": 4, "attention.head_count_kv": 4}.items():
+            writer.add_uint32(f"llama.{key}", value)
+        writer.add_array("tokenizer.ggml.tokens", [f"token{i}" for i in range(tokens)])
+        q8 = gguf.GGMLQuantizationType.Q8_0
+        for layer in range(2):
+            weight = torch.randn(1024, 1024, generator=draw).numpy()
+            writer.add_tensor(f"blk.{layer}.ffn_up.weight", gguf.quants.quantize(weight, q8), raw_dtype=q8)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        hub.repositories[f"org/{name}"] = {"model-Q8_0.gguf": file.read_bytes(), "README.md": b"no"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "most"), [(3, 3 * 5000), (20_000, 3 * 800_000)])
+def test_a_plan_of_gguf_reads_headers_alone(tokens, most, hub, mergeline, tmp_path):
+    gguf_repositories(hub, tmp_path / "files", tokens)
+    local = [o.replace("hf://org/", f"{tmp_path}/files/") + ".gguf" for o in family()[1:]]
+    expected = json.loads(mergeline("plan", "--method=ties", *local, "--json").out)
+    told = json.loads(mergeline("plan", *family("ties"), "--json").out)
+    assert not told["problems"] and told["tensors"] == expected["tensors"] == {"merge": 2, "copy": 0}
+    size = sum(len(hub.repositories[f"org/{name}"]["model-Q8_0.gguf"]) for name in NAMES)
+    assert told["network"]["bytes"] == hub.sent < most and size > 3 * 2_000_000
+    assert told["bytes_over_network"] >= expected["bytes_read"]
+    header = open_checkpoint(tmp_path / "files/a.gguf")
+    folders = [*(tmp_path / "cache").rglob("model-Q8_0.gguf")]
+    assert len(folders) == 3 and max(file.stat().st_size for file in folders) <= min(
+        info.start for info in header.tensors.values()
+    )
+
+
+@pytest.mark.slow
+def test_gguf_is_merged_over_the_network_as_it_is_here(hub, mergeline, tmp_path):
+    gguf_repositories(hub, tmp_path / "files")
+    local = [o.replace("hf://org/", f"{tmp_path}/files/") + ".gguf" for o in family()[1:]]
+    here = merged(mergeline, tmp_path / "local", "--method=average", *local)
+    there = merged(mergeline, tmp_path / "there", *family("average"), "--no-cache")
+    assert there["output"]["digest"] == here["output"]["digest"]
+    assert not list((tmp_path / "cache").rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("cut", [0, 3, 30, 100])
+def test_damaged_gguf_is_refused(cut, hub, mergeline, tmp_path):
+    gguf_repositories(hub, tmp_path / "files")
+    hub.repositories["org/a"] = {"x.gguf": (tmp_path / "files/a.gguf").read_bytes()[:cut]}
+    outcome = mergeline("inspect", "org/a")
+    assert outcome.code == 2 and "malformed GGUF header" in outcome.err and "x.gguf" in outcome.err
+    assert outcome.err.count("\n") == 1 and not list((tmp_path / "cache").rglob("*.partial"))
+
+
+def test_settings_of_a_few_bytes_are_read_for_a_plan_and_nothing_larger(hub, mergeline):
+    with safe_open(GOLDENS / "quantised.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["configs"])["nf4"]
+        names = [name for name in file.keys() if name.startswith("nf4/")]
+        tensors = {name.removeprefix("nf4/"): file.get_tensor(name) for name in names}
+    settings = next(n for n in tensors if ".quant_state." in n)
+    for seed, name in enumerate(NAMES):
+        more = {
+            "config.json": json.dumps({"quantization_config": config}).encode(),
+            "README.md": bytes([seed]),
+        }
+        hub.repositories[f"org/{name}"] = {
+            "model.safetensors": save(tensors | {"n": torch.ones(seed + 1)}),
+            **more,
+        }
+    found = json.loads(mergeline("inspect", "org/a", "--json").out)
+    assert any("of NF4" in note for note in found["notes"]), found["notes"]
+    assert data_bytes(hub) == tensors[settings].nbytes
+    headers = remote.remote_headers(sources.locate("hf://org/a"), "hf://org/a")
+    remote.let_data_be_read(headers, most=tensors[settings].nbytes - 1)
+    for read in (
+        open_checkpoint(headers.folder).digest,
+        lambda: dequantised(open_checkpoint(headers.folder)),
+    ):
+        with pytest.raises(UserError, match="its headers alone are here"):
+            read()
+
+
+# Looking
+
+
+def test_a_remote_checkpoint_is_inspected_from_headers_alone(hub, here, mergeline, tmp_path):
+    hub.repositories["org/a"] |= {"tokenizer.json": b'{"model": {"vocab": {}}}', "vocab.json": b"{}" * 9000}
+    (tmp_path / "here/a/tokenizer.json").write_bytes(hub.repositories["org/a"]["tokenizer.json"])
+    (tmp_path / "here/a/vocab.json").write_bytes(b"{}" * 9000)
+    local = json.loads(mergeline("inspect", tmp_path / "here/a", "--table", "--json").out)
+    told = json.loads(mergeline("inspect", "org/a", "--table", "--json").out)
+    assert told.pop("path") == f"hf://org/a@{hub.commit('org/a')}" and local.pop("path")
+    assert told.pop("network") == {"bytes": hub.sent, "answers": len(hub.seen)}
+    assert hub.sent < 10_000 and not data_bytes(hub) and not hub.bodies("vocab.json")
+    assert told.pop("digest") is None and local.pop("digest")
+    assert told.pop("unread") == ["vocab.json"] and local.pop("unread") == []
+    assert told == local
+    assert told["architecture"] == "llama" and told["layers"] == {"model.layers": 4}
+    assert told["companions"] == ["config.json", "tokenizer.json", "vocab.json"]
+    assert told["table"][0] == {
+        "tensor": "model.layers.0.mlp.up_proj.weight", "dtype": "F32", "shape": [64, 48], "role": "mlp up",
+    }  # fmt: skip
+    shown = mergeline("inspect", "org/a").out
+    assert "not read: values, vocab.json; --no-cache reads them over the network" in shown
+    assert "sha256:" not in shown and f"network: {hub.sent / 1024:.4g} KiB in " in shown
+
+
+def test_inspect_of_70b_reads_kilobytes(hub, mergeline):
+    hub.repositories["org/a"] = llama_70b()
+    told = json.loads(mergeline("inspect", "hf://org/a", "--json").out)
+    assert (told["tensors"], told["bytes"]) == (723, 141_107_412_992)
+    assert told["layers"] == {"model.layers": 80} and hub.sent < 300_000
+
+
+def test_a_file_of_a_web_server_is_inspected(hub, mergeline):
+    hub.web["a.safetensors"] = save(weights(1))
+    told = json.loads(mergeline("inspect", f"{hub.endpoint}/web/a.safetensors", "--json").out)
+    assert told["tensors"] == 5 and told["companions"] == [] and hub.sent == remote._FIRST_BYTES
+    hub.ranges = False
+    outcome = mergeline("inspect", f"{hub.endpoint}/web/a.safetensors")
+    assert outcome.code == 2 and "the server sends no parts of files" in outcome.err
+
+
+def test_the_digest_of_a_remote_checkpoint_is_read_over_the_network(hub, here, mergeline, tmp_path):
+    local = json.loads(mergeline("inspect", tmp_path / "here/a", "--json").out)
+    told = json.loads(mergeline("inspect", "org/a", "--no-cache", "--json").out)
+    assert told["digest"] == local["digest"] and told["unread"] == []
+    assert data_bytes(hub) == local["bytes"] and not list((tmp_path / "cache").rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda seed: pipeline_files(seed, width=256), lambda seed: sentence_model(seed)]
+)
+def test_remote_pipelines_are_inspected(hub, mergeline, tmp_path, made):
+    for seed, name in enumerate(NAMES):
+        hub.repositories[f"org/{name}"] = made(seed)
+    lay_down(hub, tmp_path / "here")
+    local = json.loads(mergeline("inspect", tmp_path / "here/a", "--json").out)
+    told = json.loads(mergeline("inspect", "org/a", "--json").out)
+    assert told["components"] == local["components"] and told["components"]
+    assert told["companions"] == local["companions"] and hub.sent < 80_000
+
+
+def test_remote_checkpoints_are_compared_by_headers_and_the_rest_is_said(hub, here, mergeline, tmp_path):
+    odd = weights(1) | {"model.norm.weight": torch.zeros(47), "more": torch.zeros(3)}
+    hub.repositories["org/a"]["model.safetensors"] = save(odd)
+    told = json.loads(mergeline("diff", "org/base", "org/a", "--json").out)
+    assert [row["what"] for row in told["differences"]] == ["shape", "missing"]
+    assert told["differences"][1]["words"] == f"only in hf://org/a@{hub.commit('org/a')}"
+    assert told["unread"] == 4 and told["unread_bytes"] == 4 * 64 * 48 * 4
+    assert told["norm"] is None and told["relative_norm"] is None
+    assert told["network"]["bytes"] == hub.sent < 20_000 and not data_bytes(hub)
+    shown = mergeline("diff", tmp_path / "here/base", "hf://org/b").out
+    assert "the same names, dtypes and shapes" in shown and "bit for bit" not in shown
+    assert "values of 5 tensors, which may differ; --no-cache reads them over the network (48.19 KiB" in shown
+
+
+def test_values_of_remote_checkpoints_are_compared_over_the_network(hub, here, mergeline, tmp_path):
+    local = json.loads(mergeline("diff", tmp_path / "here/base", tmp_path / "here/a", "--json").out)
+    told = json.loads(mergeline("diff", "org/base", "org/a", "--no-cache", "--json").out)
+    assert told["differences"] == local["differences"] and told["unread"] == 0
+    assert told["relative_norm"] == local["relative_norm"] > 1
+    assert data_bytes(hub) == 2 * sum(t.nbytes for t in weights(0).values())  # each tensor comes once
+    assert "bit for bit" in mergeline("diff", "org/base", tmp_path / "here/base", "--no-cache").out
+    assert not list((tmp_path / "cache").rglob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_remote_family_is_described_as_a_local_one(stream, hub, here, mergeline, tmp_path):
+    local = json.loads(mergeline("inspect", *here[1:], "--json").out)
+    told = json.loads(mergeline("inspect", *family()[1:], "--json", *["--no-cache"] * stream).out)
+    assert told.pop("network")["bytes"] == hub.sent > 3 * sum(t.nbytes for t in weights(0).values())
+    assert told.pop("base") == f"hf://org/base@{hub.commit('org/base')}" or not stream
+    assert told | {"base": ""} == local | {"base": ""}
+    assert bool(list((tmp_path / "cache").rglob("checkpoints/*"))) != stream
+
+
+@pytest.mark.parametrize("command", [["inspect", "org/a"], ["diff", "org/base", "org/a"], ["inspect"]])
+def test_what_is_wrong_with_remote_checkpoints_is_told_before_data_is_brought(command, hub, mergeline):
+    command = command if command[1:] else ["inspect", *family()[1:]]
+    odd = weights(1) | {"model.norm.weight": torch.zeros(47)}
+    hub.repositories["org/a"]["model.safetensors"] = save(odd)[:-4]
+    outcome = mergeline(*command)
+    assert (
+        outcome.code == 2 and "model.safetensors: truncated" in outcome.err and "hf://org/a@" in outcome.err
+    )
+    assert "/cache/" not in outcome.err and outcome.err.count("\n") == 1 and not data_bytes(hub)
+    hub.repositories["org/a"] = {"pytorch_model.bin": b"x" * 50_000, "config.json": CONFIG}
+    assert "'pytorch_model.bin' is a pickle" in mergeline(*command).err
+    hub.faults = [Fault("/api/models/org/a", status=401)]
+    outcome = mergeline(*command)
+    assert outcome.code == 2 and "access denied (HTTP 401)" in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_a_file_that_changes_while_it_is_compared_is_noticed(hub, memory, mergeline, monkeypatch):
+    from mergeline.merging import describe as family_of
+    from mergeline.tasks import inspection
+
+    read = inspection.Checkpoint.read
+
+    def changing(self, name):
+        memory.pipe("/a/model.safetensors", save(weights(9)))
+        return read(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspection.Checkpoint, "read", changing)
+        outcome = mergeline("diff", "memory://base", "memory://a", "--no-cache")
+    assert outcome.code == 2 and "was changed while it was read" in outcome.err
+    describe_family = family_of.describe_family
+
+    def described(*args, **options):
+        found = describe_family(*args, **options)
+        memory.pipe("/a/model.safetensors", save(weights(10)))
+        return found
+
+    monkeypatch.setattr(family_of, "describe_family", described)
+    outcome = mergeline("inspect", *family(prefix="memory://")[1:], "--no-cache")
+    assert outcome.code == 2 and "was changed while it was read" in outcome.err
+
+
 # Pipelines
 
 
@@ -301,6 +544,28 @@ def test_a_path_that_is_mistyped_is_told_as_one(hub, mergeline):
     assert "a: experts/none: no such file or folder, and as a repository: hf://experts/none" in outcome.out
 
 
+def test_modules_of_mergekit_that_differ_are_planned_from_headers(hub, mergeline, tmp_path):
+    def module(expert: str) -> dict[str, Any]:
+        return {"models": [{"model": f"org/{expert}", "parameters": {"weight": 1.0}}]}
+
+    config = {"merge_method": "task_arithmetic", "base_model": "org/base"}
+    config["modules"] = {"model.layers": module("a"), "default": module("b")}
+    (tmp_path / "mergekit.yml").write_text(json.dumps(config))
+    told = json.loads(mergeline("plan", "--recipe", tmp_path / "mergekit.yml", "--table", "--json").out)
+    assert not told["problems"] and not data_bytes(hub)
+    weights = {row["tensor"]: row["params"]["weights"] for row in told["table"]}
+    assert weights.pop("model.norm.weight") == [0.0, 1.0]
+    assert len(weights) == 4 and all(own == [1.0, 0.0] for own in weights.values())
+    del hub.repositories["org/base"]
+    for command in (["plan"], ["merge", "--out", tmp_path / "out"]):
+        outcome = mergeline(*command, "--recipe", tmp_path / "mergekit.yml")
+        assert (
+            outcome.code == 2
+            and "which tensors are whose is seen from org/base: hf://org/base" in outcome.err
+        )
+        assert "no such repository" in outcome.err and outcome.err.count("\n") == 1
+
+
 # Data over the network
 
 
@@ -351,7 +616,7 @@ def test_other_commands_of_a_recipe_read_over_the_network(hub, here, mergeline, 
         assert made(command, here, *more) == made(command, family(), *more, "--no-cache")
     here[0] = "--method=emr"
     assert made("compress", here) == made("compress", family("emr"), "--no-cache")
-    assert not list((tmp_path / "cache").glob("checkpoints/*"))
+    assert not list((tmp_path / "cache").rglob("checkpoints/*"))
 
 
 def test_tokens_with_other_ids_are_told_to_be_many_questions(hub, mergeline):
@@ -499,6 +764,9 @@ def test_s3_is_read_in_parts(hub, here, mergeline, tmp_path, monkeypatch):
             for file, body in hub.repositories[f"org/{name}"].items():
                 bucket.objects[f"{name}/{file}"] = body
         options = family(prefix="s3://models/")
+        assert json.loads(mergeline("inspect", "s3://models/a", "--json").out)["tensors"] == 5
+        assert bucket.sent < remote._FIRST_BYTES + 100
+        bucket.sent = 0
         told = json.loads(mergeline("plan", *options, "--json").out)
         assert told["sources"]["a"] == "s3://models/a"
         assert bucket.sent < 3 * (remote._FIRST_BYTES + 100)

@@ -191,7 +191,7 @@ class _Handler(QuietHandler):
 
 
 def _in_lfs(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin"))
+    return name.endswith((".safetensors", ".bin", ".gguf"))
 
 
 @lru_cache(maxsize=1024)

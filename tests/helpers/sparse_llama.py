@@ -1,23 +1,52 @@
-"""A repository of 141 GB of which the headers alone are held, for a loopback hub."""
+"""Repositories of many gigabytes of which the headers alone are held, for a loopback hub."""
 
 from __future__ import annotations
 
 import json
 import struct
 from math import prod
+from typing import Mapping
 
 from hub_server import Sparse
 
+_BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}  # of an element
 
-def header(tensors: dict[str, tuple[int, ...]]) -> Sparse:
-    """A file of bf16 tensors of these shapes, of which the header alone is held."""
+
+def header(tensors: dict[str, tuple[int, ...]], dtypes: Mapping[str, str] = {}) -> Sparse:
+    """A file of tensors of these shapes, bf16 but for those in `dtypes`, of which the header alone is held."""
     entries, end = {}, 0
     for name, shape in tensors.items():
-        start, end = end, end + 2 * prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        dtype = dtypes.get(name, "BF16")
+        start, end = end, end + _BYTES[dtype] * prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return Sparse(struct.pack("<Q", len(text)) + text, 8 + len(text) + end)
+
+
+def fp8_llama(layers: int = 32) -> dict[str, bytes | Sparse]:
+    """A repository of the shape of Llama-3-8B in one file: its linear layers are FP8 in blocks of 128 x 128."""
+    width, inner = 4096, 14336
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (128256, width),
+        "model.norm.weight": (width,),
+    }
+    dtypes: dict[str, str] = {}
+    matrices = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (1024, width), "self_attn.v_proj": (1024, width),
+        "self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }  # fmt: skip
+    for layer in range(layers):
+        for module, (rows, columns) in matrices.items():
+            name = f"model.layers.{layer}.{module}.weight"
+            tensors |= {name: (rows, columns), f"{name}_scale_inv": (rows // 128, columns // 128)}
+            dtypes |= {name: "F8_E4M3", f"{name}_scale_inv": "F32"}
+    config = {
+        "model_type": "llama",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    return {"model.safetensors": header(tensors, dtypes), "config.json": json.dumps(config).encode()}
 
 
 def llama_70b(shards: int = 30) -> dict[str, bytes | Sparse]:

@@ -88,6 +88,15 @@ def test_a_router_that_sends_every_token_to_one_expert_computes_what_its_mlps_do
     assert "bit-identical" in verify(tmp_path / "out")
 
 
+def test_the_condition_of_each_router_is_computed_once(llamas, tmp_path, monkeypatch):
+    a, b, _ = llamas
+    save_file({f"layers.{i}": torch.eye(2, 16) for i in range(2)}, tmp_path / "routers.safetensors")
+    seen, cond = [], torch.linalg.cond
+    monkeypatch.setattr(torch.linalg, "cond", lambda rows: seen.append(rows) or cond(rows))
+    made = make_moe(a, {"b": b, "a": a}, tmp_path / "out", routers=tmp_path / "routers.safetensors")
+    assert made["moe"]["unbalanced"] == [] and len(seen) == 2
+
+
 def test_the_layout_of_deepseek_has_its_names(llamas, tmp_path):
     a, b, c = llamas
     make_moe(a, {"b": b, "c": c}, tmp_path / "out", kind="deepseek", shared=a, experts_per_token=1)

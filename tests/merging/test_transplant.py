@@ -16,6 +16,7 @@ from places import GOLDENS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.checkpoints.tokens import meanings
 from mergeline.merging.errors import UserError
 from mergeline.merging.transplant import matching_pursuit, transplant
@@ -162,6 +163,20 @@ def test_known_tokens_keep_their_rows_and_new_ones_are_sums_of_them(pair, tmp_pa
     again = transplant(*pair, tmp_path / "again", neighbours=3, workers=1, shard_size=1000)
     assert again["output"]["tensors"] == manifest["output"]["tensors"]
     transplant(*pair, out, neighbours=2)  # in place of its like
+
+
+def test_the_headers_of_model_and_donor_are_read_once(pair, tmp_path, monkeypatch):
+    opened: list[Path] = []
+
+    def counted(path):
+        opened.append(Path(path))
+        return open_checkpoint(path)
+
+    monkeypatch.setattr("mergeline.merging.transplant.open_checkpoint", counted)
+    told = transplant(*pair, tmp_path / "out", neighbours=2)["transplanted"]
+    assert opened == [*pair]
+    for name, folder in zip(("model", "donor"), pair):  # of all that lies there, tied heads, too
+        assert told[name]["digest"] == open_checkpoint(folder).digest()
 
 
 def test_a_model_of_the_same_vocabulary_stays_as_it_is(tmp_path):

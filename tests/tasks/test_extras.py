@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 from checkpoints import save_family
+from fsspec.registry import _registry
 from places import REPOSITORY
 
 from mergeline.merging.errors import UserError
@@ -88,6 +89,7 @@ def test_a_package_that_is_missing_where_it_is_imported_is_named(monkeypatch):
 
 def test_an_address_that_needs_an_extra_names_it(monkeypatch, mergeline):
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)  # that an earlier test opened
     outcome = mergeline("inspect", "--base", "s3://bucket/base", "--expert", "a=s3://bucket/a")
     assert outcome.code == 2
     assert outcome.err == "mergeline: s3://bucket/a: s3fs is not installed; pip install 'mergeline[s3]'\n"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.registry import _registry
 from hub_server import Fault, running_hub
 from pipelines import PIPELINE_BROUGHT, pipeline_files
 from safetensors.torch import load_file, save
@@ -650,6 +651,7 @@ def test_fsspec_download_is_resumed(bring, memory, waits, monkeypatch):
 
 def test_missing_driver_is_named(bring, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)  # that an earlier test opened
     with pytest.raises(
         UserError, match=r"s3://bucket/key: s3fs is not installed; pip install 'mergeline\[s3\]'"
     ):

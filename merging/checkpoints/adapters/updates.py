@@ -77,6 +77,11 @@ class Factor:
         return block[:, columns.start : columns.stop : columns.step]
 
 
+def _onto(base_MN: Tensor | None, added_MN: Tensor) -> Tensor:
+    """What is added with the base's rows, in its memory; alone where there is no base."""
+    return added_MN if base_MN is None else added_MN.add_(base_MN)
+
+
 @dataclass(frozen=True)
 class Added:
     """LoRA (Hu et al. 2021): `scaling * left @ right` is added."""
@@ -105,7 +110,7 @@ class Added:
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         left_MR, right_RN = self.left.read(elements, first, last), self.right.read(elements)
         adapted_MN = (left_MR.double() @ right_RN.double()).mul_(self._scale(elements))
-        return adapted_MN if base_MN is None else adapted_MN.add_(base_MN)
+        return _onto(base_MN, adapted_MN)
 
     def factors(self, elements: Elements) -> tuple[Tensor, Tensor] | None:
         return self.left.read(elements).double() * self._scale(elements), self.right.read(elements).double()
@@ -228,7 +233,7 @@ class Shifted(_NoProduct):
 
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         shift_M1 = elements(self.shift, first, last).double().mul_(self.scaling)[:, None]
-        return shift_M1 if base_MN is None else shift_M1.add_(base_MN)
+        return _onto(base_MN, shift_M1)
 
 
 @dataclass(frozen=True)
@@ -298,7 +303,7 @@ class Vera(_NoProduct):
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         left_MR, right_RN = self._factors(elements, first, last)
         adapted_MN = left_MR @ right_RN
-        return adapted_MN if base_MN is None else adapted_MN.add_(base_MN)
+        return _onto(base_MN, adapted_MN)
 
     def factors(self, elements: Elements) -> tuple[Tensor, Tensor] | None:
         return self._factors(elements, 0, (self.right.width if self.swapped else self.left.height))
@@ -355,7 +360,7 @@ class Hadamard(_NoProduct):
     def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
         adapted_MN = self.one.read(elements, first, last).mul_(self.two.read(elements, first, last))
         adapted_MN.mul_(self.scaling)
-        return adapted_MN if base_MN is None else adapted_MN.add_(base_MN)
+        return _onto(base_MN, adapted_MN)
 
 
 @dataclass(frozen=True)
@@ -392,7 +397,7 @@ class Kronecker(_NoProduct):
             done.append(self._rows(elements, at // self.height, max(whole // self.height, 1), low, high))
             at += whole or high - low
         adapted_MN = torch.cat(done).mul_(self.scaling)
-        return adapted_MN if base_MN is None else adapted_MN.add_(base_MN)
+        return _onto(base_MN, adapted_MN)
 
     def _rows(self, elements: Elements, start: int, count: int, low: int, high: int) -> Tensor:
         """Rows [low, high) of the inner matrix by `count` rows of the outer one."""

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
 
-from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
+from mergeline.merging.checkpoints.checkpoint import Checkpoint, Files, TensorInfo
 from mergeline.merging.checkpoints.companions import CONFIG, read_config
 from mergeline.merging.checkpoints.components import by_component, component_folders
 from mergeline.merging.checkpoints.quantised.fp4 import GROUP, PACKED, FP4Tensor, PackedExpertsTensor
@@ -22,7 +22,7 @@ from mergeline.merging.checkpoints.quantised.normal_floats import Nested, Normal
 from mergeline.merging.checkpoints.quantised.scaled import MX_GROUP, ScaledTensor, grid_of
 from mergeline.merging.checkpoints.quantised.tensor import QuantisedTensor, bad
 from mergeline.merging.errors import UserError
-from mergeline.merging.reading import open_regular, parsed_json
+from mergeline.merging.reading import parsed_json
 
 _CUT = "cut off or damaged; download the checkpoint again"
 INSTEAD = "merge the float16 or wider model it was made from"
@@ -51,7 +51,7 @@ _SIGNS = re.compile(
 _ZEROS = ("I8", "F8_E4M3", "F32", "F16", "BF16")
 _8_BITS = ("F8_E4M3", "F8_E5M2")
 _CODES = ("U8", "I8", "I32")
-_MOST_READ = 4096  # bytes of a tensor that holds shapes or settings
+MOST_READ = 4096  # bytes of a tensor that holds shapes or settings
 _NVFP4_GROUP = 16
 
 
@@ -530,11 +530,12 @@ def _group_size(reader: _Reader, info: TensorInfo, inputs: int, groups: int, ind
 
 def stored_bytes(info: TensorInfo) -> bytes:
     """All bytes of a tensor of a few of them (raises UserError)."""
-    if info.nbytes > _MOST_READ:
+    if info.nbytes > MOST_READ:
         raise bad(info, f"has {info.nbytes} bytes, where a few numbers belong; {_CUT}")
-    with open_regular(info.file) as file:
-        file.seek(info.start)
-        return file.read(info.nbytes)
+    found = bytearray(info.nbytes)
+    with Files() as files:
+        files.fill_view(memoryview(found), info, 0)
+    return bytes(found)
 
 
 _RECOGNISE: Iterable[Callable[[_Reader, TensorInfo], None]] = (

@@ -21,6 +21,7 @@ from gguf_files import write  # noqa: E402
 
 from mergeline.merging import merge  # noqa: E402
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from mergeline.merging.checkpoints.gguf_header import header_length  # noqa: E402
 from mergeline.merging.checkpoints.quantised.formats import dequantised  # noqa: E402
 from mergeline.merging.engine.planning import make_plan  # noqa: E402
 from mergeline.merging.engine.sources import Files  # noqa: E402
@@ -269,3 +270,14 @@ def test_hostile_headers_are_refused_in_one_line(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", *MIXTURES])
 def test_many_hostile_headers_are_refused_in_one_line(kind, tmp_path):
     check_fuzzed(tmp_path, 1000, kind)
+
+
+def test_where_a_header_ends_is_known_once_all_of_it_is_here(tmp_path):
+    write(tmp_path / "model.gguf", model("llama"))
+    data = (tmp_path / "model.gguf").read_bytes()
+    first = min(info.start for info in open_checkpoint(tmp_path / "model.gguf").tensors.values())
+    known = [header_length(data[:here], len(data), "x") for here in range(first + 1)]
+    ended = known.index(first)
+    assert set(known[:ended]) == {None} and set(known[ended:]) == {first} and first - ended < 32
+    with refused("x: malformed GGUF header", "it ends before it is complete"):
+        header_length(data[: ended - 1], ended - 1, "x")

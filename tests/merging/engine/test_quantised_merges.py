@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import refused
+from fp8_folders import FP8, WEIGHTS, configure, quantise
 from safetensors.torch import load_file, save_file
 from small_language_model import save_model
 from torch import Tensor
@@ -23,32 +24,7 @@ from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.extract_lora import extract_lora
 from mergeline.merging.verify import verify
 
-WEIGHTS = "model.safetensors"
-FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 QUERY = "model.layers.0.self_attn.q_proj.weight"
-
-
-def quantise(folder: Path, block: int = 16) -> None:
-    """The matrices of the layers as blocks of FP8, with a largest magnitude each."""
-    state: dict[str, Tensor] = {}
-    for name, weight in load_file(folder / WEIGHTS).items():
-        state[name] = weight
-        if "layers" in name and weight.ndim == 2:
-            rows, columns = weight.shape
-            padded = torch.zeros(-(-rows // block) * block, -(-columns // block) * block)
-            padded[:rows, :columns] = weight
-            blocks = padded.reshape(-1, block, padded.shape[1] // block, block)
-            scale = blocks.abs().amax((1, 3)) / 448
-            code = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-            state[name] = code.reshape(padded.shape)[:rows, :columns].contiguous()
-            state[f"{name}_scale_inv"] = scale
-    save_file(state, folder / WEIGHTS, {"format": "pt"})
-    configure(folder, quantization_config=FP8)
-
-
-def configure(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def floats(folder: Path, out: Path) -> Path:
