@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Iterator
 
@@ -82,3 +83,9 @@ def test_the_picture_of_the_rooms_has_all_of_them():
     for name in " ".join(drawn.groups()).split():
         place = REPOSITORY / "merging" / name
         assert place.is_dir() or place.with_suffix(".py").is_file(), name
+
+
+def test_the_page_of_installation_has_every_extra():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| `([\w-]+)` \|", (REPOSITORY / "docs/installation.md").read_text(), re.MULTILINE)
+    assert {*rows} == {*extras} - {"test", "lint"}
