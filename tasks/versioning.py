@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Collection, Mapping
@@ -14,6 +15,8 @@ from mergeline.merging.errors import UserError
 if TYPE_CHECKING:
     from mergeline.tasks.step import Stage
     from mergeline.tasks.workspace import Workspace
+
+_READ_AGAIN_AFTER = (0.1, 0.4, 1.5)  # seconds: on a busy machine DVC takes a second to write it
 
 
 def locked(workspace: Workspace, stage: Stage) -> dict[str, Any] | None:
@@ -75,10 +78,21 @@ def commit(workspace: Workspace, records: Mapping[str, Mapping[str, Any]], ran: 
 
 
 def _lock(path: Path) -> Mapping[str, Any]:
-    try:
-        return _parsed_lock(path, path.stat().st_mtime_ns)
-    except FileNotFoundError:
-        return {}
+    """The stages of dvc.lock. DVC writes it in place: one that is none may be half of what a run is writing.
+
+    Raises:
+        UserError: it still is none after a while.
+    """
+    for seconds in (*_READ_AGAIN_AFTER, None):
+        try:
+            return _parsed_lock(path, path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            break
+        except UserError:
+            if seconds is None:
+                raise
+            time.sleep(seconds)
+    return {}
 
 
 @cache

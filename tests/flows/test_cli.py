@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import edit, same_tensors, save_family
+from page_blocks import blocks
 from places import MERGELINE, REPOSITORY
 from safetensors.torch import load_file, save_file
 
@@ -367,10 +368,9 @@ def test_parameters_of_an_inner_method_are_known_in_a_recipe_file(mergeline, rec
     assert mergeline("plan", "--recipe", recipe_file).out.startswith("method     lines ")
 
 
-def test_the_recipe_of_the_readme_is_right(tmp_path):
-    texts = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    [text] = [text for text in texts if text.startswith("method:")]
-    (tmp_path / "recipe.yaml").write_text(text)
+def test_the_recipe_that_the_page_of_merging_shows_is_right(tmp_path):
+    [block] = blocks("docs/merging.md", "yaml")
+    (tmp_path / "recipe.yaml").write_text(block.text)
     recipe = load_recipe(tmp_path / "recipe.yaml", Path)
     assert recipe.base == tmp_path / "base" and recipe.rules[1].gradient == {"scale": [1.0, 3.0]}
 

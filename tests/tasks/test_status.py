@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from threading import Timer
 from typing import Any, Callable
 
 import pytest
@@ -12,6 +13,7 @@ from checkpoints import refused
 from pretended_runs import pretend_all_ran, pretend_locked, pretend_ran
 from ruamel.yaml import YAML
 
+from mergeline.tasks import versioning
 from mergeline.tasks.records import last_pipeline_run, noted_run
 from mergeline.tasks.status import State, chosen_stages, refuse_missing, select, states
 from mergeline.tasks.workspace import Workspace
@@ -42,10 +44,23 @@ def test_in_a_new_workspace_everything_runs(workspace):
 
 
 @pytest.mark.parametrize("text", ["<<<<<<< HEAD\nstages:\n=======\n", "[" * 3000, "stages: 3\n", "7\n", ""])
-def test_a_lock_that_is_none_is_told_in_one_line(text, workspace):
+def test_a_lock_that_is_none_is_told_in_one_line(text, workspace, monkeypatch):
+    monkeypatch.setattr(versioning, "_READ_AGAIN_AFTER", ())
     (workspace / "dvc.lock").write_text(text)
     with refused("dvc.lock: is no lock of DVC's", "bring it back from git, or remove it"):
         busy(Workspace(workspace / "params.yaml"))
+
+
+def test_a_lock_that_a_run_is_writing_is_read_when_it_is_whole(workspace):
+    ran = pretend_all_ran(workspace)
+    pretend_locked(ran)
+    shutil.rmtree(ran.state / "records")
+    whole = (workspace / "dvc.lock").read_text()
+    (workspace / "dvc.lock").write_text("")
+    written = Timer(0.2, (workspace / "dvc.lock").write_text, [whole])
+    written.start()
+    assert busy(Workspace(ran.params_file)) == {}
+    written.join()
 
 
 @pytest.mark.parametrize("by", ["records", "dvc.lock"])
