@@ -38,6 +38,7 @@ from mergeline.merging.learning.objectives import objective_of
 from mergeline.merging.learning.spaces import Coefficients, Numbers, fitted_tensors
 from mergeline.merging.recipes.recipe import Recipe
 from mergeline.tasks.clip import places
+from mergeline.tasks.data_step import dataset
 from mergeline.tasks.modalities import modality_of
 from mergeline.tasks.workspace import Workspace
 
@@ -75,7 +76,7 @@ def scored(params: Any, merged: Path, split: str) -> dict[str, float]:
     from safetensors.torch import load_file
 
     build = Path("build")
-    data = {task: load(places.dataset(build, task)) for task in params.tasks}
+    data = {task: load(dataset(build, task)) for task in params.tasks}
     evaluator = Evaluator(build / "checkpoints" / params.base, load_file(places.heads(build)), data)
     predicted = evaluator.predict(load_file(merged), split, list(data))
     return {task: float((predicted[task] == data[task].split(split)[1]).mean()) for task in data}
