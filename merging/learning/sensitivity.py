@@ -2,7 +2,7 @@
 
 H = E (df/dy)^T (df/dy), y the outputs of the map, is how much f moves, in squares, when they do: the Gauss-Newton
 matrix of which K-FAC (1503.05671) keeps the same factor. f are directions that are drawn: of the features' unit vector,
-or from the likeliest class to another one, in logits.
+or from the likeliest class to another one, in logits; of logits that are numbers, as they are for the features.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def sensitivities(
                     given = network.logits(features_RD, task)
             uses = [use for use in uses if use.kind == "linear" and use.part is None]
             for draw in range(draws):
-                along = _drawn(given.detach(), of, generator)
+                if of == "features" or task in network.numbers:
+                    along = torch.randn(given.shape, generator=generator)
+                else:
+                    along = _between_classes(given.detach(), generator)
                 outputs = [use.outputs for use in uses]
                 slopes = torch.autograd.grad(given, outputs, along, draw + 1 < draws, allow_unused=True)
                 for use, slope in zip(uses, slopes):
@@ -72,15 +75,11 @@ def sensitivities(
     }
 
 
-def _drawn(given: Tensor, of: Felt, generator: torch.Generator) -> Tensor:
-    """A direction for each row of features (R, d), normal, or of logits (R, C): the likeliest class less another."""
-    if of == "features":
-        return torch.randn(given.shape, generator=generator)
-    others = torch.multinomial(given.softmax(-1) ** _FLAT, 1, generator=generator)
-    one = torch.ones_like(others, dtype=given.dtype)
-    return (
-        torch.zeros_like(given).scatter_(1, given.argmax(-1, keepdim=True), one).scatter_add_(1, others, -one)
-    )
+def _between_classes(logits_RC: Tensor, generator: torch.Generator) -> Tensor:
+    """(R, C): the likeliest class of each row less another one, which is drawn, or less itself."""
+    others_R1 = torch.multinomial(logits_RC.softmax(-1) ** _FLAT, 1, generator=generator)
+    found_RC = torch.zeros_like(logits_RC).scatter_(1, logits_RC.argmax(-1, keepdim=True), 1.0)
+    return found_RC.scatter_add_(1, others_R1, -torch.ones_like(others_R1, dtype=found_RC.dtype))
 
 
 def weighted_minimum(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from mergeline.merging.learning.fitting import fit
 from mergeline.merging.learning.least_squares import metric_of, minimum
-from mergeline.merging.learning.sensitivity import _drawn, sensitivities, weighted_minimum
+from mergeline.merging.learning.sensitivity import _between_classes, sensitivities, weighted_minimum
 
 METHOD = "progressive_least_squares"
 
@@ -55,7 +55,7 @@ def test_the_same_weights_for_all_tasks_weigh_nothing():
 
 def test_directions_between_classes_lead_from_the_likeliest_to_another():
     logits = torch.tensor([[4.0, 1.0, 0.0], [0.0, 30.0, 29.0]])
-    drawn = [_drawn(logits, "classes", torch.Generator().manual_seed(seed)) for seed in range(50)]
+    drawn = [_between_classes(logits, torch.Generator().manual_seed(seed)) for seed in range(50)]
     for direction in drawn:
         assert torch.equal(direction.sum(-1), torch.zeros(2)) and direction.abs().max() <= 1
         assert (direction[:, [1, 2]][0] <= 0).all() and (direction[:, [0, 2]][1] <= 0).all()
@@ -129,3 +129,6 @@ def test_classes_are_felt_through_the_heads_and_asked_of_models_that_have_some(t
     assert not felt["blind"]
     projection = felt["sighted"]["visual.proj"]  # whose first output alone is seen
     assert float(projection[0, 0]) == pytest.approx(len(projection) + 0.1, rel=1e-4)
+    numbers = replace(network, score=lambda features, task: features[:, :1], numbers=frozenset({"e0"}))
+    only = sensitivities(numbers, images, "e0", "classes", draws=1)["visual.proj"]
+    assert float(only[0, 0]) == pytest.approx(len(only) + 0.1, rel=1e-4)
