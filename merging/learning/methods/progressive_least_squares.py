@@ -72,7 +72,8 @@ def progressive_least_squares(
         shifts: of images, how many copies of each that are shifted by up to 3 pixels are fitted too; auto: 3 of 16
             images a task or less, else none
         errors: of a map's outputs, what they count by: all alike, or how much the expert's features, or the differences
-            of its logits (`classes`, where models have heads), feel them; of 16 examples a task or more
+            of its logits (`classes`, where models have heads, and the better there), feel them; of 16
+            examples a task or more
         draws: directions of every example's features, or pairs of classes, that tell what is felt
         answers: of prompts, how many tokens at most that the expert writes after each are fitted too
     Needs:
