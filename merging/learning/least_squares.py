@@ -39,7 +39,7 @@ from mergeline.merging.lazy import torch
 from mergeline.merging.learning.contract import Job, inner_recipe
 from mergeline.merging.learning.sensitivity import sensitivities, weighted_minimum
 from mergeline.merging.learning.spaces import SOLVED, load_tensors, replacing, write_tensors
-from mergeline.merging.learning.squares import ROWS, mirrored, strips
+from mergeline.merging.learning.squares import NOT_FINITE, ROWS, mirrored, strips
 from mergeline.merging.learning.stages import Stage, Stream, stages_of
 from mergeline.merging.learning.watching import Applied, watched
 from mergeline.merging.recipes.recipe import Recipe
@@ -240,7 +240,7 @@ def minimum(
         UserError: NaN or Inf in G or C.
     """
     if not bool(torch.isfinite(gram_KK).all() and torch.isfinite(cross_MK).all()):
-        raise UserError("examples give NaN or Inf inside of a model; look at the examples and the experts")
+        raise UserError(NOT_FINITE)
     size = float(gram_KK.diagonal().mean())
     if not size > 0:
         return start_MK.clone()

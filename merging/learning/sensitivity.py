@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Iterable, Literal
 
+from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 from mergeline.merging.learning.network import Batch, Network
+from mergeline.merging.learning.squares import NOT_FINITE
 from mergeline.merging.learning.watching import Applied, watched
 
 if TYPE_CHECKING:
@@ -20,9 +22,7 @@ Felt = Literal["features", "classes"]
 
 _FLOOR = 0.1  # of the mean diagonal: few examples do not show all that is felt
 _FLAT = 0.25  # the power of probabilities that the other class is drawn by
-_CERTAIN = (
-    1e-6  # of the mean diagonal: so that what is preconditioned by has an inverse where there is no ridge
-)
+_CERTAIN = 1e-6  # of the mean diagonal: what is preconditioned by has an inverse without a ridge, too
 _STEPS, _NEAR = 12, 3e-2  # of conjugate gradients
 
 
@@ -35,7 +35,7 @@ def sensitivities(
     nothing depends on, have none.
 
     Raises:
-        UserError: classes are asked for of models without logits.
+        UserError: classes are asked for of models without logits; features or logits are NaN or Inf.
     """
     own = {name: t for name, t in network.tensors().items() if t.is_floating_point()}
     generator = torch.Generator().manual_seed(seed)
@@ -52,6 +52,8 @@ def sensitivities(
                     given = torch.nn.functional.normalize(features_RD, dim=-1)
                 else:
                     given = network.logits(features_RD, task)
+            if not bool(torch.isfinite(given).all()):
+                raise UserError(NOT_FINITE)
             uses = [use for use in uses if use.kind == "linear" and use.part is None]
             for draw in range(draws):
                 if of == "features" or task in network.numbers:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import refused
-from learned_families import learned_family
+from learned_families import examples_of, learned_family
 from safetensors.torch import load_file
 
 from mergeline.merging.learning.fitting import fit
@@ -132,3 +132,19 @@ def test_classes_are_felt_through_the_heads_and_asked_of_models_that_have_some(t
     numbers = replace(network, score=lambda features, task: features[:, :1], numbers=frozenset({"e0"}))
     only = sensitivities(numbers, images, "e0", "classes", draws=1)["visual.proj"]
     assert float(only[0, 0]) == pytest.approx(len(only) + 0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("errors", ["features", "classes"])
+def test_examples_that_are_no_numbers_are_refused(errors, tmp_path):
+    family = learned_family("open_clip", tmp_path)
+    network = replace(family.network, score=lambda features, task: features)
+    drawn = {name: family.inputs(t, 10) for t, name in enumerate(family.experts)}
+    drawn["e1"][3, 0, 5, 5] = float("nan")
+    with refused("NaN or Inf"):
+        fit(
+            family.recipe(METHOD, inner="average", errors=errors),
+            network,
+            examples_of(drawn),
+            tmp_path / "fit",
+        )
+    assert not (tmp_path / "fit/fit.json").exists()
