@@ -85,6 +85,7 @@ def prepare(workspace: Path, family: Path) -> None:
     from mergeline.evaluation.datasets import load
     from mergeline.tasks.clip import places
     from mergeline.tasks.clip.learning import examples, network
+    from mergeline.tasks.data_step import dataset
     from mergeline.tasks.workspace import Workspace
 
     params, build = Workspace(workspace / "params.yaml").params, workspace.resolve() / "build"
@@ -109,7 +110,7 @@ def prepare(workspace: Path, family: Path) -> None:
     save_file(images, family / "images.safetensors")
     test = {}
     for task in params.tasks:
-        data = load(places.dataset(build, task))
+        data = load(dataset(build, task))
         batches = zero_shot.batches(base, data, "test", task, "cpu")
         test[task] = torch.cat([batch["images"] for batch in batches]).contiguous()
         test[f"{task} labels"] = torch.from_numpy(data.split("test")[1].copy())

@@ -38,6 +38,7 @@ from mergeline.merging.learning.objectives import objective_of
 from mergeline.merging.learning.spaces import Coefficients, Numbers, fitted_tensors
 from mergeline.merging.recipes.recipe import Recipe
 from mergeline.tasks.clip import places
+from mergeline.tasks.data_step import dataset
 from mergeline.tasks.modalities import modality_of
 from mergeline.tasks.workspace import Workspace
 
@@ -45,6 +46,9 @@ START = {"inner": "cart_wudi", "power": 0.55, "damping": 0.1, "low_rank": 0.5, "
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "coefficients": ("coefficients", {}),
     "distill": ("distill", START),
+    "least_squares": ("progressive_least_squares", {}),
+    "least_squares_by_features": ("progressive_least_squares", {"errors": "features"}),
+    "least_squares_by_classes": ("progressive_least_squares", {"errors": "classes"}),
     "adamerging": ("adamerging", {}),
     "adamerging_rate_3e-3": ("adamerging", {"rate": 3e-3, "iterations": 400, "batch": 8, "batches": 1}),
     "adarank": ("adarank", {"iterations": 260, "rate": 2e-3, "batch": 8}),
@@ -75,7 +79,7 @@ def scored(params: Any, merged: Path, split: str) -> dict[str, float]:
     from safetensors.torch import load_file
 
     build = Path("build")
-    data = {task: load(places.dataset(build, task)) for task in params.tasks}
+    data = {task: load(dataset(build, task)) for task in params.tasks}
     evaluator = Evaluator(build / "checkpoints" / params.base, load_file(places.heads(build)), data)
     predicted = evaluator.predict(load_file(merged), split, list(data))
     return {task: float((predicted[task] == data[task].split(split)[1]).mean()) for task in data}
@@ -92,10 +96,11 @@ def scores(workspace: Path, out: Path, names: list[str]) -> None:
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
         merge(result, folder / "merged.safetensors", force=True)
         found = scored(params, folder / "merged.safetensors", "test")
-        curve = json.loads((folder / "curve.json").read_text())
+        curve = folder / "curve.json"  # of fits that take steps
+        steps = json.loads(curve.read_text()) if curve.is_file() else []
         row = {
             "fit": name, "test": sum(found.values()) / len(found), "worst": min(found.values()),
-            "steps": sum("loss" in step for step in curve), "seconds": round(wall, 1), "cpu_seconds": round(cpu, 1),
+            "steps": sum("loss" in step for step in steps), "seconds": round(wall, 1), "cpu_seconds": round(cpu, 1),
             "examples": {task: examples.count(task) for task in params.tasks}, "tasks": found,
         }  # fmt: skip
         rows = json.loads(out.read_text()) if out.is_file() else []

@@ -9,7 +9,8 @@ inputs in the merged model, w the weight of a token, n_t the sum of w, G = sum_t
 the start. Targets y are what the expert's map gives on the expert's own stream; where a map writes to the residual
 stream, what is missing there to the expert's, so that errors do not add up. R is 1 on the bias and
 sum_t tau_t^T tau_t / |tau_t|^2 + floor on the weight, of mean diagonal 1: inputs that task vectors act on stay nearer
-to the start.
+to the start. With `errors`, those of each task count by what its expert's features, or classes, feel of them (see
+sensitivity.py).
 
 RegMean (2212.09849) is the same with y = W_t x on the experts' inputs, RegMean++ (2508.03121) with those of the
 experts' blocks on the merged stream.
@@ -36,8 +37,9 @@ from mergeline.merging.engine.work import Count
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 from mergeline.merging.learning.contract import Job, inner_recipe
+from mergeline.merging.learning.sensitivity import sensitivities, weighted_minimum
 from mergeline.merging.learning.spaces import SOLVED, load_tensors, replacing, write_tensors
-from mergeline.merging.learning.squares import ROWS, mirrored, strips
+from mergeline.merging.learning.squares import NOT_FINITE, ROWS, mirrored, strips
 from mergeline.merging.learning.stages import Stage, Stream, stages_of
 from mergeline.merging.learning.watching import Applied, watched
 from mergeline.merging.recipes.recipe import Recipe
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Target = Literal["residual", "branch", "own"]
+Errors = Literal["alike", "features", "classes"]
 
 _WRITERS = (Role.ATTENTION_OUTPUT, Role.MLP_DOWN)
 _EVERY_TOKEN = (Role.KEY, Role.VALUE)  # of the last block, what other tokens than the first are needed for
@@ -64,7 +67,8 @@ class Settings:
 
     target: see the module. ridge: in mean diagonals of G. floor: of the metric R. first_token: the weight of the token
     that a model is read out at, where it is read out at the first alone. nondiagonal: what off-diagonal entries of Gram
-    matrices are multiplied by (of `own`).
+    matrices are multiplied by (of `own`). errors: what those of outputs count by; draws: by how many directions
+    that is found (see sensitivity.py).
     """
 
     target: Target = "residual"
@@ -72,6 +76,8 @@ class Settings:
     floor: float = 0.1
     first_token: float = 16.0
     nondiagonal: float = 1.0
+    errors: Errors = "alike"
+    draws: int = 4
 
 
 def solve(job: Job, inner: str, inner_params: Mapping[str, Any], settings: Settings) -> Recipe:
@@ -91,6 +97,8 @@ def solve(job: Job, inner: str, inner_params: Mapping[str, Any], settings: Setti
         fitted.run()
     job.notes["kept"] = fitted.kept
     job.notes["branch"] = fitted.branches
+    if settings.errors != "alike":
+        job.notes["unweighted"] = sorted((fitted.trained & fitted.solved.keys()) - fitted.felt_by_all())
     job.notes["settings"] = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
     matrices = [name for name in fitted.kept if name in fitted.trained]
     if matrices:
@@ -185,17 +193,40 @@ class _Sums:
 
 
 class _System:
-    """Normal equations of one map: the tasks' G (N + 1, N + 1) and C (M, N + 1), each as heavy as any other's."""
+    """Normal equations of one map: the tasks' G (N + 1, N + 1) and C (M, N + 1), each as heavy as any other's.
+
+    tasks: where outputs are weighted, each one's own G, C and weights H (M, M).
+    """
 
     def __init__(self, outputs: int, inputs: int):
         self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
         self.cross = torch.zeros(outputs, inputs + 1, dtype=torch.float64)
+        self.tasks: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def include(self, task: _Sums, own_MK: Tensor | None = None, nondiagonal: float = 1.0) -> None:
+    def include(
+        self,
+        task: _Sums,
+        own_MK: Tensor | None = None,
+        nondiagonal: float = 1.0,
+        weights_MM: Tensor | None = None,
+    ) -> None:
         if task.weight > 0:
             gram_KK, cross_MK = task.means(own_MK, nondiagonal)
             self.gram += gram_KK
             self.cross += cross_MK
+            if weights_MM is not None:
+                self.tasks.append((gram_KK, cross_MK, weights_MM))
+
+    def minimum(self, start_MK: Tensor, ridge: float, metric_KK: Tensor) -> Tensor:
+        """P (M, K), K = N or N + 1 as the start has it, float64."""
+        width = start_MK.shape[1]
+        plain_MK = minimum(self.gram[:width, :width], self.cross[:, :width], start_MK, ridge, metric_KK)
+        if not self.tasks:
+            return plain_MK
+        parts = [
+            (gram_KK[:width, :width], cross_MK[:, :width], h_MM) for gram_KK, cross_MK, h_MM in self.tasks
+        ]
+        return weighted_minimum(parts, start_MK, ridge, metric_KK)
 
 
 def minimum(
@@ -209,7 +240,7 @@ def minimum(
         UserError: NaN or Inf in G or C.
     """
     if not bool(torch.isfinite(gram_KK).all() and torch.isfinite(cross_MK).all()):
-        raise UserError("examples give NaN or Inf inside of a model; look at the examples and the experts")
+        raise UserError(NOT_FINITE)
     size = float(gram_KK.diagonal().mean())
     if not size > 0:
         return start_MK.clone()
@@ -254,6 +285,7 @@ class _Fit:
         self._start = open_checkpoint(folder / _START)
         self._start_files = Files()
         self.first_only = False
+        self.felt: dict[str, dict[str, Tensor]] = {}  # of each task, what `sensitivities` gives
         self._applied: set[str] = set()
 
     @property
@@ -304,6 +336,7 @@ class _Fit:
     def run(self) -> None:
         with self._start_files:
             whole = Stage("model", list(self.own), lambda stream: stream)
+            self._feel(whole)
             self._load(whole, "start")
             probe = next(iter(self.examples.of(self.tasks[0][0])))
             stages = stages_of(self.network, probe)
@@ -337,6 +370,19 @@ class _Fit:
                     self.job.progress(done, every)
             for name in sorted(self.trained - set(self.solved) - set(self.kept)):
                 self.kept[name] = "no linear map was seen to use it"
+
+    def _feel(self, whole: Stage) -> None:
+        """Find what each expert feels of errors, if they are to count by it."""
+        if (errors := self.settings.errors) == "alike":
+            return
+        for task, expert in self.tasks:
+            self._load(whole, expert)
+            batches, seed = self.examples.of(task), self.job.recipe.seed
+            self.felt[task] = sensitivities(self.network, batches, task, errors, self.settings.draws, seed)
+
+    def felt_by_all(self) -> set[str]:
+        """The maps of whose outputs every task feels errors: only these can be weighted."""
+        return set.intersection(*map(set, self.felt.values())) if self.felt else set()
 
     def _names(self, maps: Sequence[_Map]) -> set[str]:
         found = {name for m in maps for name in (m.weight, m.bias) if name}
@@ -544,9 +590,11 @@ class _Fit:
                         each.add(*_flat(x, y[..., rows], w, first))
                 return sums
 
-            for of_task in self._by_task(summed, alone):
-                for system, sums in zip(systems, of_task):
-                    system.include(sums)
+            weighted = m.weight in self.felt_by_all()
+            for (task, _), of_task in zip(self.tasks, self._by_task(summed, alone)):
+                h_MM = self.felt[task][m.weight] if weighted else None
+                for (rows, _), system, sums in zip(groups, systems, of_task):
+                    system.include(sums, weights_MM=None if h_MM is None else h_MM[rows, rows])
             self._put(m, groups, systems)
         if not last:
             self._advance(stage, streams, alone, given)
@@ -766,8 +814,7 @@ class _Fit:
             start_MK = torch.cat([start_MN[rows], own_bias[rows, None]], 1)[:, :width]
             metric_KK = torch.eye(width, dtype=torch.float64)
             metric_KK[:inputs, :inputs] = metric_NN
-            gram_KK, cross_MK = system.gram[:width, :width], system.cross[:, :width]
-            p_MK = minimum(gram_KK, cross_MK, start_MK, self.settings.ridge, metric_KK)
+            p_MK = system.minimum(start_MK, self.settings.ridge, metric_KK)
             found_MN[rows] = p_MK[:, :inputs]
             if found_M is not None:
                 found_M[rows] = p_MK[:, -1]

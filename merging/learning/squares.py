@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS = 1 << 12  # whose products are summed in their own dtype, at most
+NOT_FINITE = "examples give NaN or Inf inside of a model; look at the examples and the experts"
 _WIDTH = 192  # of a strip
 
 

@@ -10,7 +10,7 @@ from mergeline.merging.learning.answering import answered
 from mergeline.merging.learning.contract import Job, is_learned, learned
 from mergeline.merging.learning.least_squares import Settings, solve
 from mergeline.merging.learning.shifting import have_images, shifted
-from mergeline.merging.methods.parameters import Count, NotNegative, Positive
+from mergeline.merging.methods.parameters import Count, NotNegative, Positive, PositiveCount
 from mergeline.merging.recipes.recipe import Recipe
 
 Auto = Literal["auto"]
@@ -44,6 +44,8 @@ def progressive_least_squares(
     floor: NotNegative | Auto = "auto",
     first_token: Positive = 16.0,
     shifts: Count | Auto = "auto",
+    errors: Literal["alike", "features", "classes"] = "alike",
+    draws: PositiveCount = 4,
     answers: Count = 0,
     **params: Any,
 ) -> Recipe:
@@ -52,6 +54,9 @@ def progressive_least_squares(
     Two streams of every example: the expert's and the merged model's. Each map is fitted, in closed form, to what the
     expert's gives, with a ridge toward the start that `inner` makes, and put in place before the next. What writes to
     the residual stream makes up for what is missing there (`residual`), or copies the expert's branch (`branch`).
+    With `errors`, what a task's expert does not feel is left to the other tasks: ‖·‖² becomes
+    (·)ᵀHₜ(·), Hₜ the mean square of what features or logits do when the map's outputs move; it takes a few times as
+    long, and memory for Hₜ (M, M) of all maps and tasks.
 
     Formula:
         [W b] = argmin Σₜ 1/nₜ Σ w ‖W x + b − y‖² + ridge · mean diag G · tr(([W b] − [W₀ b₀]) R ([W b] − [W₀ b₀])ᵀ)
@@ -66,6 +71,10 @@ def progressive_least_squares(
         first_token: the weight of the token that a model is read out at, where it is the first
         shifts: of images, how many copies of each that are shifted by up to 3 pixels are fitted too; auto: 3 of 16
             images a task or less, else none
+        errors: of a map's outputs, what they count by: all alike, or how much the expert's features, or the differences
+            of its logits (`classes`, where models have heads, and the better there), feel them; of 16
+            examples a task or more
+        draws: directions of every example's features, or pairs of classes, that tell what is felt
         answers: of prompts, how many tokens at most that the expert writes after each are fitted too
     Needs:
         unlabelled examples of every expert's own task, 16 or more
@@ -84,6 +93,8 @@ def progressive_least_squares(
     if answers:
         job = replace(job, examples=answered(job, answers))
     settings = Settings(
-        target, own_ridge if ridge == "auto" else ridge, own_floor if floor == "auto" else floor, first_token
-    )
+        target, own_ridge if ridge == "auto" else ridge, own_floor if floor == "auto" else floor, first_token,
+        errors=errors,
+        draws=draws,
+    )  # fmt: skip
     return solve(job, inner, start_of(inner, params), settings)
