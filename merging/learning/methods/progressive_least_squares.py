@@ -17,6 +17,7 @@ Auto = Literal["auto"]
 # What the sample family's validation images chose around its start.
 _CART_WUDI = {"damping": 0.1}
 _FEW = 16  # images a task, of which shifted copies help
+_FEW_DRAWN = 128  # examples a task, of which several draws each are needed to tell what is felt
 
 
 def of_examples(count: float, inner: str) -> tuple[float, float]:
@@ -45,7 +46,7 @@ def progressive_least_squares(
     first_token: Positive = 16.0,
     shifts: Count | Auto = "auto",
     errors: Literal["alike", "features", "classes"] = "alike",
-    draws: PositiveCount = 4,
+    draws: PositiveCount | Auto = "auto",
     answers: Count = 0,
     **params: Any,
 ) -> Recipe:
@@ -74,7 +75,8 @@ def progressive_least_squares(
         errors: of a map's outputs, what they count by: all alike, or how much the expert's features, or the differences
             of its logits (`classes`, where models have heads, and the better there), feel them; of 16
             examples a task or more
-        draws: directions of every example's features, or pairs of classes, that tell what is felt
+        draws: directions of every example's features, or pairs of classes, that tell what is felt; auto: 4 of 128
+            examples a task or less, else 1
         answers: of prompts, how many tokens at most that the expert writes after each are fitted too
     Needs:
         unlabelled examples of every expert's own task, 16 or more
@@ -94,7 +96,6 @@ def progressive_least_squares(
         job = replace(job, examples=answered(job, answers))
     settings = Settings(
         target, own_ridge if ridge == "auto" else ridge, own_floor if floor == "auto" else floor, first_token,
-        errors=errors,
-        draws=draws,
+        errors=errors, draws=(4 if mean <= _FEW_DRAWN else 1) if draws == "auto" else draws,
     )  # fmt: skip
     return solve(job, inner, start_of(inner, params), settings)
