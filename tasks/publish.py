@@ -12,12 +12,13 @@ from urllib.parse import urlsplit
 from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.errors import UserError
 from mergeline.tasks import history, tracking
-from mergeline.tasks import register as registry
 from mergeline.tasks.credentials import without_credentials
 from mergeline.tasks.examples import shown_examples
+from mergeline.tasks.kept import Say, silent
 from mergeline.tasks.leaderboard import read_leaderboard
 from mergeline.tasks.places import REPORT
 from mergeline.tasks.publication import load_verdict, note_published, published_digest
+from mergeline.tasks.register import register
 
 if TYPE_CHECKING:
     from mergeline.evaluation.pages.examples import TaskExamples
@@ -34,8 +35,10 @@ class Published:
     url: str | None
 
 
-def publish(workspace: Workspace) -> Published:
+def publish(workspace: Workspace, say: Say = silent) -> Published:
     """Publish to MLflow, register the candidate through the gates, and write the report.
+
+    say: is told what is done with the candidate's files.
 
     Raises:
         UserError: the pipeline has not run yet, or MLflow cannot be reached.
@@ -46,7 +49,7 @@ def publish(workspace: Workspace) -> Published:
     results = _results(workspace)
     figures = draw_all(FIGURES, **results)
     run = tracking.publish(workspace.root, workspace.raw, figures)
-    registry.register(workspace.root, workspace.raw, run)
+    register(workspace.root, workspace.raw, run, say)
     history.keep(workspace.root)
     _write_report(workspace, results)
     tracking.attach(workspace.root, run, REPORT)

@@ -199,6 +199,15 @@ class Retention(Strict):
         return int(self.gigabytes * 10**9)
 
 
+class Registering(Strict):
+    """What becomes of the files of registered versions, besides that they are kept here.
+
+    push: they go to DVC's default remote, if there is one, so that other checkouts can roll back to them.
+    """
+
+    push: bool = True
+
+
 class Params(Strict, ABC):
     """What every params.yaml holds. What dvc.yaml names has no default, for DVC knows none.
 
@@ -223,6 +232,7 @@ class Params(Strict, ABC):
     methods: list[str] = []
     gates: Gates = Gates()
     retention: Retention = Retention()
+    registry: Registering = Registering()
 
     @property
     @abstractmethod

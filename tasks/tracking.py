@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from mergeline.evaluation.measures import Measures, measures_of
@@ -38,6 +39,7 @@ from mergeline.tasks.modalities import modality_named
 from mergeline.tasks.modality import Modality
 from mergeline.tasks.private import private_folder
 from mergeline.tasks.seen import seen
+from mergeline.tasks.turns import turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,6 +51,7 @@ MODEL_TAG = "lineage.model"
 AT_USE_TAG = "task.at_use"  # of merges to which the task of an input is known, or found, when they are used
 
 _PARENT_TAG = "mlflow.parentRunId"
+_PUBLISHER = "mergeline.publisher"
 _UNNAMEABLE = re.compile(r"[^\w. /-]", re.ASCII)  # what MLflow allows in no name of a metric
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000  # limits of MLflow's REST API
 _DIGEST_LENGTH = 36  # of an MLflow dataset
@@ -99,24 +102,25 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
     keys = _merge_keys(board, merges)
     with locked(workspace):
         client = connect(workspace)
-        experiment_id = _experiment(client, workspace, params["name"])
-        commit = _git_commit(workspace)
-        tags = {"mergeline.candidate": board["candidate"], **commit}
-        with _run(client, experiment_id, _pipeline_key(board, merges), params["name"], tags) as (
-            run_id,
-            fresh,
-        ):
-            if fresh:
-                modality = modality_named(board["modality"])
-                _log(client, run_id, {}, _row_metrics(modality, measures_of(board), candidate_row(board)))
-                client.log_artifact(run_id, workspace / LEADERBOARD)
-            children = {
-                merge.name: _publish_merge(client, experiment_id, run_id, merge, keys[merge.name], commit)
-                for merge in merges
-            }
-            for figure in figures:
-                client.log_artifact(run_id, figure, "figures")
-            _sync_artifacts(client, run_id)
+        experiment_id = experiment(client, workspace, params["name"])
+        common = {_PUBLISHER: _publisher(workspace), **_git_commit(workspace)}
+        children = {
+            merge.name: _publish_merge(client, experiment_id, merge, keys[merge.name], common)
+            for merge in merges
+        }
+
+        def fill(run_id: str) -> None:
+            modality = modality_named(board["modality"])
+            _log(client, run_id, {}, _row_metrics(modality, measures_of(board), candidate_row(board)))
+            client.log_artifact(run_id, workspace / LEADERBOARD)
+
+        tags = {"mergeline.candidate": board["candidate"], **common}
+        run_id = _run(client, experiment_id, _pipeline_key(board, merges), params["name"], tags, fill)
+        for child in children.values():
+            client.set_tag(child, _PARENT_TAG, run_id)
+        for figure in figures:
+            client.log_artifact(run_id, figure, "figures")
+        _sync_artifacts(client, run_id)
     return PublishedRun(experiment_id, run_id, children)
 
 
@@ -144,8 +148,7 @@ def connect(workspace: Path) -> MlflowClient:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    own = (workspace / STATE).resolve() / "mlflow.db"
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own}"
+    own, uri = _own_database(workspace), tracking_uri(workspace)
     try:
         if uri == f"sqlite:///{own}" and not own.exists():
             _make_database(own)
@@ -156,6 +159,21 @@ def connect(workspace: Path) -> MlflowClient:
         shown = without_credentials(uri)
         raise UserError(f"MLflow at {shown} does not answer ({reason}); see MLFLOW_TRACKING_URI") from None
     return client
+
+
+def tracking_uri(workspace: Path) -> str:
+    """MLFLOW_TRACKING_URI, or that of the workspace's own database."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_database(workspace)}"
+
+
+def _own_database(workspace: Path) -> Path:
+    return (workspace / STATE).resolve() / "mlflow.db"
+
+
+def registry_name(workspace: Path) -> str:
+    """A name for the registry, as that of a folder: `own` is the workspace's own database."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return text_digest(without_credentials(uri)).removeprefix("sha256:")[:12] if uri else "own"
 
 
 def _make_database(path: Path) -> None:
@@ -180,10 +198,14 @@ def locked(workspace: Path) -> Iterator[None]:
         yield
 
 
+def digests(workspace: Path) -> Digests:
+    """Of the files of a workspace, as DVC has them."""
+    return Digests(private_folder(workspace / STATE) / "digests.sqlite")
+
+
 def data_lineage(workspace: Path, board: dict[str, Any]) -> dict[str, str]:
     """The tags that say on which data a leaderboard's tasks were measured (raises UserError if data are missing)."""
-    digests = Digests(workspace / STATE / "digests.sqlite")
-    return modality_named(board["modality"]).lineage(workspace, board, digests)
+    return modality_named(board["modality"]).lineage(workspace, board, digests(workspace))
 
 
 def _read(workspace: Path) -> tuple[dict[str, Any], list[_Merge]]:
@@ -247,54 +269,80 @@ def _flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _experiment(client: MlflowClient, workspace: Path, name: str) -> str:
+def experiment(client: MlflowClient, workspace: Path, name: str) -> str:
     """The id of the experiment `name`, which is created, or restored if it was deleted."""
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
     if found is None:
         on_server = client.tracking_uri.startswith(("http:", "https:"))  # with its own place for artifacts
         artifacts = None if on_server else (workspace / STATE / "mlartifacts").resolve().as_uri()
-        return client.create_experiment(name, artifact_location=artifacts)
+        try:
+            return client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise  # else another publisher was quicker
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return found.experiment_id
 
 
-@contextmanager
 def _run(
-    client: MlflowClient, experiment_id: str, key: str, name: str, tags: dict[str, str]
-) -> Iterator[tuple[str, bool]]:
-    """The run of `key` and whether it is new; a new one is finished on leaving the block.
+    client: MlflowClient,
+    experiment_id: str,
+    key: str,
+    name: str,
+    tags: dict[str, str],
+    fill: Callable[[str], None],
+) -> str:
+    """The finished run of `key`: the one that is there, or a new one, whatever `fill` puts into it.
 
-    Runs of that key that a crash left unfinished are deleted.
+    Of publishers that fill one at the same time the first to finish is believed. Runs that a crash of this workspace
+    left unfinished are deleted.
     """
-    for found in client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'"):
-        if found.info.status == "FINISHED":
-            yield found.info.run_id, False
-            return
-        client.delete_run(found.info.run_id)
+    if found := _finished(client, experiment_id, key):
+        return found
+    for left in client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'"):
+        if left.data.tags.get(_PUBLISHER) == tags[_PUBLISHER]:
+            client.delete_run(left.info.run_id)
     run_id = client.create_run(experiment_id, run_name=name, tags={RUN_KEY: key, **tags}).info.run_id
     try:
-        yield run_id, True
+        fill(run_id)
+        _sync_artifacts(client, run_id)
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    with turn(client, experiment_id):
+        first = _finished(client, experiment_id, key)
+        if first is None:
+            client.set_terminated(run_id, "FINISHED")
+            return run_id
+    client.delete_run(run_id)
+    return first
+
+
+def _finished(client: MlflowClient, experiment_id: str, key: str) -> str | None:
+    query = f"tags.`{RUN_KEY}` = '{key}' and attributes.status = 'FINISHED'"
+    return next((run.info.run_id for run in client.search_runs([experiment_id], query)), None)
+
+
+def _publisher(workspace: Path) -> str:
+    """A digest of who publishes: this workspace on this machine. It is no part of any key."""
+    return text_digest([platform.node(), str(workspace.resolve())])
 
 
 def _publish_merge(
-    client: MlflowClient, experiment_id: str, parent_id: str, merge: _Merge, key: str, commit: dict[str, str]
+    client: MlflowClient, experiment_id: str, merge: _Merge, key: str, common: dict[str, str]
 ) -> str:
-    tags = {"merge.method": merge.method, **merge.seen, **merge.lineage, **commit}
-    with _run(client, experiment_id, key, merge.name, tags) as (run_id, fresh):
-        # Also where the run is older: it may be the child of a pipeline run that was killed and deleted.
-        client.set_tag(run_id, _PARENT_TAG, parent_id)
-        if fresh:
-            _log(client, run_id, merge.params, merge.metrics, merge.curve)
-            client.log_inputs(run_id, _inputs(merge.lineage))
-            for file in merge.files:
-                client.log_artifact(run_id, file)
-            _sync_artifacts(client, run_id)
-    return run_id
+    def fill(run_id: str) -> None:
+        _log(client, run_id, merge.params, merge.metrics, merge.curve)
+        client.log_inputs(run_id, _inputs(merge.lineage))
+        for file in merge.files:
+            client.log_artifact(run_id, file)
+
+    tags = {"merge.method": merge.method, **merge.seen, **merge.lineage, **common}
+    return _run(client, experiment_id, key, merge.name, tags, fill)
 
 
 def _sync_artifacts(client: MlflowClient, run_id: str) -> None:
