@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergeline.tasks.digests import Digests
     from mergeline.tasks.gates import Finding, Gates
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
     from mergeline.tasks.step import Step
 
 Json = dict[str, Any]
@@ -186,6 +187,19 @@ class Modality(Protocol):
 
     def classes(self, params: Params, build: Path, split: str, task: str) -> Classes | None:
         """The classes of a task, where answers are numbers of classes."""
+        return None
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served | str:
+        """For serving, optional: what `predictor` is given besides the folder of a merge; or why it is not served."""
+        return f"what models of {self.name} do is no answer to one input"
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict] | None:
+        """For serving, optional: `predictor(model, beside, settings)` opens the folder of a merge.
+
+        beside: the folder with the files that `served` named; settings: as it said. Nothing else of the workspace is
+        there. It raises UserError for models that do not open, and what it gives for inputs that cannot be answered.
+        """
         return None
 
     def files(self, params: Params) -> Mapping[str, str]:

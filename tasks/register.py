@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from pydantic import ValidationError
 
@@ -40,12 +40,18 @@ from mergeline.tasks.registry import (
     versions,
 )
 from mergeline.tasks.schema import Registering
+from mergeline.tasks.serving.store import is_loadable, is_seen, make_loadable
 from mergeline.tasks.turns import turn
 
 if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+
+    from mergeline.tasks.serving.contract import Served
+
+
+Serving = Callable[[dict[str, Any]], "Served | str"]
 
 
 @dataclass(frozen=True)
@@ -102,13 +108,18 @@ class _Candidate:
 
 
 def register(
-    workspace: Path, params: dict[str, Any], run: tracking.PublishedRun | None = None, say: Say = silent
+    workspace: Path,
+    params: dict[str, Any],
+    run: tracking.PublishedRun | None = None,
+    say: Say = silent,
+    serving: Serving | None = None,
 ) -> Registration:
     """Register the best merge, and make it champion if it passes the gates.
 
     `run` is what `tracking.publish` returned; without it the workspace is published first. The outcome is also left
     in `.mergeline/verdict.json`. A candidate whose files do not have the digest of its row in the leaderboard is not
-    registered at all. say: is told where files were kept.
+    registered at all. say: is told what is done with its files. serving: of a row of the leaderboard, how that merge is
+    served or why it is not; without it MLflow can name the version, and not load it.
 
     Raises:
         UserError: a step's output is missing, the gates are malformed, or MLflow, or DVC's remote, does not answer.
@@ -122,6 +133,18 @@ def register(
         client = tracking.connect(workspace)
         problem = file_problem(workspace, candidate.files, candidate.digest)
         version = None if problem else _register(client, workspace, model, candidate, settings, say)
+
+        def loadable(version: Version) -> None:
+            if serving and not is_loadable(client, version):
+                how = serving(candidate.row)
+                if isinstance(how, str):
+                    say(f"MLflow can name version {version.version}, and not load it: {how}")
+                else:
+                    limit = settings.most_bytes
+                    make_loadable(client, workspace, version, candidate.modality, how, limit, say)
+
+        if version and is_seen(version):  # it costs nothing
+            loadable(version)
         while True:
             before = version_by_alias(client, model, CHAMPION)
             is_champion = before is not None and candidate.is_version(before)
@@ -135,6 +158,7 @@ def register(
                 client.update_model_version(model, version.version, findings)
             if not (verdict.passed and version):
                 break
+            loadable(version)
             if promote(client, candidate.experiment_id, before, version):
                 break
             say("the champion changed meanwhile: the candidate is judged anew")

@@ -6,7 +6,9 @@ MLflow keeps both. What is written is safe to repeat, and what others write at t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from mergeline.tasks import tracking
 from mergeline.tasks.turns import turn
@@ -17,6 +19,14 @@ if TYPE_CHECKING:
 CANDIDATE, CHAMPION = "candidate", "champion"
 URI_TAG, MERGE_TAG, MD5_TAG = "uri", "merge.name", "dvc.md5"
 _TAKEN_DOWN_TAG = "rolled_back_to"
+_TAGS = {
+    "merge": MERGE_TAG,
+    "uri": URI_TAG,
+    "digest": tracking.MODEL_TAG,
+    "at_use": tracking.AT_USE_TAG,
+    "md5": MD5_TAG,
+    "taken_down": _TAKEN_DOWN_TAG,
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class Version:
     merge: what it was called. uri: where its files are kept, seen from the workspace. digest: of its weights. md5: of
     its files, as DVC has it ("": an earlier Mergeline registered it and kept none). at_use: as
     `tasks.leaderboard.at_use` says it. taken_down: the version that was made champion in its place by hand, or "".
+    source: where MLflow has its files.
     """
 
     model: str
@@ -37,6 +48,12 @@ class Version:
     at_use: str = ""
     md5: str = ""
     taken_down: str = ""
+    source: str = ""
+
+    @property
+    def model_id(self) -> str:
+        """Of MLflow's logged model, which the registry does not keep: `source` is .../models/ID/artifacts."""
+        return PurePosixPath(urlsplit(self.source).path).parent.name
 
 
 def version_by_alias(client: MlflowClient, model: str, alias: str) -> Version | None:
@@ -59,11 +76,10 @@ def as_it_is(client: MlflowClient, known: Version) -> Version:
 
 def as_version(found: Any) -> Version:
     """What MLflow's own entity says of a version."""
-    merge, uri, digest, at_use, md5, down = (
-        found.tags.get(tag, "")
-        for tag in (MERGE_TAG, URI_TAG, tracking.MODEL_TAG, tracking.AT_USE_TAG, MD5_TAG, _TAKEN_DOWN_TAG)
+    tags = {field: found.tags.get(tag, "") for field, tag in _TAGS.items()}
+    return Version(
+        model=found.name, version=str(found.version), run_id=found.run_id, source=found.source, **tags
     )
-    return Version(found.name, str(found.version), merge, uri, digest, found.run_id, at_use, md5, down)
 
 
 def is_named(client: MlflowClient, md5: str) -> bool:

@@ -136,10 +136,11 @@ def publish(args: argparse.Namespace) -> None:
 def register(args: argparse.Namespace) -> None:
     workspace = _workspace(args)
     note("asking MLflow ...")
+    from mergeline.tasks.publish import serving_of
     from mergeline.tasks.register import register
 
     with workspace.lock():
-        outcome = register(workspace.root, workspace.raw, say=note)
+        outcome = register(workspace.root, workspace.raw, say=note, serving=serving_of(workspace))
     for finding in outcome.findings:
         print(f"{'yes' if finding.passed else 'NO '} {finding.sentence}")
     print(f"{outcome.candidate}: version {outcome.version}; champion: version {outcome.champion_after}")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mergeline.tasks.digests import Digests
     from mergeline.tasks.embeddings.params import EmbeddingParams
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
 
 _TABLES = (
     "${code}/evaluation/tables.py",
@@ -107,6 +108,17 @@ class EmbeddingModels(Modality):
 
     def paths(self, params: Params) -> dict[tuple[str, ...], str]:
         return dataset_paths("embeddings.data", cast("EmbeddingParams", params).embeddings.data)
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served:
+        from mergeline.tasks.embeddings.serving import served
+
+        return served(cast("EmbeddingParams", params).embeddings.batch_size)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.embeddings.serving import predictor
+
+        return predictor
 
     @property
     def network(self) -> Callable[[Params, Path, Path], Network]:
