@@ -155,10 +155,13 @@ def connect(workspace: Path) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
-        reason = scrubbed(str(error).splitlines()[0])
-        shown = without_credentials(uri)
-        raise UserError(f"MLflow at {shown} does not answer ({reason}); see MLFLOW_TRACKING_URI") from None
+        raise _unanswered(uri, error) from None
     return client
+
+
+def _unanswered(uri: str, error: Exception) -> UserError:
+    reason, shown = scrubbed(str(error).splitlines()[0]), without_credentials(uri)
+    return UserError(f"MLflow at {shown} does not answer ({reason}); see MLFLOW_TRACKING_URI")
 
 
 def tracking_uri(workspace: Path) -> str:
@@ -191,11 +194,21 @@ def _make_database(path: Path) -> None:
 
 @contextmanager
 def locked(workspace: Path) -> Iterator[None]:
-    """One process (or thread) at a time publishes from this workspace; the kernel frees a dead one's lock."""
+    """One process (or thread) at a time publishes from this workspace; the kernel frees a dead one's lock.
+
+    Raises:
+        UserError: MLflow's server goes away in the block.
+    """
     from filelock import FileLock
+    from requests import RequestException
 
     with FileLock(private_folder(workspace / STATE) / "mlflow.lock"):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error.__context__, RequestException):
+                raise
+            raise _unanswered(tracking_uri(workspace), error) from None
 
 
 def digests(workspace: Path) -> Digests:

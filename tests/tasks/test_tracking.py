@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from judged_workspace import PARAMS, TASKS, JudgedWorkspace
+from loopback import QuietHandler, listening
 
 from mergeline.merging.errors import UserError
 from mergeline.tasks import tracking
@@ -193,6 +195,33 @@ def test_an_absent_server_is_one_line_without_the_password(workspace, monkeypatc
     with pytest.raises(UserError, match="MLflow at http://127.0.0.1:9 does not answer") as error:
         tracking.publish(workspace.root, PARAMS)
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_server_that_goes_away_is_one_line(workspace, monkeypatch):
+    def refused(answering: QuietHandler) -> None:
+        body = b'{"experiments": []}' if "search" in answering.path else b""
+        if not body:
+            return answering.close_connection_now()
+        answering.send_response(200)
+        answering.send_header("Content-Length", str(len(body)))
+        answering.end_headers()
+        answering.wfile.write(body)
+
+    class Leaving(QuietHandler):
+        """Answers that it is there, and hangs up when it is asked for more."""
+
+        do_GET = do_POST = refused
+
+        def close_connection_now(self) -> None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with listening(Leaving) as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        with pytest.raises(UserError, match=f"MLflow at http://127.0.0.1:{port} does not answer") as error:
+            tracking.publish(workspace.root, PARAMS)
+    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_database_is_one_line(tmp_path, monkeypatch):
