@@ -83,7 +83,7 @@ class Modality(Protocol):
     depends on, in the notation of dvc.yaml, and the parameters that it watches. compare_deps: what `outcomes` and `row`
     read besides. merge_params: what every stage that merges watches besides. steps: those that come after `fetch` and
     before anything is evaluated. in_memory: whether a search hands merged models over as state dicts; else it merges
-    them to the disk, a few at a time.
+    them to the disk, a few at a time. hub_task: what the Hugging Face Hub calls what such models do.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Modality(Protocol):
     merge_params: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     in_memory: bool = False
+    hub_task: str = "other"
     measure: str = "accuracy"
 
     @abstractmethod

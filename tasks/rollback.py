@@ -35,23 +35,28 @@ def rollback(workspace: Path, params: dict[str, Any], version: str, say: Say = s
         if target is None:
             known = ", ".join(sorted(versions, key=int)) or "none"
             raise UserError(f"{model}: has no version {version}; there are: {known}")
-        files = _files(workspace, model, target, say)
+        files = version_files(workspace, target, say)
         experiment_id = tracking.experiment(client, workspace, model)
         return RolledBack(target, files, registry.put_back(client, experiment_id, target))
 
 
-def _files(workspace: Path, model: str, target: Version, say: Say) -> Path:
-    """Where the files of a version lie; they are its own (raises UserError)."""
+def version_files(workspace: Path, target: Version, say: Say) -> Path:
+    """Where the files of a version lie, seen from the workspace; brought back if need be.
+
+    Raises:
+        UserError: they are nowhere, or are not its own; DVC's remote does not answer.
+    """
     if target.md5:
         digests = tracking.digests(workspace)
         files = kept.bring_back(workspace, target.md5, tracking.registry_name(workspace), digests, say)
         if files is None:
             raise UserError(
-                f"{model} version {target.version}: its files ({target.md5}) are neither in {kept.KEPT}, nor among the "
-                "merges, nor in DVC's cache or default remote; run this where it was registered, or `dvc push` there"
+                f"{target.model} version {target.version}: its files ({target.md5}) are neither in {kept.KEPT}, nor "
+                "among the merges, nor in DVC's cache or default remote; run this where it was registered, or `dvc "
+                "push` there"
             )
     else:
         files = Path(target.uri)
     if problem := kept.file_problem(workspace, files, target.digest):
-        raise UserError(f"{model} version {target.version}: {problem}")
+        raise UserError(f"{target.model} version {target.version}: {problem}")
     return files

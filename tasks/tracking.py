@@ -50,7 +50,7 @@ RUN_KEY = "mergeline.run_key"
 MODEL_TAG = "lineage.model"
 AT_USE_TAG = "task.at_use"  # of merges to which the task of an input is known, or found, when they are used
 
-_PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
 _PUBLISHER = "mergeline.publisher"
 _UNNAMEABLE = re.compile(r"[^\w. /-]", re.ASCII)  # what MLflow allows in no name of a metric
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000  # limits of MLflow's REST API
@@ -117,7 +117,7 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
         tags = {"mergeline.candidate": board["candidate"], **common}
         run_id = _run(client, experiment_id, _pipeline_key(board, merges), params["name"], tags, fill)
         for child in children.values():
-            client.set_tag(child, _PARENT_TAG, run_id)
+            client.set_tag(child, PARENT_TAG, run_id)
         for figure in figures:
             client.log_artifact(run_id, figure, "figures")
         _sync_artifacts(client, run_id)

@@ -159,6 +159,19 @@ def rollback(args: argparse.Namespace) -> None:
         print(f"version {done.before.version} was it: no run makes it champion again, {again} does")
 
 
+def export_version(args: argparse.Namespace) -> None:
+    to = args.to if "://" in args.to else str(Path(args.to).absolute())
+    workspace = _workspace(args)
+    note("asking MLflow ...")
+    from mergeline.tasks.export_version import export_version
+
+    options = {"license": args.license, "private": args.private, "force": args.force, "say": note}
+    with workspace.lock():
+        done = export_version(workspace.root, workspace.raw, args.what, to, **options)
+    licence = f"licence {done.license}" if done.license else "no licence: say one with --license"
+    print(f"{done.place}  version {done.version.version} ({done.version.merge}), {licence}")
+
+
 def report(args: argparse.Namespace) -> None:
     from mergeline.tasks.publish import write_report
 

@@ -130,6 +130,7 @@ class ImageClassifiers(_Classifiers):
     """Image classifiers of transformers, timm and torchvision."""
 
     name = "image_classification"
+    hub_task = "image-classification"
     models = "image classifiers with image_classification"
     sections = ("image_classification",)
     deps = (*_DATA, "${code}/evaluation/datasets.py", "${code}/evaluation/pixels.py", *_CODE)
@@ -196,6 +197,7 @@ class TextClassifiers(_Classifiers):
     """Text classifiers of transformers (GLUE and the like)."""
 
     name = "text_classification"
+    hub_task = "text-classification"
     models = "text classifiers with text_classification"
     sections = ("text_classification",)
     deps = (*_DATA, "${code}/evaluation/tables.py", "${code}/evaluation/pretrained.py", *_CODE)

@@ -41,6 +41,7 @@ class Clip(Modality):
     """Image towers of CLIP; an outcome is 1 where the class with the largest cosine is the image's."""
 
     name = "clip"
+    hub_task = "zero-shot-image-classification"
     models = "image models with datasets and suite"
     sections = ("datasets", "suite")
     deps = (

@@ -49,6 +49,7 @@ class EmbeddingModels(Modality):
     """Models of sentence-transformers; an outcome is a query's nDCG@10, or what a pair adds to Spearman's rho."""
 
     name = "embeddings"
+    hub_task = "sentence-similarity"
     models = "embedding models with embeddings"
     sections = ("embeddings",)
     measure = "score"

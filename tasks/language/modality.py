@@ -26,6 +26,7 @@ class LanguageModels(Modality):
     """Causal language models; an outcome is 1 where lm-eval counts an example as right, or what its metric gives it."""
 
     name = "language"
+    hub_task = "text-generation"
     models = "language models with language"
     sections = ("language",)
     deps = (

@@ -29,6 +29,7 @@ class Text2Text(Writers):
     """Encoders with a decoder, such as T5 and BART; an outcome is the score of what one writes to an example."""
 
     name = "text2text"
+    hub_task = "text2text-generation"
     models = "sequence-to-sequence models with text2text"
     sections = ("text2text",)
     deps = (

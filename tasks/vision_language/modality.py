@@ -42,6 +42,7 @@ class VisionLanguageModels(Writers):
     """
 
     name = "vision_language"
+    hub_task = "image-text-to-text"
     models = "models of images and texts with vision_language"
     sections = ("vision_language",)
     deps = ("build/data", "${code}/evaluation/pretrained.py", *_CODE)
