@@ -23,13 +23,12 @@ from mergeline.evaluation.measures import Measures, measures_of
 from mergeline.evaluation.pages.figures import at_use
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
-from mergeline.merging.files import sync, sync_tree
+from mergeline.merging.files import read_object, sync, sync_tree
 from mergeline.tasks.credentials import scrubbed, without_credentials
 from mergeline.tasks.digests import Digests
 from mergeline.tasks.evaluate import PREDICTIONS, SCORES
 from mergeline.tasks.leaderboard import (
     LEADERBOARD,
-    candidate_row,
     numbers,
     present,
     read_leaderboard,
@@ -51,6 +50,7 @@ MODEL_TAG = "lineage.model"
 AT_USE_TAG = "task.at_use"  # of merges to which the task of an input is known, or found, when they are used
 
 PARENT_TAG = "mlflow.parentRunId"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then open on the table of runs
 _PUBLISHER = "mergeline.publisher"
 _UNNAMEABLE = re.compile(r"[^\w. /-]", re.ASCII)  # what MLflow allows in no name of a metric
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000  # limits of MLflow's REST API
@@ -80,15 +80,20 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class _Merge:
-    """What MLflow is told of one merge. `lineage` and `seen` hold tags, `curve` the validation means of its search."""
+    """What MLflow is told of one merge.
+
+    lineage, words: tags, of digests and for people. curve: of each point of its search the validation mean and the
+    numbers among its settings. seconds: that its stages took, where they ran here.
+    """
 
     name: str
     method: str
     params: dict[str, Any]
     metrics: dict[str, float]
     lineage: dict[str, str]
-    seen: dict[str, str]
-    curve: list[float]
+    words: dict[str, str]
+    curve: list[dict[str, float]]
+    seconds: float
     files: list[Path]
 
 
@@ -109,13 +114,16 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
             for merge in merges
         }
 
+        best = next(merge for merge in merges if merge.name == board["candidate"])
+
         def fill(run_id: str) -> None:
-            modality = modality_named(board["modality"])
-            _log(client, run_id, {}, _row_metrics(modality, measures_of(board), candidate_row(board)))
+            _log(client, run_id, {"candidate": best.name, **best.params}, best.metrics)
             client.log_artifact(run_id, workspace / LEADERBOARD)
 
-        tags = {"mergeline.candidate": board["candidate"], **common}
-        run_id = _run(client, experiment_id, _pipeline_key(board, merges), params["name"], tags, fill)
+        tags = {"mergeline.candidate": best.name, "merge.method": best.method, **best.words, **common}
+        name = f"{params['name']}: {best.name} {best.metrics['mean']:.3f}"
+        seconds = _seconds(workspace, "*")
+        run_id = _run(client, experiment_id, _pipeline_key(board, merges), name, tags, seconds, fill)
         for child in children.values():
             client.set_tag(child, PARENT_TAG, run_id)
         for figure in figures:
@@ -225,7 +233,7 @@ def _read(workspace: Path) -> tuple[dict[str, Any], list[_Merge]]:
     board = read_leaderboard(workspace)
     data, modality = data_lineage(workspace, board), modality_named(board["modality"])
     rows = [row for row in board["rows"] if row["kind"] == "merge"]
-    return board, [_read_merge(workspace, modality, measures_of(board), data, row) for row in rows]
+    return board, [_read_merge(workspace, modality, board, data, row) for row in rows]
 
 
 def _pipeline_key(board: dict[str, Any], merges: list[_Merge]) -> str:
@@ -239,8 +247,9 @@ def _merge_keys(board: dict[str, Any], merges: list[_Merge]) -> dict[str, str]:
 
 
 def _read_merge(
-    workspace: Path, modality: Modality, measures: Measures, data: dict[str, str], row: dict[str, Any]
+    workspace: Path, modality: Modality, board: dict[str, Any], data: dict[str, str], row: dict[str, Any]
 ) -> _Merge:
+    measures = measures_of(board)
     name, build = row["name"], workspace / "build"
     recipe = read_output(build / "merges" / name / "manifest.json")["recipe"]
     evaluation, search = build / "evaluations" / name, build / "search" / f"{name}.json"
@@ -256,13 +265,43 @@ def _read_merge(
     return _Merge(
         name=name,
         method=found.get("method", recipe["method"]),
-        seen={"merge.data": found["data"], "merge.seen": found["words"]},
+        words={
+            "merge.data": found["data"],
+            "merge.seen": found["words"],
+            "merge.base": board["lineage"]["base"]["name"],
+            "merge.experts": ", ".join(row.get("experts") or board["lineage"]["experts"]),
+            "merge.settings": ", ".join(f"{key} {value}" for key, value in row.get("params", {}).items()),
+        },
         params=scalars | _flat(recipe["params"]),
-        metrics=_row_metrics(modality, measures, row),
+        metrics=_row_metrics(modality, measures, row) | _gain(board, measures, row),
         lineage=lineage,
-        curve=[point["mean"] for point in read_output(search)["points"]],
+        curve=[_point(point) for point in read_output(search)["points"]],
+        seconds=_seconds(workspace, f"*@{name}"),
         files=[present(evaluation / SCORES), present(evaluation / PREDICTIONS), search],
     )
+
+
+def _point(point: dict[str, Any]) -> dict[str, float]:
+    numbers = {
+        _UNNAMEABLE.sub("_", key): float(value)
+        for key, value in point["params"].items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return numbers | {"val_mean": point["mean"]}
+
+
+def _gain(board: dict[str, Any], measures: Measures, row: dict[str, Any]) -> dict[str, float]:
+    """By how much the mean is better than the base's; larger is better, whatever is measured."""
+    base = next((found for found in board["rows"] if found["kind"] == "base"), None)
+    if base is None:
+        return {}
+    return {"gain_over_base": measures.mean.turned(row["mean"]) - measures.mean.turned(base["mean"])}
+
+
+def _seconds(workspace: Path, stages: str) -> float:
+    """That stages, by a pattern of their names, took when they last ran here."""
+    costs = (workspace / STATE / "costs").glob(f"{stages}.json")
+    return sum(float(read_object(file).get("seconds", 0)) for file in costs)
 
 
 def _row_metrics(modality: Modality, measures: Measures, row: dict[str, Any]) -> dict[str, float]:
@@ -291,7 +330,7 @@ def experiment(client: MlflowClient, workspace: Path, name: str) -> str:
         on_server = client.tracking_uri.startswith(("http:", "https:"))  # with its own place for artifacts
         artifacts = None if on_server else (workspace / STATE / "mlartifacts").resolve().as_uri()
         try:
-            return client.create_experiment(name, artifact_location=artifacts)
+            return client.create_experiment(name, artifact_location=artifacts, tags=dict(_KIND))
         except MlflowException as error:
             found = client.get_experiment_by_name(name)
             if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -307,6 +346,7 @@ def _run(
     key: str,
     name: str,
     tags: dict[str, str],
+    seconds: float,
     fill: Callable[[str], None],
 ) -> str:
     """The finished run of `key`: the one that is there, or a new one, whatever `fill` puts into it.
@@ -319,7 +359,10 @@ def _run(
     for left in client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'"):
         if left.data.tags.get(_PUBLISHER) == tags[_PUBLISHER]:
             client.delete_run(left.info.run_id)
-    run_id = client.create_run(experiment_id, run_name=name, tags={RUN_KEY: key, **tags}).info.run_id
+    started = int(
+        (time.time() - seconds) * 1000
+    )  # so that what it shows as its duration is that of the stages
+    run_id = client.create_run(experiment_id, started, {RUN_KEY: key, **tags}, name).info.run_id
     try:
         fill(run_id)
         _sync_artifacts(client, run_id)
@@ -354,8 +397,8 @@ def _publish_merge(
         for file in merge.files:
             client.log_artifact(run_id, file)
 
-    tags = {"merge.method": merge.method, **merge.seen, **merge.lineage, **common}
-    return _run(client, experiment_id, key, merge.name, tags, fill)
+    tags = {"merge.method": merge.method, **merge.words, **merge.lineage, **common}
+    return _run(client, experiment_id, key, merge.name, tags, merge.seconds, fill)
 
 
 def _sync_artifacts(client: MlflowClient, run_id: str) -> None:
@@ -377,14 +420,15 @@ def _log(
     run_id: str,
     params: dict[str, Any],
     metrics: dict[str, float],
-    curve: Sequence[float] = (),
+    curve: Sequence[dict[str, float]] = (),
 ) -> None:
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
     pairs = [Param(key, str(value)) for key, value in params.items()]
     values: list[Metric] = [Metric(key, value, now, 0) for key, value in metrics.items()]
-    values += [Metric("search.val_mean", mean, now, step) for step, mean in enumerate(curve)]
+    for step, point in enumerate(curve):
+        values += [Metric(f"search.{key}", value, now, step) for key, value in point.items()]
     for start in range(0, len(pairs), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=pairs[start : start + _PARAMS_PER_CALL])
     for start in range(0, len(values), _METRICS_PER_CALL):

@@ -15,6 +15,7 @@ from judged_workspace import PARAMS, TASKS, JudgedWorkspace
 from loopback import QuietHandler, listening
 
 from mergeline.merging.errors import UserError
+from mergeline.merging.files import write_json
 from mergeline.tasks import tracking
 
 
@@ -59,6 +60,24 @@ def test_everything_of_a_merge_is_shown(workspace):
     assert artifacts(workspace, run.info.run_id) == {"scores.json", "predictions.safetensors", "cart.json"}
     curve = tracking.connect(workspace.root).get_metric_history(run.info.run_id, "search.val_mean")
     assert [(m.step, m.value) for m in curve] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+
+
+def test_what_one_opens_says_what_was_merged_and_found(workspace):
+    write_json(workspace.root / tracking.STATE / "costs" / "merge@cart.json", {"seconds": 90.5})
+    published = tracking.publish(workspace.root, PARAMS)
+    client = tracking.connect(workspace.root)
+    whole, cart = (client.get_run(run) for run in (published.run_id, published.merges["cart"]))
+    assert whole.info.run_name == "sample: cart 0.787" and whole.data.params["candidate"] == "cart"
+    assert whole.data.params["density"] == "0.2"
+    for run in (whole, cart):
+        assert run.data.tags["merge.base"] == "base" and run.data.tags["merge.experts"] == "digits, shapes"
+        assert run.data.metrics["gain_over_base"] == pytest.approx(0.7875 - 0.1)
+        assert {"mean", "lower", "upper", "worst_task"} <= run.data.metrics.keys()
+        assert 90 < (run.info.end_time - run.info.start_time) / 1000 < 150
+    steps = client.get_metric_history(published.merges["cart"], "search.density")
+    assert [(m.step, m.value) for m in steps] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    kind = client.get_experiment(published.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
 
 
 def test_what_a_merge_was_fitted_to_is_shown(workspace):
