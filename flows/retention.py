@@ -112,11 +112,11 @@ def _deleted_versions(root: Path) -> tuple[list[Entry], list[str]]:
     Raises:
         UserError: MLflow does not answer.
     """
-    found = list(kept_versions(root))
-    if not found:
-        return [], []
-    own, client = tracking.registry_name(root), tracking.connect(root)
-    gone = [folder for name, md5, folder in found if name == own and not is_named(client, md5)]
+    found, own = list(kept_versions(root)), tracking.registry_name(root)
+    gone = []
+    if any(name == own for name, _, _ in found):  # what others name is not known here
+        client = tracking.connect(root)
+        gone = [folder for name, md5, folder in found if name == own and not is_named(client, md5)]
     stays = [folder for _, _, folder in found if folder not in gone]
     files = {file.stat().st_ino: file.stat() for folder in stays for file in files_of(folder)}
     alone = sum(stat.st_size for stat in files.values() if stat.st_nlink == 1)

@@ -260,6 +260,6 @@ def test_gc_keeps_what_a_version_names_whatever_it_is_asked_for(
 def test_gc_leaves_what_another_registry_may_name(two_versions, mergeline, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     two_versions.write_params()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # which is not asked
     assert "left the files of registered versions: 2" in gc(mergeline, two_versions)
     assert len(files(two_versions)) == 2
