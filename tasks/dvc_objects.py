@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import contextmanager
 from hashlib import md5
 from pathlib import Path, PurePosixPath
@@ -127,16 +128,14 @@ def _places(repo: Repo | None) -> Iterator[_Place]:
 
 @contextmanager
 def _told(place: str) -> Iterator[None]:
-    """Turn what a place of DVC's says of itself into one line."""
+    """Turn what a place of DVC's says of itself into one line: every kind of store brings exceptions of its own."""
     from dvc.config import NoRemoteError
-    from dvc.exceptions import DvcException
-    from dvc_objects.errors import ObjectDBError
 
     try:
         yield
-    except NoRemoteError:
+    except (NoRemoteError, UserError):
         raise
-    except (DvcException, ObjectDBError, OSError) as error:
+    except Exception as error:
         said = scrubbed(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise UserError(f"{place} cannot be used ({said}); see `dvc remote list` and .dvc/config") from None
 
@@ -150,8 +149,13 @@ def _entries(listing: bytes, digest: str, place: str) -> list[tuple[str, str]]:
     if f"{md5(listing).hexdigest()}.dir" != digest:
         raise UserError(f"{place}: the list of {digest} is damaged; remove it there, and push again")
     found = [(entry["relpath"], entry["md5"]) for entry in json.loads(listing)]
-    for name, _ in found:
+    for name, key in found:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts:
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or not path.parts
+            or not re.fullmatch("[0-9a-f]{32}", key)
+        ):
             raise UserError(f"{place}: {digest} names the file {name!r}, which lies outside of the folder")
     return found

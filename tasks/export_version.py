@@ -13,6 +13,7 @@ from mergeline.merging.engine.manifest import MANIFEST
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import link_or_copy, read_object, staged, write_bytes, write_json
 from mergeline.tasks import tracking
+from mergeline.tasks.credentials import without_credentials
 from mergeline.tasks.destinations import refuse_destination, send
 from mergeline.tasks.digests import files_of
 from mergeline.tasks.hub_card import exported_card, license_of
@@ -80,7 +81,9 @@ def export_version(
                 _fill(out, files, card, report)
                 size = sum(file.stat().st_size for file in files_of(out))
                 what = f"{version.model} version {version.version} ({version.merge})"
-                say(f"{what}: {len([*files_of(out)])} files, {size / 1e6:.1f} MB, go to {to} ...")
+                say(
+                    f"{what}: {len([*files_of(out)])} files, {size / 1e6:.1f} MB, go to {without_credentials(to)} ..."
+                )
                 place = send(out, to, f"{what}, exported by Mergeline", private)
     return Exported(version, place, found or "")
 

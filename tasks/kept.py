@@ -6,6 +6,7 @@ the old names. A folder goes by DVC's digest of it, so that DVC's cache and remo
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from stat import S_IMODE, S_IWGRP, S_IWOTH, S_IWUSR
 from typing import Callable, Iterator
@@ -27,7 +28,13 @@ def silent(_: str) -> None:
 
 
 def place_of(registry: str, md5: str) -> Path:
-    """Where the files of a version lie, seen from the workspace. md5: DVC's digest, `...dir`."""
+    """Where the files of a version lie, seen from the workspace. md5: DVC's digest, `...dir`.
+
+    Raises:
+        UserError: it is none; the registry may hold anything.
+    """
+    if not re.fullmatch(r"[0-9a-f]{32}\.dir", md5):
+        raise UserError(f"'{md5}' is no digest of DVC's of a folder; correct the version's tag in MLflow")
     return KEPT / registry / md5.removesuffix(".dir")
 
 

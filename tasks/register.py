@@ -132,7 +132,9 @@ def register(
     with tracking.locked(workspace):
         client = tracking.connect(workspace)
         problem = file_problem(workspace, candidate.files, candidate.digest)
-        version = None if problem else _register(client, workspace, model, candidate, settings, say)
+        version, place = None, candidate.files
+        if not problem:
+            version, place = _register(client, workspace, model, candidate, settings, say)
 
         def loadable(version: Version) -> None:
             if serving and not is_loadable(client, version):
@@ -141,7 +143,8 @@ def register(
                     say(f"MLflow can name version {version.version}, and not load it: {how}")
                 else:
                     limit = settings.most_bytes
-                    make_loadable(client, workspace, version, candidate.modality, how, limit, say)
+                    files = workspace / place
+                    make_loadable(client, workspace, version, files, candidate.modality, how, limit, say)
 
         if version and is_seen(version):  # it costs nothing
             loadable(version)
@@ -279,18 +282,22 @@ def _register(
     candidate: _Candidate,
     settings: Registering,
     say: Say,
-) -> Version:
-    """Keep the candidate's files, and write what is missing of its version and of the alias `candidate`."""
+) -> tuple[Version, Path]:
+    """Keep the candidate's files, and write what is missing of its version and of the alias `candidate`.
+
+    The version, and where the files are kept here, seen from the workspace.
+    """
     name = tracking.registry_name(workspace)
     digests = tracking.digests(workspace)
     md5 = keep(workspace, workspace / candidate.files, name, digests, settings.push, say)
+    place = place_of(name, md5)
     with turn(client, candidate.experiment_id):
         if not client.search_registered_models(f"name = '{model}'"):
             client.create_registered_model(model)
         found = [v for v in versions(client, model) if candidate.is_version(v)]
-        version = found[0] if found else _create_version(client, model, candidate, md5, place_of(name, md5))
+        version = found[0] if found else _create_version(client, model, candidate, md5, place)
         client.set_registered_model_alias(model, CANDIDATE, version.version)
-    return version
+    return version, place
 
 
 def _create_version(

@@ -39,18 +39,19 @@ def make_loadable(
     client: MlflowClient,
     root: Path,
     version: Version,
+    files: Path,
     modality: Modality,
     served: Served,
     most_bytes: int,
     say: Say,
 ) -> None:
-    """Let MLflow load a version, `models:/NAME/VERSION`. root: of the workspace, where its files are kept.
+    """Let MLflow load a version, `models:/NAME/VERSION`. root: of the workspace. files: the folder of the version's.
 
     most_bytes: that are uploaded. say: is told how many bytes, and how, before they are.
     """
     from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL
 
-    files, uri = root / version.uri, f"models:/{version.model}/{version.version}"
+    uri = f"models:/{version.model}/{version.version}"
     size = sum(file.stat().st_size for file in files_of(files))
     place = _local(version.source)
     if place is None and size > most_bytes:

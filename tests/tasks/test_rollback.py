@@ -180,6 +180,13 @@ def test_a_list_that_names_files_elsewhere_is_refused(workspace, tmp_path):
         rollback(workspace.root, STRICT, "1")
 
 
+def test_a_digest_that_is_a_path_is_refused(two_versions):
+    client = tracking.connect(two_versions.root)
+    client.set_model_version_tag("sample", "1", "dvc.md5", "../../../build/merges/cart.dir")
+    with pytest.raises(UserError, match="is no digest of DVC's of a folder"):
+        rollback(two_versions.root, STRICT, "1")
+
+
 def test_files_that_are_nowhere_are_one_line(two_versions):
     forget(two_versions)
     with pytest.raises(
