@@ -135,7 +135,7 @@ def _write(examples: Examples, name: str, folder: Path, image_size: int, source:
         for i in range(examples.size):
             with blame_images(f"{source}: {name} image {i}", ValueError, TypeError, OSError, SyntaxError):
                 image, label = examples.get(i)
-                pixels = _pixels(image, image_size)
+                pixels = square_pixels(image, image_size)
                 if examples.labelled:
                     labels[i] = operator.index(label)
             file.write(pixels.tobytes())
@@ -167,7 +167,7 @@ def _meta(opened: Opened, source: str) -> dict[str, Any]:
     }
 
 
-def _pixels(image: Any, size: int) -> np.ndarray:
+def square_pixels(image: Any, size: int) -> np.ndarray:
     """uint8 (size, size, 3) of a PIL image or a uint8 array (H, W), (H, W, 1) or (H, W, 3)."""
     from PIL import Image
 

@@ -130,7 +130,7 @@ def publish_run(params: str) -> dict[str, Any]:
     from mergeline.flows.artifacts import show
     from mergeline.tasks.publish import publish
 
-    published = publish(workspace)
+    published = publish(workspace, get_run_logger().info)
     show(workspace, published)
     return {"run_id": published.run_id}
 

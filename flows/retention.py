@@ -1,7 +1,8 @@
 """What `.mergeline` and the user's cache keep so that later runs are quicker, how long, and how much of it.
 
 Registered versions, MLflow's database and DVC's cache are no part of it: nothing that is removed here is missed, it is
-only made, or brought, again. The user's cache, which is no workspace's, is cleaned by hand alone.
+only made, or brought, again. By hand alone the user's cache is cleaned, which is no workspace's, and what was kept of
+versions that MLflow was told to delete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from mergeline.flows.cli import text
 from mergeline.flows.server import announced_server, prefect_settings
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import staged, staging_of
+from mergeline.tasks import tracking
+from mergeline.tasks.digests import files_of
+from mergeline.tasks.kept import kept_versions
 from mergeline.tasks.places import CACHED_CHECKPOINTS, CACHED_DOWNLOADS, CACHED_HEADERS, user_cache
+from mergeline.tasks.registry import is_named
 from mergeline.tasks.schema import Retention
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ _USER_CACHES = {
 _STAGING = (
     "build", "build/*", "build/fits/*", "build/fits/*/*", ".mergeline", ".mergeline/costs", ".mergeline/evaluations/*",
     ".mergeline/factors/*",
-    ".mergeline/figures", ".mergeline/prefect", ".mergeline/runs", ".mergeline/scratch",
+    ".mergeline/figures", ".mergeline/models/*", ".mergeline/prefect", ".mergeline/runs", ".mergeline/scratch",
 )  # fmt: skip
 _LEFTOVERS = "leftovers of killed runs"
 _WRITING_SECONDS = 3600  # a single file is written in less
@@ -86,6 +91,10 @@ def clean(
         ]
         kept = [*_cached_by_user(), *(_cached(workspace.state) if workspace else ())]
         gone += _too_old_or_much(kept, age, size - database)
+        if workspace:
+            deleted, told = _deleted_versions(workspace.root)
+            gone += deleted
+            said += told
         if not dry_run:
             remove(gone)
         would = "would remove" if dry_run else "removed"
@@ -95,6 +104,25 @@ def clean(
         for what, sizes in total.items():
             yield f"{would} {what}: {len(sizes)}, {text.size(sum(sizes))}"
         yield from said
+
+
+def _deleted_versions(root: Path) -> tuple[list[Entry], list[str]]:
+    """What is kept for no version of the registry any more, and what is said of the rest.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    found, own = list(kept_versions(root)), tracking.registry_name(root)
+    gone = []
+    if any(name == own for name, _, _ in found):  # what others name is not known here
+        client = tracking.connect(root)
+        gone = [folder for name, md5, folder in found if name == own and not is_named(client, md5)]
+    stays = [folder for _, _, folder in found if folder not in gone]
+    files = {file.stat().st_ino: file.stat() for folder in stays for file in files_of(folder)}
+    alone = sum(stat.st_size for stat in files.values() if stat.st_nlink == 1)
+    total = text.size(sum(stat.st_size for stat in files.values()))
+    said = f"left the files of registered versions: {len(stays)}, {total}, of which {text.size(alone)} lie nowhere else"
+    return [_entry("files of deleted versions", folder) for folder in gone], [said] if stays else []
 
 
 def removable(workspace: Workspace, age: timedelta, size: int) -> list[Entry]:

@@ -33,6 +33,7 @@ _UNWRITABLE = (
     errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
     errno.ELOOP, errno.EBUSY, errno.EXDEV, errno.EFBIG, errno.ENOTEMPTY,
 )  # fmt: skip
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
@@ -216,6 +217,18 @@ def empty(folder: Path, keep: Iterable[str] = ()) -> None:
             remove(entry)
         elif kept := inside[entry.name]:
             empty(entry, kept)
+
+
+def link_or_copy(source: Path, target: Path) -> bool:
+    """Give a file a second name, or copy it where the disk is another or has no such links; whether it is a link."""
+    try:
+        os.link(source, target)
+        return True
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+    shutil.copyfile(source, target)
+    return False
 
 
 def remove_halves(folder: Path) -> None:

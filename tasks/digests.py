@@ -43,19 +43,26 @@ class Digests:
 
         without: files and folders that are taken for gone.
         """
+        if path.is_dir():
+            return hashlib.md5(folder_list(self.entries(path, without))).hexdigest() + ".dir"
         new: dict[_Key, str] = {}
         try:
-            if path.is_dir():
-                entries = [
-                    {"md5": self._file(f, new), "relpath": f.relative_to(path).as_posix()}
-                    for f in _files(path)
-                    if not any(f.is_relative_to(gone) for gone in without)
-                ]
-                entries.sort(key=lambda e: e["relpath"])
-                return hashlib.md5(json.dumps(entries, sort_keys=True).encode()).hexdigest() + ".dir"
             return self._file(path, new) if path.exists() else None
         finally:
             self._remember(new)
+
+    def entries(self, folder: Path, without: Collection[Path] = ()) -> list[dict[str, str]]:
+        """The `md5` and `relpath` of every file in a folder, by name."""
+        new: dict[_Key, str] = {}
+        try:
+            found = [
+                {"md5": self._file(f, new), "relpath": f.relative_to(folder).as_posix()}
+                for f in files_of(folder)
+                if not any(f.is_relative_to(gone) for gone in without)
+            ]
+        finally:
+            self._remember(new)
+        return sorted(found, key=lambda entry: entry["relpath"])
 
     def _file(self, path: Path, new: dict[_Key, str]) -> str:
         """The digest of a file; where it had to be read, it is added to `new`, too."""
@@ -78,6 +85,11 @@ class Digests:
         return closing(sqlite3.connect(self._memo, timeout=60, isolation_level=None))
 
 
+def folder_list(entries: list[dict[str, str]]) -> bytes:
+    """What DVC keeps of a folder with these files: its MD5 is the folder's digest."""
+    return json.dumps(entries, sort_keys=True).encode()
+
+
 def _md5(path: Path) -> str:
     md5 = hashlib.md5()
     with open_regular(path) as file:
@@ -86,7 +98,8 @@ def _md5(path: Path) -> str:
     return md5.hexdigest()
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_of(folder: Path) -> Iterator[Path]:
+    """The files of a folder that belong to its digest: those that DVC sees."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if f not in _IGNORED_FOLDERS and not fnmatchcase(f, ".*.partial")]
         for name in names:

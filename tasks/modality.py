@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mergeline.tasks.digests import Digests
     from mergeline.tasks.gates import Finding, Gates
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
     from mergeline.tasks.step import Step
 
 Json = dict[str, Any]
@@ -82,7 +83,7 @@ class Modality(Protocol):
     depends on, in the notation of dvc.yaml, and the parameters that it watches. compare_deps: what `outcomes` and `row`
     read besides. merge_params: what every stage that merges watches besides. steps: those that come after `fetch` and
     before anything is evaluated. in_memory: whether a search hands merged models over as state dicts; else it merges
-    them to the disk, a few at a time.
+    them to the disk, a few at a time. hub_task: what the Hugging Face Hub calls what such models do.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Modality(Protocol):
     merge_params: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     in_memory: bool = False
+    hub_task: str = "other"
     measure: str = "accuracy"
 
     @abstractmethod
@@ -186,6 +188,19 @@ class Modality(Protocol):
 
     def classes(self, params: Params, build: Path, split: str, task: str) -> Classes | None:
         """The classes of a task, where answers are numbers of classes."""
+        return None
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served | str:
+        """For serving, optional: what `predictor` is given besides the folder of a merge; or why it is not served."""
+        return f"what models of {self.name} do is no answer to one input"
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict] | None:
+        """For serving, optional: `predictor(model, beside, settings)` opens the folder of a merge.
+
+        beside: the folder with the files that `served` named; settings: as it said. Nothing else of the workspace is
+        there. It raises UserError for models that do not open, and what it gives for inputs that cannot be answered.
+        """
         return None
 
     def files(self, params: Params) -> Mapping[str, str]:

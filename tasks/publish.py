@@ -12,12 +12,15 @@ from urllib.parse import urlsplit
 from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.errors import UserError
 from mergeline.tasks import history, tracking
-from mergeline.tasks import register as registry
 from mergeline.tasks.credentials import without_credentials
 from mergeline.tasks.examples import shown_examples
+from mergeline.tasks.kept import Say, silent
 from mergeline.tasks.leaderboard import read_leaderboard
 from mergeline.tasks.places import REPORT
 from mergeline.tasks.publication import load_verdict, note_published, published_digest
+from mergeline.tasks.register import Serving, register
+from mergeline.tasks.serving.contract import Served
+from mergeline.tasks.serving.served import served
 
 if TYPE_CHECKING:
     from mergeline.evaluation.pages.examples import TaskExamples
@@ -34,8 +37,10 @@ class Published:
     url: str | None
 
 
-def publish(workspace: Workspace) -> Published:
+def publish(workspace: Workspace, say: Say = silent) -> Published:
     """Publish to MLflow, register the candidate through the gates, and write the report.
+
+    say: is told what is done with the candidate's files.
 
     Raises:
         UserError: the pipeline has not run yet, or MLflow cannot be reached.
@@ -46,12 +51,25 @@ def publish(workspace: Workspace) -> Published:
     results = _results(workspace)
     figures = draw_all(FIGURES, **results)
     run = tracking.publish(workspace.root, workspace.raw, figures)
-    registry.register(workspace.root, workspace.raw, run)
+    register(workspace.root, workspace.raw, run, say, serving_of(workspace))
     history.keep(workspace.root)
     _write_report(workspace, results)
     tracking.attach(workspace.root, run, REPORT)
     note_published(workspace, digest)
     return Published(run.run_id, _page(run))
+
+
+def serving_of(workspace: Workspace) -> Serving:
+    """How the merges of a workspace are served, by their rows of the leaderboard, or why they are not."""
+
+    def serving(row: dict[str, Any]) -> Served | str:
+        build = workspace.root / "build"
+        try:
+            return served(workspace.modality, workspace.params, build, build / "merges" / row["name"], row)
+        except UserError as error:  # it is said: data may be gone when a workspace is published again
+            return str(error)
+
+    return serving
 
 
 def _page(run: tracking.PublishedRun) -> str | None:

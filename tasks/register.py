@@ -1,8 +1,8 @@
-"""The registry: the candidate becomes a model version by reference; if the gates pass, the champion.
+"""Registering: the candidate becomes a model version, whose files are kept; if the gates pass, the champion.
 
-A version holds the checkpoint's place in the workspace and its digest, not its bytes. Nothing written
-before the last call, which moves the alias `champion`, matters to those who load the champion; each write
-is found again by the digest, so a run after a crash completes what is missing.
+Nothing written before the last call, which moves the alias `champion`, matters to those who load the champion; each
+write is found again by the digest, so a run after a crash completes what is missing. Where another publisher moves the
+alias meanwhile, the candidate is judged anew.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from pydantic import ValidationError
 
@@ -21,30 +21,37 @@ from mergeline.merging.files import write_json
 from mergeline.tasks import tracking
 from mergeline.tasks.evaluate import PREDICTIONS, read_outcomes
 from mergeline.tasks.gates import Champion, Checks, Finding, Gates, Verdict, judge, misplaced
+from mergeline.tasks.kept import Say, file_problem, keep, place_of, silent
 from mergeline.tasks.leaderboard import candidate_row, read_leaderboard
 from mergeline.tasks.modalities import modality_named
 from mergeline.tasks.modality import Modality
 from mergeline.tasks.publication import VERDICT, load_verdict
+from mergeline.tasks.registry import (
+    CANDIDATE,
+    CHAMPION,
+    MD5_TAG,
+    MERGE_TAG,
+    URI_TAG,
+    Version,
+    as_it_is,
+    as_version,
+    promote,
+    version_by_alias,
+    versions,
+)
+from mergeline.tasks.schema import Registering
+from mergeline.tasks.serving.store import is_loadable, is_seen, make_loadable
+from mergeline.tasks.turns import turn
 
 if TYPE_CHECKING:
     import numpy as np
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
-CANDIDATE, CHAMPION = "candidate", "champion"
-_URI_TAG, _MERGE_TAG = "uri", "merge.name"
+    from mergeline.tasks.serving.contract import Served
 
 
-@dataclass(frozen=True)
-class Version:
-    """A version of the registered model: which merge it is, where it lies in the workspace, its digest."""
-
-    version: str
-    merge: str
-    uri: str
-    digest: str
-    run_id: str
-    at_use: str = ""  # as `tasks.leaderboard.at_use` says it
+Serving = Callable[[dict[str, Any]], "Served | str"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,9 @@ class _Candidate:
         return at_use(self.row)
 
     @property
-    def uri(self) -> str:
-        return f"build/merges/{self.name}"
+    def files(self) -> Path:
+        """Where they lie, seen from the workspace."""
+        return Path("build/merges") / self.name
 
     def is_version(self, version: Version) -> bool:
         """Whether a version is this candidate: adapters beside the same weights make another model of them."""
@@ -100,64 +108,76 @@ class _Candidate:
 
 
 def register(
-    workspace: Path, params: dict[str, Any], run: tracking.PublishedRun | None = None
+    workspace: Path,
+    params: dict[str, Any],
+    run: tracking.PublishedRun | None = None,
+    say: Say = silent,
+    serving: Serving | None = None,
 ) -> Registration:
     """Register the best merge, and make it champion if it passes the gates.
 
     `run` is what `tracking.publish` returned; without it the workspace is published first. The outcome is also left
     in `.mergeline/verdict.json`. A candidate whose files do not have the digest of its row in the leaderboard is not
-    registered at all.
+    registered at all. say: is told what is done with its files. serving: of a row of the leaderboard, how that merge is
+    served or why it is not; without it MLflow can name the version, and not load it.
 
     Raises:
-        UserError: a step's output is missing, the gates are malformed, or MLflow does not answer.
+        UserError: a step's output is missing, the gates are malformed, or MLflow, or DVC's remote, does not answer.
     """
-    board = read_leaderboard(workspace)
+    board, model = read_leaderboard(workspace), params["name"]
     modality = modality_named(board["modality"])
     gates = _gates(params, modality.gates(), measures_of(board))
+    settings = Registering.model_validate(params.get("registry") or {})
     candidate = _candidate(workspace, board, modality, run or tracking.publish(workspace, params))
     with tracking.locked(workspace):
         client = tracking.connect(workspace)
-        before = _version_by_alias(client, params["name"], CHAMPION)
-        problem = _file_problem(workspace, candidate.uri, candidate.digest)
-        if before and candidate.is_version(before):
-            verdict = _already_champion(candidate, before, problem)
-            version: str | None = before.version
-        else:
-            verdict = _judge(client, workspace, candidate, before, gates, problem)
-            version = None if problem else _register(client, params["name"], candidate, verdict)
+        problem = file_problem(workspace, candidate.files, candidate.digest)
+        version, place = None, candidate.files
+        if not problem:
+            version, place = _register(client, workspace, model, candidate, settings, say)
+
+        def loadable(version: Version) -> None:
+            if serving and not is_loadable(client, version):
+                how = serving(candidate.row)
+                if isinstance(how, str):
+                    say(f"MLflow can name version {version.version}, and not load it: {how}")
+                else:
+                    limit = settings.most_bytes
+                    files = workspace / place
+                    make_loadable(client, workspace, version, files, candidate.modality, how, limit, say)
+
+        if version and is_seen(version):  # it costs nothing
+            loadable(version)
+        while True:
+            before = version_by_alias(client, model, CHAMPION)
+            is_champion = before is not None and candidate.is_version(before)
+            if before and is_champion:
+                verdict = _already_champion(candidate, before, problem)
+                version = version or before
+                break
+            verdict = _judge(client, workspace, candidate, version, before, gates, problem)
+            if version:
+                findings = "\n".join(f"- {f.sentence}" for f in verdict.findings)
+                client.update_model_version(model, version.version, findings)
+            if not (verdict.passed and version):
+                break
+            loadable(version)
+            if promote(client, candidate.experiment_id, before, version):
+                break
+            say("the champion changed meanwhile: the candidate is judged anew")
+        number = version.version if version else None
         old = before.version if before else None
-        new = version if verdict.passed else old
-        outcome = Registration(verdict.passed, verdict.findings, candidate.name, version, old, new)
-        if not (old == new == version and _promoted(workspace) == version):
+        new = number if verdict.passed else old
+        outcome = Registration(verdict.passed, verdict.findings, candidate.name, number, old, new)
+        if not (old == new == number and _promoted(workspace) == number):
             write_json(workspace / tracking.STATE / VERDICT, asdict(outcome))
     return outcome
-
-
-def rollback(workspace: Path, params: dict[str, Any], version: str) -> Version:
-    """Make an earlier version champion again.
-
-    Raises:
-        UserError: there is no such version, or its files do not have the digest it was registered with.
-    """
-    model = params["name"]
-    with tracking.locked(workspace):
-        client = tracking.connect(workspace)
-        versions = {v.version: v for v in _versions(client, model)}
-        target = versions.get(str(version))
-        if target is None:
-            known = ", ".join(sorted(versions, key=int)) or "none"
-            raise UserError(f"{model}: has no version {version}; there are: {known}")
-        if problem := _file_problem(workspace, target.uri, target.digest):
-            mend = "Bring its files back with `git checkout` and `dvc checkout`."
-            raise UserError(f"{model} version {version}: {problem} {mend}")
-        client.set_registered_model_alias(model, CHAMPION, target.version)
-    return target
 
 
 def champion(workspace: Path, params: dict[str, Any]) -> Version | None:
     """The current champion, if there is one (raises UserError if MLflow does not answer)."""
     with tracking.locked(workspace):
-        return _version_by_alias(tracking.connect(workspace), params["name"], CHAMPION)
+        return version_by_alias(tracking.connect(workspace), params["name"], CHAMPION)
 
 
 def _promoted(workspace: Path) -> str | None:
@@ -204,14 +224,25 @@ def _judge(
     client: MlflowClient,
     workspace: Path,
     candidate: _Candidate,
+    version: Version | None,
     before: Version | None,
     gates: Gates,
     problem: str,
 ) -> Verdict:
     outcomes = _outcomes(workspace, workspace / candidate.predictions, candidate)
     rival = _rival(client, workspace, candidate, before) if before else None
-    own = candidate.modality.findings(candidate.row, candidate.base, gates)
+    own = [*_taken_down(client, version), *candidate.modality.findings(candidate.row, candidate.base, gates)]
     return judge(candidate.row, outcomes, rival, gates, candidate.checks(problem), own)
+
+
+def _taken_down(client: MlflowClient, version: Version | None) -> Iterator[Finding]:
+    """Whether the candidate was champion and is not to be, as the registry says by now."""
+    if version and (down := as_it_is(client, version).taken_down):
+        sentence = (
+            f"Version {version.version} was rolled back to version {down}: `mergeline rollback {version.version}` "
+            "alone makes it champion again."
+        )
+        yield Finding("rolled_back", False, sentence)
 
 
 def _rival(client: MlflowClient, workspace: Path, candidate: _Candidate, before: Version) -> Champion:
@@ -244,32 +275,40 @@ def _outcomes(workspace: Path, predictions: Path, candidate: _Candidate) -> dict
     )
 
 
-def _file_problem(workspace: Path, uri: str, digest: str) -> str:
-    """Why the files at `uri` are not those of `digest`, or ""."""
-    from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+def _register(
+    client: MlflowClient,
+    workspace: Path,
+    model: str,
+    candidate: _Candidate,
+    settings: Registering,
+    say: Say,
+) -> tuple[Version, Path]:
+    """Keep the candidate's files, and write what is missing of its version and of the alias `candidate`.
 
-    try:
-        found = open_checkpoint(workspace / uri).digest()
-    except UserError as error:
-        return f"The checkpoint does not open: {error}."
-    return "" if found == digest else f"The files in {uri} have the digest {found}, not {digest}."
+    The version, and where the files are kept here, seen from the workspace.
+    """
+    name = tracking.registry_name(workspace)
+    digests = tracking.digests(workspace)
+    md5 = keep(workspace, workspace / candidate.files, name, digests, settings.push, say)
+    place = place_of(name, md5)
+    with turn(client, candidate.experiment_id):
+        if not client.search_registered_models(f"name = '{model}'"):
+            client.create_registered_model(model)
+        found = [v for v in versions(client, model) if candidate.is_version(v)]
+        version = found[0] if found else _create_version(client, model, candidate, md5, place)
+        client.set_registered_model_alias(model, CANDIDATE, version.version)
+    return version, place
 
 
-def _register(client: MlflowClient, model: str, candidate: _Candidate, verdict: Verdict) -> str:
-    """Write what is missing of the candidate's version and aliases; returns the version's number."""
-    if not client.search_registered_models(f"name = '{model}'"):
-        client.create_registered_model(model)
-    found = [v.version for v in _versions(client, model) if candidate.is_version(v)]
-    version = found[0] if found else _create_version(client, model, candidate)
-    client.update_model_version(model, version, "\n".join(f"- {f.sentence}" for f in verdict.findings))
-    client.set_registered_model_alias(model, CANDIDATE, version)
-    if verdict.passed:
-        client.set_registered_model_alias(model, CHAMPION, version)
-    return version
-
-
-def _create_version(client: MlflowClient, model: str, candidate: _Candidate) -> str:
-    tags = {_URI_TAG: candidate.uri, _MERGE_TAG: candidate.name, tracking.MODEL_TAG: candidate.digest}
+def _create_version(
+    client: MlflowClient, model: str, candidate: _Candidate, md5: str, files: Path
+) -> Version:
+    tags = {
+        URI_TAG: files.as_posix(),
+        MERGE_TAG: candidate.name,
+        tracking.MODEL_TAG: candidate.digest,
+        MD5_TAG: md5,
+    }
     if candidate.at_use:
         tags[tracking.AT_USE_TAG] = candidate.at_use
     logged = _logged_model(client, candidate, tags)
@@ -278,7 +317,7 @@ def _create_version(client: MlflowClient, model: str, candidate: _Candidate) -> 
     version = client.create_model_version(
         model, source, candidate.run_id, tags, model_id=logged.model_id, await_creation_for=0
     )
-    return str(version.version)
+    return as_version(version)
 
 
 def _logged_model(client: MlflowClient, candidate: _Candidate, tags: dict[str, str]) -> LoggedModel:
@@ -301,21 +340,3 @@ def _logged_model(client: MlflowClient, candidate: _Candidate, tags: dict[str, s
     )
     client.log_outputs(candidate.run_id, [LoggedModelOutput(logged.model_id, step=0)])
     return client.finalize_logged_model(logged.model_id, "READY")
-
-
-def _version_by_alias(client: MlflowClient, model: str, alias: str) -> Version | None:
-    for registered in client.search_registered_models(f"name = '{model}'"):
-        if alias in registered.aliases:
-            return _as_version(client.get_model_version(model, str(registered.aliases[alias])))
-    return None
-
-
-def _versions(client: MlflowClient, model: str) -> list[Version]:
-    return [_as_version(found) for found in client.search_model_versions(f"name = '{model}'")]
-
-
-def _as_version(found: Any) -> Version:
-    merge, uri, digest = (found.tags.get(tag, "") for tag in (_MERGE_TAG, _URI_TAG, tracking.MODEL_TAG))
-    return Version(
-        str(found.version), merge, uri, digest, found.run_id, found.tags.get(tracking.AT_USE_TAG, "")
-    )

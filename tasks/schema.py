@@ -204,6 +204,23 @@ class Retention(Strict):
         return int(self.gigabytes * 10**9)
 
 
+class Registering(Strict):
+    """What becomes of the files of registered versions, besides that they are kept here.
+
+    push: they go to DVC's default remote, if there is one, so that other checkouts can roll back to them.
+    upload_gigabytes: where MLflow's artifact store is seen from this machine, it gets hard links; elsewhere the files
+    of a champion of no more than so many gigabytes are uploaded.
+    """
+
+    push: bool = True
+    upload_gigabytes: Annotated[float, Field(ge=0)] = 5.0
+
+    @property
+    def most_bytes(self) -> int:
+        """That are uploaded."""
+        return int(self.upload_gigabytes * 10**9)
+
+
 class Params(Strict, ABC):
     """What every params.yaml holds. What dvc.yaml names has no default, for DVC knows none.
 
@@ -228,6 +245,7 @@ class Params(Strict, ABC):
     methods: list[str] = []
     gates: Gates = Gates()
     retention: Retention = Retention()
+    registry: Registering = Registering()
 
     @property
     @abstractmethod

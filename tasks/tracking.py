@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from mergeline.evaluation.measures import Measures, measures_of
 from mergeline.evaluation.pages.figures import at_use
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
-from mergeline.merging.files import sync, sync_tree
+from mergeline.merging.files import read_object, sync, sync_tree
 from mergeline.tasks.credentials import scrubbed, without_credentials
 from mergeline.tasks.digests import Digests
 from mergeline.tasks.evaluate import PREDICTIONS, SCORES
 from mergeline.tasks.leaderboard import (
     LEADERBOARD,
-    candidate_row,
     numbers,
     present,
     read_leaderboard,
@@ -38,6 +38,7 @@ from mergeline.tasks.modalities import modality_named
 from mergeline.tasks.modality import Modality
 from mergeline.tasks.private import private_folder
 from mergeline.tasks.seen import seen
+from mergeline.tasks.turns import turn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,7 +49,9 @@ RUN_KEY = "mergeline.run_key"
 MODEL_TAG = "lineage.model"
 AT_USE_TAG = "task.at_use"  # of merges to which the task of an input is known, or found, when they are used
 
-_PARENT_TAG = "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then open on the table of runs
+_PUBLISHER = "mergeline.publisher"
 _UNNAMEABLE = re.compile(r"[^\w. /-]", re.ASCII)  # what MLflow allows in no name of a metric
 _PARAMS_PER_CALL, _METRICS_PER_CALL = 100, 1000  # limits of MLflow's REST API
 _DIGEST_LENGTH = 36  # of an MLflow dataset
@@ -77,15 +80,20 @@ class PublishedRun:
 
 @dataclass(frozen=True)
 class _Merge:
-    """What MLflow is told of one merge. `lineage` and `seen` hold tags, `curve` the validation means of its search."""
+    """What MLflow is told of one merge.
+
+    lineage, words: tags, of digests and for people. curve: of each point of its search the validation mean and the
+    numbers among its settings. seconds: that its stages took, where they ran here.
+    """
 
     name: str
     method: str
     params: dict[str, Any]
     metrics: dict[str, float]
     lineage: dict[str, str]
-    seen: dict[str, str]
-    curve: list[float]
+    words: dict[str, str]
+    curve: list[dict[str, float]]
+    seconds: float
     files: list[Path]
 
 
@@ -99,24 +107,28 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
     keys = _merge_keys(board, merges)
     with locked(workspace):
         client = connect(workspace)
-        experiment_id = _experiment(client, workspace, params["name"])
-        commit = _git_commit(workspace)
-        tags = {"mergeline.candidate": board["candidate"], **commit}
-        with _run(client, experiment_id, _pipeline_key(board, merges), params["name"], tags) as (
-            run_id,
-            fresh,
-        ):
-            if fresh:
-                modality = modality_named(board["modality"])
-                _log(client, run_id, {}, _row_metrics(modality, measures_of(board), candidate_row(board)))
-                client.log_artifact(run_id, workspace / LEADERBOARD)
-            children = {
-                merge.name: _publish_merge(client, experiment_id, run_id, merge, keys[merge.name], commit)
-                for merge in merges
-            }
-            for figure in figures:
-                client.log_artifact(run_id, figure, "figures")
-            _sync_artifacts(client, run_id)
+        experiment_id = experiment(client, workspace, params["name"])
+        common = {_PUBLISHER: _publisher(workspace), **_git_commit(workspace)}
+        children = {
+            merge.name: _publish_merge(client, experiment_id, merge, keys[merge.name], common)
+            for merge in merges
+        }
+
+        best = next(merge for merge in merges if merge.name == board["candidate"])
+
+        def fill(run_id: str) -> None:
+            _log(client, run_id, {"candidate": best.name, **best.params}, best.metrics)
+            client.log_artifact(run_id, workspace / LEADERBOARD)
+
+        tags = {"mergeline.candidate": best.name, "merge.method": best.method, **best.words, **common}
+        name = f"{params['name']}: {best.name} {best.metrics['mean']:.3f}"
+        seconds = _seconds(workspace, "*")
+        run_id = _run(client, experiment_id, _pipeline_key(board, merges), name, tags, seconds, fill)
+        for child in children.values():
+            client.set_tag(child, PARENT_TAG, run_id)
+        for figure in figures:
+            client.log_artifact(run_id, figure, "figures")
+        _sync_artifacts(client, run_id)
     return PublishedRun(experiment_id, run_id, children)
 
 
@@ -144,18 +156,35 @@ def connect(workspace: Path) -> MlflowClient:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    own = (workspace / STATE).resolve() / "mlflow.db"
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own}"
+    own, uri = _own_database(workspace), tracking_uri(workspace)
     try:
         if uri == f"sqlite:///{own}" and not own.exists():
             _make_database(own)
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
-        reason = scrubbed(str(error).splitlines()[0])
-        shown = without_credentials(uri)
-        raise UserError(f"MLflow at {shown} does not answer ({reason}); see MLFLOW_TRACKING_URI") from None
+        raise _unanswered(uri, error) from None
     return client
+
+
+def _unanswered(uri: str, error: Exception) -> UserError:
+    reason, shown = scrubbed(str(error).splitlines()[0]), without_credentials(uri)
+    return UserError(f"MLflow at {shown} does not answer ({reason}); see MLFLOW_TRACKING_URI")
+
+
+def tracking_uri(workspace: Path) -> str:
+    """MLFLOW_TRACKING_URI, or that of the workspace's own database."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_own_database(workspace)}"
+
+
+def _own_database(workspace: Path) -> Path:
+    return (workspace / STATE).resolve() / "mlflow.db"
+
+
+def registry_name(workspace: Path) -> str:
+    """A name for the registry, as that of a folder: `own` is the workspace's own database."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return text_digest(without_credentials(uri)).removeprefix("sha256:")[:12] if uri else "own"
 
 
 def _make_database(path: Path) -> None:
@@ -173,24 +202,38 @@ def _make_database(path: Path) -> None:
 
 @contextmanager
 def locked(workspace: Path) -> Iterator[None]:
-    """One process (or thread) at a time publishes from this workspace; the kernel frees a dead one's lock."""
+    """One process (or thread) at a time publishes from this workspace; the kernel frees a dead one's lock.
+
+    Raises:
+        UserError: MLflow's server goes away in the block.
+    """
     from filelock import FileLock
+    from requests import RequestException
 
     with FileLock(private_folder(workspace / STATE) / "mlflow.lock"):
-        yield
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error.__context__, RequestException):
+                raise
+            raise _unanswered(tracking_uri(workspace), error) from None
+
+
+def digests(workspace: Path) -> Digests:
+    """Of the files of a workspace, as DVC has them."""
+    return Digests(private_folder(workspace / STATE) / "digests.sqlite")
 
 
 def data_lineage(workspace: Path, board: dict[str, Any]) -> dict[str, str]:
     """The tags that say on which data a leaderboard's tasks were measured (raises UserError if data are missing)."""
-    digests = Digests(workspace / STATE / "digests.sqlite")
-    return modality_named(board["modality"]).lineage(workspace, board, digests)
+    return modality_named(board["modality"]).lineage(workspace, board, digests(workspace))
 
 
 def _read(workspace: Path) -> tuple[dict[str, Any], list[_Merge]]:
     board = read_leaderboard(workspace)
     data, modality = data_lineage(workspace, board), modality_named(board["modality"])
     rows = [row for row in board["rows"] if row["kind"] == "merge"]
-    return board, [_read_merge(workspace, modality, measures_of(board), data, row) for row in rows]
+    return board, [_read_merge(workspace, modality, board, data, row) for row in rows]
 
 
 def _pipeline_key(board: dict[str, Any], merges: list[_Merge]) -> str:
@@ -204,8 +247,9 @@ def _merge_keys(board: dict[str, Any], merges: list[_Merge]) -> dict[str, str]:
 
 
 def _read_merge(
-    workspace: Path, modality: Modality, measures: Measures, data: dict[str, str], row: dict[str, Any]
+    workspace: Path, modality: Modality, board: dict[str, Any], data: dict[str, str], row: dict[str, Any]
 ) -> _Merge:
+    measures = measures_of(board)
     name, build = row["name"], workspace / "build"
     recipe = read_output(build / "merges" / name / "manifest.json")["recipe"]
     evaluation, search = build / "evaluations" / name, build / "search" / f"{name}.json"
@@ -222,13 +266,43 @@ def _read_merge(
     return _Merge(
         name=name,
         method=found.get("method", recipe["method"]),
-        seen={"merge.data": found["data"], "merge.seen": found["words"]},
+        words={
+            "merge.data": found["data"],
+            "merge.seen": found["words"],
+            "merge.base": board["lineage"]["base"]["name"],
+            "merge.experts": ", ".join(row.get("experts") or board["lineage"]["experts"]),
+            "merge.settings": ", ".join(f"{key} {value}" for key, value in row.get("params", {}).items()),
+        },
         params=scalars | _flat(recipe["params"]),
-        metrics=_row_metrics(modality, measures, row),
+        metrics=_row_metrics(modality, measures, row) | _gain(board, measures, row),
         lineage=lineage,
-        curve=[point["mean"] for point in read_output(search)["points"]],
+        curve=[_point(point) for point in read_output(search)["points"]],
+        seconds=_seconds(workspace, f"*@{name}"),
         files=[present(evaluation / SCORES), present(evaluation / PREDICTIONS), search],
     )
+
+
+def _point(point: dict[str, Any]) -> dict[str, float]:
+    numbers = {
+        _UNNAMEABLE.sub("_", key): float(value)
+        for key, value in point["params"].items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return numbers | {"val_mean": point["mean"]}
+
+
+def _gain(board: dict[str, Any], measures: Measures, row: dict[str, Any]) -> dict[str, float]:
+    """By how much the mean is better than the base's; larger is better, whatever is measured."""
+    base = next((found for found in board["rows"] if found["kind"] == "base"), None)
+    if base is None:
+        return {}
+    return {"gain_over_base": measures.mean.turned(row["mean"]) - measures.mean.turned(base["mean"])}
+
+
+def _seconds(workspace: Path, stages: str) -> float:
+    """That stages, by a pattern of their names, took when they last ran here."""
+    costs = (workspace / STATE / "costs").glob(f"{stages}.json")
+    return sum(float(read_object(file).get("seconds", 0)) for file in costs)
 
 
 def _row_metrics(modality: Modality, measures: Measures, row: dict[str, Any]) -> dict[str, float]:
@@ -248,54 +322,84 @@ def _flat(params: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _experiment(client: MlflowClient, workspace: Path, name: str) -> str:
+def experiment(client: MlflowClient, workspace: Path, name: str) -> str:
     """The id of the experiment `name`, which is created, or restored if it was deleted."""
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
     if found is None:
         on_server = client.tracking_uri.startswith(("http:", "https:"))  # with its own place for artifacts
         artifacts = None if on_server else (workspace / STATE / "mlartifacts").resolve().as_uri()
-        return client.create_experiment(name, artifact_location=artifacts)
+        try:
+            return client.create_experiment(name, artifact_location=artifacts, tags=dict(_KIND))
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)
+            if found is None or error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise  # else another publisher was quicker
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return found.experiment_id
 
 
-@contextmanager
 def _run(
-    client: MlflowClient, experiment_id: str, key: str, name: str, tags: dict[str, str]
-) -> Iterator[tuple[str, bool]]:
-    """The run of `key` and whether it is new; a new one is finished on leaving the block.
+    client: MlflowClient,
+    experiment_id: str,
+    key: str,
+    name: str,
+    tags: dict[str, str],
+    seconds: float,
+    fill: Callable[[str], None],
+) -> str:
+    """The finished run of `key`: the one that is there, or a new one, whatever `fill` puts into it.
 
-    Runs of that key that a crash left unfinished are deleted.
+    Of publishers that fill one at the same time the first to finish is believed. Runs that a crash of this workspace
+    left unfinished are deleted.
     """
-    for found in client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'"):
-        if found.info.status == "FINISHED":
-            yield found.info.run_id, False
-            return
-        client.delete_run(found.info.run_id)
-    run_id = client.create_run(experiment_id, run_name=name, tags={RUN_KEY: key, **tags}).info.run_id
+    if found := _finished(client, experiment_id, key):
+        return found
+    for left in client.search_runs([experiment_id], f"tags.`{RUN_KEY}` = '{key}'"):
+        if left.data.tags.get(_PUBLISHER) == tags[_PUBLISHER]:
+            client.delete_run(left.info.run_id)
+    started = int(
+        (time.time() - seconds) * 1000
+    )  # so that what it shows as its duration is that of the stages
+    run_id = client.create_run(experiment_id, started, {RUN_KEY: key, **tags}, name).info.run_id
     try:
-        yield run_id, True
+        fill(run_id)
+        _sync_artifacts(client, run_id)
     except BaseException:
         client.set_terminated(run_id, "FAILED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    with turn(client, experiment_id):
+        first = _finished(client, experiment_id, key)
+        if first is None:
+            client.set_terminated(run_id, "FINISHED")
+            return run_id
+    client.delete_run(run_id)
+    return first
+
+
+def _finished(client: MlflowClient, experiment_id: str, key: str) -> str | None:
+    query = f"tags.`{RUN_KEY}` = '{key}' and attributes.status = 'FINISHED'"
+    return next((run.info.run_id for run in client.search_runs([experiment_id], query)), None)
+
+
+def _publisher(workspace: Path) -> str:
+    """A digest of who publishes: this workspace on this machine. It is no part of any key."""
+    return text_digest([platform.node(), str(workspace.resolve())])
 
 
 def _publish_merge(
-    client: MlflowClient, experiment_id: str, parent_id: str, merge: _Merge, key: str, commit: dict[str, str]
+    client: MlflowClient, experiment_id: str, merge: _Merge, key: str, common: dict[str, str]
 ) -> str:
-    tags = {"merge.method": merge.method, **merge.seen, **merge.lineage, **commit}
-    with _run(client, experiment_id, key, merge.name, tags) as (run_id, fresh):
-        # Also where the run is older: it may be the child of a pipeline run that was killed and deleted.
-        client.set_tag(run_id, _PARENT_TAG, parent_id)
-        if fresh:
-            _log(client, run_id, merge.params, merge.metrics, merge.curve)
-            client.log_inputs(run_id, _inputs(merge.lineage))
-            for file in merge.files:
-                client.log_artifact(run_id, file)
-            _sync_artifacts(client, run_id)
-    return run_id
+    def fill(run_id: str) -> None:
+        _log(client, run_id, merge.params, merge.metrics, merge.curve)
+        client.log_inputs(run_id, _inputs(merge.lineage))
+        for file in merge.files:
+            client.log_artifact(run_id, file)
+
+    tags = {"merge.method": merge.method, **merge.words, **merge.lineage, **common}
+    return _run(client, experiment_id, key, merge.name, tags, merge.seconds, fill)
 
 
 def _sync_artifacts(client: MlflowClient, run_id: str) -> None:
@@ -317,14 +421,15 @@ def _log(
     run_id: str,
     params: dict[str, Any],
     metrics: dict[str, float],
-    curve: Sequence[float] = (),
+    curve: Sequence[dict[str, float]] = (),
 ) -> None:
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
     pairs = [Param(key, str(value)) for key, value in params.items()]
     values: list[Metric] = [Metric(key, value, now, 0) for key, value in metrics.items()]
-    values += [Metric("search.val_mean", mean, now, step) for step, mean in enumerate(curve)]
+    for step, point in enumerate(curve):
+        values += [Metric(f"search.{key}", value, now, step) for key, value in point.items()]
     for start in range(0, len(pairs), _PARAMS_PER_CALL):
         client.log_batch(run_id, params=pairs[start : start + _PARAMS_PER_CALL])
     for start in range(0, len(values), _METRICS_PER_CALL):

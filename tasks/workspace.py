@@ -29,7 +29,7 @@ from mergeline.tasks.steps import steps
 
 
 class Workspace:
-    """params.yaml and everything beside it: `build/` holds outputs, `.mergeline/` what may be deleted at any time."""
+    """params.yaml and everything beside it: `build/` holds outputs, `.mergeline/` registry and caches."""
 
     def __init__(self, params_file: str | Path = "params.yaml"):
         self.params_file = Path(params_file).absolute()

@@ -41,7 +41,7 @@ def prompts(
                 f"task '{name}': an example asks nothing (doc_to_text), so nothing can be fitted to it"
             )
         if language.apply_chat_template:
-            texts = [_as_chat(text, tokenizer) for text in texts]
+            texts = [as_chat(text, tokenizer) for text in texts]
         found[name] = texts
     return found
 
@@ -60,6 +60,7 @@ def _own(name: str, task: Any) -> Any:
     )
 
 
-def _as_chat(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def as_chat(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text as what a user says, in the chat template, up to where the model answers."""
     asked = [{"role": "user", "content": text}]
     return str(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False))

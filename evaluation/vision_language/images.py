@@ -43,7 +43,7 @@ def prepare_images(source: str, out: Path, column: str) -> None:
             known = sorted(key for key, value in row.items() if value is not None)
             raise UserError(f"{where} has no '{column}'{did_you_mean(column, known)}")
         data = _bytes(row[column], root, where)
-        image, kind = _decoded(data, where)
+        image, kind = decoded(data, where)
         name = f"images/{hashlib.sha256(data).hexdigest()}.{kind.lower()}"
         (place / "images").mkdir(exist_ok=True)
         if not (place / name).exists():
@@ -58,7 +58,7 @@ def open_image(path: Path) -> Image:
     """An image of a prepared table, in RGB (raises UserError)."""
     with blame(str(path), OSError):
         data = path.read_bytes()
-    return _decoded(data, str(path))[0]
+    return decoded(data, str(path))[0]
 
 
 def _is_image(value: Any) -> bool:
@@ -88,7 +88,7 @@ def _bytes(value: Any, root: Path | None, where: str) -> bytes:
         return file.read_bytes()
 
 
-def _decoded(data: bytes, where: str) -> tuple[Image, str]:
+def decoded(data: bytes, where: str) -> tuple[Image, str]:
     """The image, in RGB and upright, and the format of its file."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 

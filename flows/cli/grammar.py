@@ -147,7 +147,13 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         "give one expert of a store back as a checkpoint",
         _extract_expert,
     )
-    add("export", merge_commands.export, "a merge with heads as a plain checkpoint of one task", _export)
+    add(
+        "export",
+        merge_commands.export,
+        "a version of the registry, to a folder, a store or the Hub; or one task of a merge with heads",
+        _params,
+        _export,
+    )
     add(
         "transplant",
         merge_commands.transplant,
@@ -521,9 +527,21 @@ def _extract_expert(command: argparse.ArgumentParser) -> None:
 
 
 def _export(command: argparse.ArgumentParser) -> None:
-    command.add_argument("merge", type=Path, metavar="MERGE")
-    command.add_argument("--task", required=True, metavar="NAME", help="whose head: an expert's name")
-    _out(command)
+    command.add_argument(
+        "what",
+        metavar="WHAT",
+        help="NAME of the registry (its champion), NAME@ALIAS or NAME@VERSION; with --task a merge's folder",
+    )
+    command.add_argument(
+        "to", nargs="?", metavar="TO", help="a folder, s3://... (what fsspec knows), or hf://org/name"
+    )
+    command.add_argument(
+        "--license", metavar="ID", help="the Hub's id of the licence, where the cards of the parts say none"
+    )
+    command.add_argument("--private", action="store_true", help="a repository that is made is private")
+    command.add_argument("--task", metavar="NAME", help="whose head: an expert's name")
+    command.add_argument("--out", type=Path, metavar="OUT", help="a folder, with --task")
+    _force(command)
     _shard_size(command)
 
 

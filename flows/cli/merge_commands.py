@@ -114,11 +114,19 @@ def extract_expert(args: argparse.Namespace) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
+    """One task of a merge with heads; or, as the pipeline's command, a version of the registry."""
+    if args.to and not (args.task or args.out or args.shard_size):
+        return pipeline_commands.export_version(args)
+    if args.to or not (args.task and args.out) or args.license or args.private:
+        raise UserError(
+            "name where a version of the registry goes (a folder, s3://..., hf://org/name); or, of a merge's folder, "
+            "--task and --out"
+        )
     from mergeline.merging.export import export_task
 
     options = {"shard_size": args.shard_size, "progress": text.progress(), "force": args.force}
     with _replacing(args, [args.out]):
-        manifest = export_task(args.merge, args.task, args.out, **options)
+        manifest = export_task(args.what, args.task, args.out, **options)
     print(f"{args.out}  {manifest['output']['digest']}")
 
 

@@ -129,17 +129,18 @@ def publish(args: argparse.Namespace) -> None:
     from mergeline.tasks.publish import publish
 
     with workspace.lock():
-        published = publish(workspace)
+        published = publish(workspace, note)
     print(f"run {published.run_id}" + (f"  {published.url}" if published.url else ""))
 
 
 def register(args: argparse.Namespace) -> None:
     workspace = _workspace(args)
     note("asking MLflow ...")
+    from mergeline.tasks.publish import serving_of
     from mergeline.tasks.register import register
 
     with workspace.lock():
-        outcome = register(workspace.root, workspace.raw)
+        outcome = register(workspace.root, workspace.raw, say=note, serving=serving_of(workspace))
     for finding in outcome.findings:
         print(f"{'yes' if finding.passed else 'NO '} {finding.sentence}")
     print(f"{outcome.candidate}: version {outcome.version}; champion: version {outcome.champion_after}")
@@ -148,11 +149,27 @@ def register(args: argparse.Namespace) -> None:
 def rollback(args: argparse.Namespace) -> None:
     workspace = _workspace(args)
     note("asking MLflow ...")
-    from mergeline.tasks.register import rollback
+    from mergeline.tasks.rollback import rollback
 
     with workspace.lock():
-        rollback(workspace.root, workspace.raw, args.version)
-    print(f"version {args.version} is the champion")
+        done = rollback(workspace.root, workspace.raw, args.version, note)
+    print(f"version {args.version} is the champion; its files: {done.files}")
+    if done.before:
+        again = f"`mergeline rollback {done.before.version}`"
+        print(f"version {done.before.version} was it: no run makes it champion again, {again} does")
+
+
+def export_version(args: argparse.Namespace) -> None:
+    to = args.to if "://" in args.to else str(Path(args.to).absolute())
+    workspace = _workspace(args)
+    note("asking MLflow ...")
+    from mergeline.tasks.export_version import export_version
+
+    options = {"license": args.license, "private": args.private, "force": args.force, "say": note}
+    with workspace.lock():
+        done = export_version(workspace.root, workspace.raw, args.what, to, **options)
+    licence = f"licence {done.license}" if done.license else "no licence: say one with --license"
+    print(f"{done.place}  version {done.version.version} ({done.version.merge}), {licence}")
 
 
 def report(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from mergeline.tasks.digests import Digests
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
 
 _DATA = ("build/data", "build/checkpoints")  # heads are those of the experts
 _CODE = (
@@ -129,6 +130,7 @@ class ImageClassifiers(_Classifiers):
     """Image classifiers of transformers, timm and torchvision."""
 
     name = "image_classification"
+    hub_task = "image-classification"
     models = "image classifiers with image_classification"
     sections = ("image_classification",)
     deps = (*_DATA, "${code}/evaluation/datasets.py", "${code}/evaluation/pixels.py", *_CODE)
@@ -164,6 +166,18 @@ class ImageClassifiers(_Classifiers):
 
         return choosing(load(dataset(build, task)).fits_val)
 
+    def served(self, params: Params, build: Path, merge: Path) -> Served:
+        from mergeline.tasks.classifiers.serving import served_images
+
+        names = {task: self.label_names(build, task) for task in params.tasks}
+        return served_images(self._family(params, build), names)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.classifiers.serving import predictor_of_images
+
+        return predictor_of_images
+
     def data(self, params: ClassifierParams, build: Path, family: Family) -> Data:
         from mergeline.tasks.classifiers.data import Images
 
@@ -183,6 +197,7 @@ class TextClassifiers(_Classifiers):
     """Text classifiers of transformers (GLUE and the like)."""
 
     name = "text_classification"
+    hub_task = "text-classification"
     models = "text classifiers with text_classification"
     sections = ("text_classification",)
     deps = (*_DATA, "${code}/evaluation/tables.py", "${code}/evaluation/pretrained.py", *_CODE)
@@ -230,6 +245,18 @@ class TextClassifiers(_Classifiers):
         from mergeline.evaluation.tables import load_table
 
         return choosing(load_table(dataset(build, task)).fits_val)
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served | str:
+        from mergeline.tasks.classifiers.serving import served_texts
+
+        names = {task: self.label_names(build, task) for task in params.tasks}
+        return served_texts(self._family(params, build), names, merge)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.classifiers.serving import predictor_of_texts
+
+        return predictor_of_texts
 
     def data(self, params: ClassifierParams, build: Path, family: Family) -> Data:
         from mergeline.tasks.classifiers.data import Texts

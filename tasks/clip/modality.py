@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mergeline.tasks.clip.params import ClipParams
     from mergeline.tasks.digests import Digests
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
 
 _BUILD = Path("build")
 
@@ -40,6 +41,7 @@ class Clip(Modality):
     """Image towers of CLIP; an outcome is 1 where the class with the largest cosine is the image's."""
 
     name = "clip"
+    hub_task = "zero-shot-image-classification"
     models = "image models with datasets and suite"
     sections = ("datasets", "suite")
     deps = (
@@ -119,6 +121,17 @@ class Clip(Modality):
         suite = load_suite(build.parent / cast("ClipParams", params).suite).tasks
         names = (task in suite and suite[task].classnames) or data.classnames
         return Classes(names, data.split(split)[1]) if names else None
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served:
+        from mergeline.tasks.clip.serving import served
+
+        return served(self, cast("ClipParams", params), build)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.clip.serving import predictor
+
+        return predictor
 
     @property
     def network(self) -> Callable[[Params, Path, Path], Network]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mergeline.tasks.digests import Digests
     from mergeline.tasks.embeddings.params import EmbeddingParams
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
 
 _TABLES = (
     "${code}/evaluation/tables.py",
@@ -48,6 +49,7 @@ class EmbeddingModels(Modality):
     """Models of sentence-transformers; an outcome is a query's nDCG@10, or what a pair adds to Spearman's rho."""
 
     name = "embeddings"
+    hub_task = "sentence-similarity"
     models = "embedding models with embeddings"
     sections = ("embeddings",)
     measure = "score"
@@ -107,6 +109,17 @@ class EmbeddingModels(Modality):
 
     def paths(self, params: Params) -> dict[tuple[str, ...], str]:
         return dataset_paths("embeddings.data", cast("EmbeddingParams", params).embeddings.data)
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served:
+        from mergeline.tasks.embeddings.serving import served
+
+        return served(cast("EmbeddingParams", params).embeddings.batch_size)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.embeddings.serving import predictor
+
+        return predictor
 
     @property
     def network(self) -> Callable[[Params, Path, Path], Network]:

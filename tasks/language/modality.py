@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mergeline.tasks.gates import Finding, Gates
     from mergeline.tasks.language.params import LanguageParams
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
 
 _MEANS = ("gain_kept", "held_in", "held_out")
 
@@ -25,6 +26,7 @@ class LanguageModels(Modality):
     """Causal language models; an outcome is 1 where lm-eval counts an example as right, or what its metric gives it."""
 
     name = "language"
+    hub_task = "text-generation"
     models = "language models with language"
     sections = ("language",)
     deps = (
@@ -135,6 +137,17 @@ class LanguageModels(Modality):
         from mergeline.tasks.language.gates import findings
 
         return findings(row, base, gates)
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served:
+        from mergeline.tasks.language.serving import served
+
+        return served(cast("LanguageParams", params).language)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.language.serving import predictor
+
+        return predictor
 
     @property
     def network(self) -> Callable[[Params, Path, Path], Network]:

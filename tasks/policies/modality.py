@@ -53,6 +53,7 @@ class Policies(Modality):
     """Decision Transformers; an outcome is the normalised return of an episode."""
 
     name = "policies"
+    hub_task = "reinforcement-learning"
     models = "Decision Transformers with policies"
     sections = ("policies",)
     measure = "normalised return"

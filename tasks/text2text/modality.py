@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mergeline.evaluation.pages.page import Section
     from mergeline.merging.learning.network import Examples, Network
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
     from mergeline.tasks.text2text.params import Text2TextParams
 
 
@@ -28,6 +29,7 @@ class Text2Text(Writers):
     """Encoders with a decoder, such as T5 and BART; an outcome is the score of what one writes to an example."""
 
     name = "text2text"
+    hub_task = "text2text-generation"
     models = "sequence-to-sequence models with text2text"
     sections = ("text2text",)
     deps = (
@@ -69,6 +71,17 @@ class Text2Text(Writers):
         from mergeline.evaluation.text2text.section import section
 
         return section(board)
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served:
+        from mergeline.tasks.text2text.serving import served
+
+        return served(self.section(params).batch_size)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.text2text.serving import predictor
+
+        return predictor
 
     @property
     def network(self) -> Callable[[Params, Path, Path], Network]:

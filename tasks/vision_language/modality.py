@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Callable, cast
 
 from mergeline.tasks.data_step import data_step, dataset
 from mergeline.tasks.modality import Evaluator, Json
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from mergeline.evaluation.pages.page import Section
     from mergeline.tasks.schema import Params
+    from mergeline.tasks.serving.contract import Predict, Served
     from mergeline.tasks.vision_language.params import VisionLanguageParams
 
 _CODE = (
@@ -41,6 +42,7 @@ class VisionLanguageModels(Writers):
     """
 
     name = "vision_language"
+    hub_task = "image-text-to-text"
     models = "models of images and texts with vision_language"
     sections = ("vision_language",)
     deps = ("build/data", "${code}/evaluation/pretrained.py", *_CODE)
@@ -75,6 +77,17 @@ class VisionLanguageModels(Writers):
         """How texts are made and scored, and the prompt, by tasks."""
         prompt = {"prompt": self.section(params).prompt}
         return {self.name: {task: own | prompt for task, own in super().settings(params)[self.name].items()}}
+
+    def served(self, params: Params, build: Path, merge: Path) -> Served:
+        from mergeline.tasks.vision_language.serving import served
+
+        return served(self.section(params).prompt)
+
+    @property
+    def predictor(self) -> Callable[[Path, Path, Json], Predict]:
+        from mergeline.tasks.vision_language.serving import predictor
+
+        return predictor
 
     def report(self, board: Json) -> Section:
         from mergeline.evaluation.vision_language.section import section

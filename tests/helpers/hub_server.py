@@ -1,14 +1,18 @@
-"""A loopback web server that speaks what downloading needs of the Hub's protocol, with faults on demand.
+"""A loopback web server that speaks what downloading and uploading need of the Hub's protocol, with faults on demand.
 
 /api/models/ORG/NAME/revision/REVISION    commit and files of a repository, as JSON
 /ORG/NAME/resolve/COMMIT/FILE             a file; one in LFS is a redirect to /cdn/ on another host name
 /cdn/SHA256/FILE, /web/FILE               bytes, with ETag, Range and If-Range
+/api/repos/create, /api/models/ORG/NAME/preupload/main, /api/models/ORG/NAME/commit/main,
+/ORG/NAME.git/info/lfs/objects/batch, /lfs/SHA256
+                                          a repository that is made, and a commit to it, large files by LFS
 
 A body is bytes, or `Sparse`: a file of any size, of which the beginning alone is held.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -17,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from time import sleep
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from loopback import QuietHandler, listening
@@ -73,6 +78,10 @@ class Hub:
     private: bool = False  # whoever brings no token is turned away
     pause: float = 0.0  # seconds before an answer with bytes of weights
     ranges: bool = True  # parts of files are sent where they are asked for
+    made: dict[str, bool] = field(
+        default_factory=dict
+    )  # repositories by uploads, and whether they are private
+    large: dict[str, bytes] = field(default_factory=dict)  # by LFS, by SHA-256
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
 
@@ -130,6 +139,64 @@ class _Handler(QuietHandler):
             self.resolve(match[1], match[2], match[3])
         else:
             self.answer(404)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.seen = Seen(self.path, self.headers["Host"], None, self.headers["Authorization"])
+        self.hub.seen.append(self.seen)
+        self.fault = next((fault for fault in self.hub.faults if fault.path in path), Fault(""))
+        sent = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.fault.status:
+            self.answer(self.fault.status, self.fault.headers)
+        elif not self.headers["Authorization"]:
+            self.answer(401)
+        elif path == "/api/repos/create":
+            asked = json.loads(sent)
+            repository = f"{asked['organization']}/{asked['name']}"
+            self.hub.made[repository] = asked.get("private") or asked.get("visibility") == "private"
+            self.hub.repositories.setdefault(repository, {})
+            self.json({"url": f"{self.hub.endpoint}/{repository}"})
+        elif path == "/api/validate-yaml":
+            self.json({"errors": [], "warnings": []})
+        elif path.endswith("/preupload/main"):
+            modes = {
+                file["path"]: "lfs" if _in_lfs(file["path"]) else "regular"
+                for file in json.loads(sent)["files"]
+            }
+            self.json(
+                {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
+            )
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**entry, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{entry['oid']}"}}}
+                for entry in json.loads(sent)["objects"]
+            ]
+            self.json({"transfer": "basic", "objects": objects})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self.commit(match[1], [json.loads(line) for line in sent.splitlines()])
+        else:
+            self.answer(404)
+
+    def do_PUT(self) -> None:
+        self.seen, self.fault = Seen(self.path, self.headers["Host"], None, None), Fault("")
+        self.hub.large[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200)
+
+    def commit(self, repository: str, lines: list[dict[str, Any]]) -> None:
+        files = self.hub.repositories[repository]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
+        oid = self.hub.commit(repository)
+        self.json(
+            {"success": True, "commitOid": oid, "commitUrl": f"{self.hub.endpoint}/{repository}/commit/{oid}"}
+        )
+
+    def json(self, value: object) -> None:
+        self.answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def listing(self, repository: str, revision: str) -> None:
         if repository not in self.hub.repositories:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+from ruamel.yaml import YAML
 from safetensors.numpy import save_file
 
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
@@ -30,7 +32,10 @@ class JudgedWorkspace:
     def add(self, name: str, hits: dict[str, int], *, seed: int = 0, points: int = 3, **row: object) -> None:
         """A merge (in place of an older one of that name) that has the first `hits[task]` examples right."""
         merge = self.root / "build" / "merges" / name
-        merge.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(
+            merge, ignore_errors=True
+        )  # as the merge step: new files, whatever links to the old ones
+        merge.mkdir(parents=True)
         weights = np.random.default_rng([seed, *hits.values()]).normal(size=(4, 3)).astype(np.float32)
         save_file({"weight": weights}, merge / "model.safetensors")
         digest = open_checkpoint(merge).digest()
@@ -59,6 +64,24 @@ class JudgedWorkspace:
         self._rows = [r for r in self._rows if r["name"] != name]
         self._rows.append(self._row(name, "merge", hits) | {"digest": digest} | row)
         self.compare()
+
+    def write_params(self, **more: object) -> None:
+        """A params.yaml of which commands believe that it made all this."""
+        params = {
+            "name": "sample",
+            "checkpoints": {
+                "layout": "as_is",
+                "files": {n: f"in/{n}" for n in ("base", *TASKS)},
+                "uris": {},
+            },
+            "base": "base",
+            "experts": list(TASKS),
+            "datasets": {"image_size": 32, "files": {t: f"in/{t}.npz" for t in TASKS}, "uris": {}},
+            "suite": "suite.yaml",
+            "merges": {"ties": {"method": "ties"}},
+            "seed": 0,
+        }
+        YAML().dump(params | more, self.root / "params.yaml")
 
     def remove(self, name: str) -> None:
         """Take a merge out of the leaderboard; its files stay."""

@@ -1,7 +1,8 @@
-"""A loopback server that speaks what reading takes of S3's protocol: listings of folders, objects and parts of them.
+"""A loopback server that speaks what reading and writing small files take of S3's protocol.
 
 GET /BUCKET?list-type=2&prefix=P&delimiter=/    keys and folders, as XML
 GET /BUCKET/KEY, HEAD /BUCKET/KEY               an object, with Range
+PUT /BUCKET/KEY                                 an object
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
 """
 
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import fsspec
 from loopback import QuietHandler, listening
 
 
@@ -33,12 +35,14 @@ class Bucket:
 
 @contextmanager
 def running_s3(name: str) -> Iterator[Bucket]:
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # of a test before, with another port
     bucket = Bucket(name)
     with listening(_Handler, bucket=bucket) as bucket.port:
         yield bucket
 
 
 class _Handler(QuietHandler):
+    protocol_version = "HTTP/1.1"  # who writes waits for 100 Continue
     bucket: Bucket
 
     def do_HEAD(self) -> None:
@@ -55,6 +59,12 @@ class _Handler(QuietHandler):
             self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
         else:
             self.object(self.bucket.objects[key[0]])
+
+    def do_PUT(self) -> None:
+        _, bucket, key = unquote(urlsplit(self.path).path).split("/", 2)
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.bucket.objects[key] = data
+        self.answer(200, b"", {"ETag": f'"{_etag(data)}"'})
 
     def listing(self, prefix: str) -> None:
         keys = [key for key in sorted(self.bucket.objects) if key.startswith(prefix)]

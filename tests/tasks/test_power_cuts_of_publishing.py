@@ -14,7 +14,6 @@ import pytest
 from judged_workspace import TASKS, JudgedWorkspace
 from made_up_results import made_up
 from power_cuts import Recording, recorded, write_tree
-from ruamel.yaml import YAML
 
 from mergeline.merging.files import read_object, write_json
 from mergeline.tasks import tracking
@@ -45,17 +44,7 @@ def root(tmp_path: Path, mlflow_database) -> Path:
     """A workspace whose steps have run and that nobody has published."""
     made = tmp_path / "place"
     made.mkdir()
-    params = {
-        "name": "sample",
-        "checkpoints": {"layout": "as_is", "files": {n: f"in/{n}" for n in ("base", *TASKS)}, "uris": {}},
-        "base": "base",
-        "experts": list(TASKS),
-        "datasets": {"image_size": 32, "files": {t: f"in/{t}.npz" for t in TASKS}, "uris": {}},
-        "suite": "suite.yaml",
-        "merges": {"ties": {"method": "ties"}},
-        "seed": 0,
-    }
-    YAML().dump(params, made / "params.yaml")
+    JudgedWorkspace(made).write_params()
     judge(made, HITS[0])
     mlflow_database(made)
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from judged_workspace import PARAMS, JudgedWorkspace
@@ -13,7 +14,8 @@ from mlflow_server import mlflow_server
 from mergeline.evaluation.verdicts import told
 from mergeline.merging.errors import UserError
 from mergeline.tasks import tracking
-from mergeline.tasks.register import champion, register, rollback
+from mergeline.tasks.register import champion, register
+from mergeline.tasks.rollback import rollback
 
 STRICT = {**PARAMS, "gates": {"minimum_mean": 0.4, "minimum_gain": 0.0, "largest_drop": 0.05}}
 GOOD, BETTER, MUCH_BETTER = ({"digits": n, "shapes": n} for n in (200, 260, 320))
@@ -70,7 +72,7 @@ def test_the_story_of_a_champion(workspace, request, monkeypatch, where):
         "2",
     )
     info = champion(workspace.root, STRICT)
-    assert (info.version, info.merge, info.uri) == ("2", "cart", "build/merges/cart")
+    assert (info.version, info.merge) == ("2", "cart")
 
     workspace.add("cart", {"digits": 263, "shapes": 260}, seed=1)
     third = register(workspace.root, STRICT)
@@ -78,11 +80,10 @@ def test_the_story_of_a_champion(workspace, request, monkeypatch, where):
     assert aliases(workspace) == {"candidate": "3", "champion": "2"}
     assert register(workspace.root, STRICT) == third
 
-    assert rollback(workspace.root, STRICT, "1").merge == "ties"
+    assert rollback(workspace.root, STRICT, "1").champion.merge == "ties"
     assert aliases(workspace)["champion"] == "1"
-    with pytest.raises(UserError, match="sample version 2: The files in .*dvc checkout"):
-        rollback(workspace.root, STRICT, "2")  # overwritten by version 3
-    assert aliases(workspace)["champion"] == "1"
+    assert rollback(workspace.root, STRICT, "2").champion.merge == "cart"  # whose place version 3 has by now
+    assert aliases(workspace)["champion"] == "2"
 
 
 def test_what_is_published_is_not_published_again(workspace, monkeypatch):
@@ -99,7 +100,8 @@ def test_a_version_refers_to_its_files_and_to_its_run(workspace):
     (version,) = versions(workspace)
     client = tracking.connect(workspace.root)
     run = client.get_run(version.run_id)
-    assert version.tags["uri"] == "build/merges/cart"
+    digest = tracking.digests(workspace.root).of(workspace.root / "build/merges/cart")
+    assert version.tags["dvc.md5"] == digest == f"{Path(version.tags['uri']).name}.dir"
     assert version.tags["lineage.model"] == run.data.tags["lineage.model"]
     (output,) = run.outputs.model_outputs
     model = client.get_logged_model(output.model_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from judged_workspace import PARAMS, TASKS, JudgedWorkspace
+from loopback import QuietHandler, listening
 
 from mergeline.merging.errors import UserError
+from mergeline.merging.files import write_json
 from mergeline.tasks import tracking
 
 
@@ -57,6 +60,24 @@ def test_everything_of_a_merge_is_shown(workspace):
     assert artifacts(workspace, run.info.run_id) == {"scores.json", "predictions.safetensors", "cart.json"}
     curve = tracking.connect(workspace.root).get_metric_history(run.info.run_id, "search.val_mean")
     assert [(m.step, m.value) for m in curve] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+
+
+def test_what_one_opens_says_what_was_merged_and_found(workspace):
+    write_json(workspace.root / tracking.STATE / "costs" / "merge@cart.json", {"seconds": 90.5})
+    published = tracking.publish(workspace.root, PARAMS)
+    client = tracking.connect(workspace.root)
+    whole, cart = (client.get_run(run) for run in (published.run_id, published.merges["cart"]))
+    assert whole.info.run_name == "sample: cart 0.787" and whole.data.params["candidate"] == "cart"
+    assert whole.data.params["density"] == "0.2"
+    for run in (whole, cart):
+        assert run.data.tags["merge.base"] == "base" and run.data.tags["merge.experts"] == "digits, shapes"
+        assert run.data.metrics["gain_over_base"] == pytest.approx(0.7875 - 0.1)
+        assert {"mean", "lower", "upper", "worst_task"} <= run.data.metrics.keys()
+        assert 90 < (run.info.end_time - run.info.start_time) / 1000 < 150
+    steps = client.get_metric_history(published.merges["cart"], "search.density")
+    assert [(m.step, m.value) for m in steps] == [(0, 0.0), (1, 0.1), (2, 0.2)]
+    kind = client.get_experiment(published.experiment_id).tags["mlflow.experimentKind"]
+    assert kind == "custom_model_development"
 
 
 def test_what_a_merge_was_fitted_to_is_shown(workspace):
@@ -193,6 +214,33 @@ def test_an_absent_server_is_one_line_without_the_password(workspace, monkeypatc
     with pytest.raises(UserError, match="MLflow at http://127.0.0.1:9 does not answer") as error:
         tracking.publish(workspace.root, PARAMS)
     assert "secret" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_server_that_goes_away_is_one_line(workspace, monkeypatch):
+    def refused(answering: QuietHandler) -> None:
+        body = b'{"experiments": []}' if "search" in answering.path else b""
+        if not body:
+            return answering.close_connection_now()
+        answering.send_response(200)
+        answering.send_header("Content-Length", str(len(body)))
+        answering.end_headers()
+        answering.wfile.write(body)
+
+    class Leaving(QuietHandler):
+        """Answers that it is there, and hangs up when it is asked for more."""
+
+        do_GET = do_POST = refused
+
+        def close_connection_now(self) -> None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with listening(Leaving) as port:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        with pytest.raises(UserError, match=f"MLflow at http://127.0.0.1:{port} does not answer") as error:
+            tracking.publish(workspace.root, PARAMS)
+    assert "\n" not in str(error.value)
 
 
 def test_a_damaged_database_is_one_line(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from places import GOLDENS
 from safetensors.torch import load_file
 
-from mergeline.merging.algebra import expert_groups
+from mergeline.merging.algebra import assignment, expert_groups
 
 LAYERS, EXPERTS, TOP, AVERAGE = 3, 6, 2, 3
 BLOCK = "model.layers.{}.block_sparse_moe"
@@ -75,8 +75,8 @@ def test_hidden_units_are_matched_as_in_the_official_code():
     (ref_in, ref_out), (in_, out) = (
         [held[f"perm.{who}.{part}"] for part in ("wi", "wo")] for who in ("ref", "tgt")
     )
-    assert expert_groups.matched([ref_in], [in_]).equal(held["perm.vec_wi_only"])
-    assert expert_groups.matched([ref_in, ref_out.T], [in_, out.T]).equal(held["perm.vec_with_wo"])
+    assert assignment.matched([ref_in], [in_]).equal(held["perm.vec_wi_only"])
+    assert assignment.matched([ref_in, ref_out.T], [in_, out.T]).equal(held["perm.vec_with_wo"])
 
 
 def test_outputs_are_clustered_and_matrices_joined_as_in_the_reimplementation_of_sub_moe():
@@ -101,7 +101,7 @@ def test_a_permuted_expert_is_brought_back(seed, hidden, width):
     draws = torch.Generator().manual_seed(seed)
     parts = [torch.randn(hidden, width, generator=draws, dtype=torch.float64) for _ in range(3)]
     order = torch.randperm(hidden, generator=draws)
-    found = expert_groups.matched(parts, [p[order] for p in parts])
+    found = assignment.matched(parts, [p[order] for p in parts])
     gained = sum(float((p * p[order][found]).sum()) for p in parts)
     assert gained >= sum(float((p * p).sum()) for p in parts) - 1e-9
 
