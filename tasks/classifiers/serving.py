@@ -56,7 +56,7 @@ def served_texts(family: Family, names: Mapping[str, list[str] | None], merge: P
 def _common(family: Family, names: Mapping[str, list[str] | None]) -> Json:
     """Of each task: whose head it has, and what its classes are called, in the order of the head."""
     from mergeline.evaluation.classifiers.labels import matched
-    from mergeline.evaluation.classifiers.model import outputs
+    from mergeline.merging.checkpoints.heads import outputs
 
     tasks = {}
     for task, expert in family.params.owners.items():
