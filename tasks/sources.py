@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from requests import Response, Session
 
 ATTEMPTS = 6  # failures in a row, without a new byte, before giving up
-_FEW_ATTEMPTS = 2  # where the name may be that of a path, mistyped
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubled for every further one
 LONGEST_WAIT_SECONDS = 300.0  # the Hub counts requests over windows of five minutes
 TIMEOUT_SECONDS = (10, 60)  # to connect; between two pieces of an answer
@@ -258,7 +257,7 @@ def locate(source: str) -> Source:
     match scheme and scheme[0].lower():
         case None:
             path = Path(source).expanduser()
-            return _repository(source) if is_repository(source, path) else _local(source, path)
+            return _repository(source, path) if is_repository(source, path) else _local(source, path)
         case "file":
             return _local(source, Path(unquote(re.sub(r"(?i)^file:(//(localhost)?(?=/))?", "", source))))
         case "hf":
@@ -315,9 +314,8 @@ def patiently(
             failures = 1 if progress() > furthest else failures + 1
             furthest = max(furthest, progress())
             if failures == attempts:
-                raise UserError(
-                    f"{error}; gave up after {attempts} attempts, run again to continue"
-                ) from None
+                gave_up = f"gave up after {attempts} attempts, " if attempts > 1 else ""
+                raise UserError(f"{error}; {gave_up}run again to continue") from None
             wait = error.wait
             if wait is None:
                 wait = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
@@ -417,9 +415,10 @@ def _verify(file: RemoteFile, partial: Path) -> None:
         raise UserError(f"{file.where}: {problem}; the download was thrown away, try again")
 
 
-def _repository(source: str) -> Source:
+def _repository(source: str, path: Path) -> Source:
+    """What may be the name of a repository, or of a path, mistyped; the more so where its folder is there."""
     try:
-        return _hub(f"hf://{source}", _FEW_ATTEMPTS)
+        return _hub(f"hf://{source}", attempts=1 if path.parent.is_dir() else 2)
     except UserError as error:
         raise UserError(f"{source}: no such file or folder, and as a repository: {error}") from None
 

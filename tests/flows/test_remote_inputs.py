@@ -544,6 +544,15 @@ def test_a_path_that_is_mistyped_is_told_as_one(hub, mergeline):
     assert "a: experts/none: no such file or folder, and as a repository: hf://experts/none" in outcome.out
 
 
+def test_what_looks_like_a_path_is_asked_for_once(hub, mergeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.faults = [Fault("experts/none", status=503) for _ in range(3)]
+    (tmp_path / "experts").mkdir()
+    outcome = mergeline("plan", "--method=average", "--expert=a=experts/none", "--expert=b=org/b")
+    assert outcome.code == 2 and "a: experts/none: no such file or folder" in outcome.out
+    assert sum("experts/none" in request.path for request in hub.seen) == 1
+
+
 def test_modules_of_mergekit_that_differ_are_planned_from_headers(hub, mergeline, tmp_path):
     def module(expert: str) -> dict[str, Any]:
         return {"models": [{"model": f"org/{expert}", "parameters": {"weight": 1.0}}]}
