@@ -184,8 +184,9 @@ class TensorWriter:
 def _by_component(tensors: list[TensorSpec], stems: Mapping[str, str]) -> dict[str, list[TensorSpec]]:
     """The tensors of each component; the folder's own where there is none at all."""
     found: dict[str, list[TensorSpec]] = {}
+    components = {prefix.rstrip("/") for prefix in stems if prefix}
     for t in tensors:
-        found.setdefault(component_of(t.name, {prefix.rstrip("/") for prefix in stems}), []).append(t)
+        found.setdefault(component_of(t.name, components), []).append(t)
     return found or {"": []}
 
 

@@ -71,7 +71,8 @@ def test_what_is_published_is_not_published_again(workspace, monkeypatch):
 
     published: list[Any] = []
     monkeypatch.setattr(pipeline, "get_run_logger", lambda: logging.getLogger("test"))
-    monkeypatch.setattr(publish, "publish", lambda ws: published.append(ws) or publish.Published("id", None))
+    done = publish.Published("id", None)
+    monkeypatch.setattr(publish, "publish", lambda ws, say: published.append(ws) or done)
     monkeypatch.setattr(artifacts, "show", lambda ws, found: None)
     params = str(workspace / "params.yaml")
     monkeypatch.setattr(pipeline, "is_published", lambda ws: True)

@@ -84,6 +84,7 @@ def floats(folder: Path) -> torch.Tensor:
         return view.tensors[NAME].read(files.elements, 0, 32 * 32).reshape(32, 32)
 
 
+@pytest.mark.slow
 def test_a_merge_is_searched_written_compared_and_told_as_it_is_rounded(root, mergeline):
     run_all(root)
     rounded, plain = root / "build/merges/rounded", root / "build/merges/plain"
@@ -111,6 +112,7 @@ def test_a_merge_is_searched_written_compared_and_told_as_it_is_rounded(root, me
     assert f"in the base's quantised format,\n relative error {said['mean']:.2%} in the mean" in report
 
 
+@pytest.mark.slow
 def test_a_requantised_merge_is_merged_again(root):
     run_all(root)
     outer = root / "build/merges/outer"

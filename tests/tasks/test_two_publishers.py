@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,21 @@ def test_the_claim_of_one_who_was_killed_is_removed(team, monkeypatch):
     monkeypatch.setattr(turns, "_LONGEST_SECONDS", 0.5)
     with turn(client, experiment_id):
         assert "mergeline.turn.0123" not in client.get_experiment(experiment_id).tags
+
+
+def test_the_claim_of_a_process_of_this_machine_that_was_killed_is_removed_at_once(team, monkeypatch):
+    root = team[0].root
+    client = tracking.connect(root)
+    experiment_id = tracking.experiment(client, root, "sample")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with turn(client, experiment_id):
+        [own] = [tag for tag in client.get_experiment(experiment_id).tags if "turn" in tag]
+    left = own.replace(f".{os.getpid()}.", f".{ended.pid}.")
+    client.set_experiment_tag(experiment_id, left, "claimed")
+    monkeypatch.setattr(turns, "_LONGEST_SECONDS", float("inf"))
+    with turn(client, experiment_id):
+        assert left not in client.get_experiment(experiment_id).tags
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from blake3 import blake3
 from checkpoints import ODD_TENSORS, State, random_state, refused, same_tensors
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -51,6 +51,7 @@ def test_the_layout_is_that_of_the_library(tmp_path):
 
 
 # Tensor names are JSON strings without lone surrogates; `__metadata__` is the format's own.
+@example(names={"/", "/a"})
 @given(
     names=st.sets(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda n: n != "__metadata__"),
