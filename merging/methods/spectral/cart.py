@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Basis = Literal["svd", "dct"]
+Basis = Literal["svd", "dct", "dct_l1"]
 
 
 def _wrong(params: Mapping[str, Any], experts: int) -> Iterator[str]:
-    if params["basis"] == "dct" and params["reduce"] == "tsv":
+    if params["basis"] != "svd" and params["reduce"] == "tsv":
         yield "reduce: tsv orthogonalises singular vectors; set basis to svd"
     if experts == 2 and params["origin"] == "mean" and params["reduce"] == "sum":
         yield Note(
@@ -72,7 +72,8 @@ def cart(
     values. Tensors that are no block matrices add their (expert - origin) whole, which is nothing around the mean.
     `origin` may be another merge: task_arithmetic with origin_scale, cart with origin_scale and origin_rank, or
     tsv_merge with scale 1; `reduce: tsv` orthogonalises the factors before summing. `basis: dct` is cheaper and not
-    optimal: instead of the rank-k part, the k columns of the rows' cosine transforms with the largest norms.
+    optimal: instead of the rank-k part, the k columns of the rows' cosine transforms with the largest norms, which
+    hold most energy; `dct_l1` takes those of the largest sums of magnitudes, as the official code of 2505.17967 does.
 
     Formula:
         θₒ + scale · Σₜ P_k(θₜ − θₒ), θₒ = θ̄ or another merge;  k = max(1, int(rank · min(M, N)))
@@ -101,8 +102,8 @@ def low_rank_sum(
     x: Slot, k: int | None, energy: float = 1.0, reduce: str = "sum", basis: str = "svd"
 ) -> Tensor:
     """Sum over experts of the rank-k part of the task vector, or, if k is None, of what holds `energy`: (M, N)."""
-    if basis == "dct":
-        return _cosine_sum(x, k, energy)
+    if basis != "svd":
+        return _cosine_sum(x, k, energy, 1 if basis == "dct_l1" else 2)
     total_MN = torch.zeros(x.shape, dtype=x.dtype, device=x.reference.device)
     triplets = []
     for t in range(len(x.experts)):
@@ -118,12 +119,16 @@ def low_rank_sum(
     return decompositions.orthogonal_sum(triplets) if reduce == "tsv" else total_MN
 
 
-def _cosine_sum(x: Slot, k: int | None, energy: float) -> Tensor:
-    """The same with columns of the cosine transform in place of singular vectors (2505.17967): (M, N)."""
+def _cosine_sum(x: Slot, k: int | None, energy: float, norm: int) -> Tensor:
+    """The same with columns of the cosine transform in place of singular vectors (2505.17967): (M, N).
+
+    norm: 1 or 2, of the columns, of which the largest are kept.
+    """
     sum_MN = torch.zeros_like(x.reference, dtype=torch.float64)
     for t in range(len(x.experts)):
         cosine_MN = linear.dct(directions.task_vector(x, t))
-        energy_N, order_N = cosine_MN.square().sum(0).sort(descending=True, stable=True)
+        order_N = cosine_MN.norm(norm, dim=0).sort(descending=True, stable=True).indices
+        energy_N = cosine_MN.square().sum(0)[order_N]
         kept = order_N[: linear.rank_for_energy(energy_N, energy) if k is None else k]
         sum_MN[:, kept] += cosine_MN[:, kept]
     return linear.dct(sum_MN, inverse=True)
