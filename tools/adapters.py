@@ -87,8 +87,10 @@ that fits no component, or several that are alike.
 `lora_unet_....lora_down.weight` (sd-scripts, with the layers of SDXL and FLUX as their own code calls them),
 `unet....lora_A.weight` and `unet....lora.down.weight` (diffusers, for SDXL, SD3 and FLUX) are merged into the
 component whose folder is the base: `unet`, `transformer`, `text_encoder` or `text_encoder_2`. Parts for others are
-named by the plan. Each layer has its own `alpha`; diffusers 0.42 gives layers of attention the most frequent one. LoHa,
-LoKr and Tucker factors (`lora_mid`) of such files are refused.
+named by the plan. Each layer has its own `alpha`; diffusers 0.42 gives layers of attention the most frequent one.
+LyCORIS's LoHa (`hada_...`), LoKr (`lokr_...`) and `lora_mid`, with or without cores for convolutions, are read with the
+same names, scaled by alpha over rank once, as when LyCORIS runs them. Its other kinds (`diff`, `oft_...`, DoRA of LoHa and
+LoKr) are refused.
 """
 
 

@@ -323,7 +323,8 @@ def _lora(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, t
     return WithMagnitude(update, info, magnitude) if magnitude else update
 
 
-def _loha(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, transposed: bool) -> Update:
+def loha(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, transposed: bool) -> Hadamard:
+    """LoHa of a weight (raises UserError for parts that do not fit)."""
     _refuse_transposed(module, config, transposed)
     rows, columns = info.shape[0], prod(info.shape[1:])
     needed = [f"w{i}_{side}" for i in "12" for side in "ab"]
@@ -332,14 +333,14 @@ def _loha(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, t
         raise UserError(f"{config.path}: module '{module}' lacks a part of LoHa; download the adapter again")
     products = []
     for i, core in zip("12", cores):
-        product = _product(parts[f"w{i}_a"], parts[f"w{i}_b"], core, (rows, columns), info, config)
-        products.append(product)
+        found = product(parts[f"w{i}_a"], parts[f"w{i}_b"], core, (rows, columns), info, config)
+        products.append(found)
     rank = parts["w1_b"].shape[0]
     alpha = config.of_module("alpha_pattern", module, config.number("alpha"))
     return Hadamard(products[0], products[1], alpha / rank)
 
 
-def _product(
+def product(
     left: TensorInfo,
     right: TensorInfo,
     core: TensorInfo | None,
@@ -361,7 +362,8 @@ def _product(
     return Product(Factor.of(left, transposed=core is not None), Factor.of(right), core)
 
 
-def _lokr(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, transposed: bool) -> Update:
+def lokr(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, transposed: bool) -> Kronecker:
+    """LoKr of a weight (raises UserError for parts that do not fit)."""
     _refuse_transposed(module, config, transposed)
     rows, columns, kernel = info.shape[0], prod(info.shape[1:]), prod(info.shape[2:])
     misfit = config.misfit(
@@ -376,7 +378,7 @@ def _lokr(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, t
         raise UserError(f"{config.path}: module '{module}' lacks a part of LoKr; download the adapter again")
     if len(info.shape) < 2 or not p or not q or rows % p or info.shape[1] % q:
         raise misfit
-    outer = Factor.of(whole) if whole else _product(one, two, None, (p, q), info, config)  # type: ignore[arg-type]
+    outer = Factor.of(whole) if whole else product(one, two, None, (p, q), info, config)  # type: ignore[arg-type]
     size = rows // p, columns // q
     whole, one, two, core = (parts.get(part) for part in ("w2", "w2_a", "w2_b", "t2"))
     if whole and len(whole.shape) >= 2 and not (one or two or core):
@@ -384,7 +386,7 @@ def _lokr(info: TensorInfo, module: str, parts: _Parts, config: AdapterConfig, t
             raise misfit
         inner: Factor | Product = Factor.of(whole)
     elif one and two and not whole:
-        inner = _product(one, two, core, size, info, config)
+        inner = product(one, two, core, size, info, config)
     else:
         raise UserError(f"{config.path}: module '{module}' lacks a part of LoKr; download the adapter again")
     rank = config.of_module("rank_pattern", module, config.number("r"))
@@ -487,7 +489,7 @@ def _refuse_transposed(module: str, config: AdapterConfig, transposed: bool) -> 
 
 
 _OF_KIND: Mapping[str, Callable[[TensorInfo, str, _Parts, AdapterConfig, bool], Update]] = {
-    "LORA": _lora, "LOHA": _loha, "LOKR": _lokr, "IA3": _ia3, "OFT": _oft, "VERA": _vera, "HRA": _hra,
+    "LORA": _lora, "LOHA": loha, "LOKR": lokr, "IA3": _ia3, "OFT": _oft, "VERA": _vera, "HRA": _hra,
     "SVFIT": _svfit,
 }  # fmt: skip
 

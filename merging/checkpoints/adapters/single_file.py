@@ -1,21 +1,33 @@
-"""LoRA of diffusion models as one file, without a configuration: for all components of a pipeline at once.
+"""Adapters of diffusion models as one file, without a configuration: for all components of a pipeline at once.
 
 sd-scripts and LyCORIS write `lora_unet_NAME.lora_down.weight` and a scalar `alpha`, diffusers
-`unet.NAME.lora_A.weight`, and before that `unet.NAME.lora.down.weight`. The base is one component's folder.
+`unet.NAME.lora_A.weight`, and before that `unet.NAME.lora.down.weight`; LyCORIS also `lora_unet_NAME.hada_w1_a` (LoHa),
+`.lokr_w1` (LoKr) and `.lora_mid.weight` (Tucker's form of a convolution). The base is one component's folder.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from math import prod
 from typing import Any, Mapping, NamedTuple
 
 from mergeline.merging.architecture.diffusion import LayerNames
 from mergeline.merging.checkpoints.adapters.config import AdapterConfig, checked_config
 from mergeline.merging.checkpoints.adapters.names import BaseNames
+from mergeline.merging.checkpoints.adapters.peft import loha, lokr
 from mergeline.merging.checkpoints.adapters.tensor import Update, adapted
-from mergeline.merging.checkpoints.adapters.updates import Added, Factor, WithMagnitude
+from mergeline.merging.checkpoints.adapters.updates import (
+    Added,
+    Factor,
+    Hadamard,
+    Kronecker,
+    Part,
+    Product,
+    Tucker,
+    WithMagnitude,
+)
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import parsed_json
@@ -31,6 +43,7 @@ _PART = re.compile(
     r"(?P<module>.+?)(?:\.processor)?"
     r"(?:\.(?P<of>(?:to|add)_\w+?)_lora|\.lora_linear_layer|\.lora)?"
     r"\.(?:(?P<side>down|up|lora_down|lora_up|lora_A|lora_B)(?:\.default)?\.weight"
+    r"|(?P<mid>lora_mid\.weight)|(?P<lycoris>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))"
     r"|(?P<alpha>alpha)|(?P<magnitude>dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?))"
 )
 _SIDES = {"down": "A", "lora_down": "A", "lora_A": "A", "up": "B", "lora_up": "B", "lora_B": "B"}
@@ -161,14 +174,15 @@ def _read_key(name: str, file: Checkpoint) -> _Key:
     found = _PART.fullmatch(rest)
     if found is None:
         raise UserError(
-            f"{file.path}: '{name}' is no part of LoRA or DoRA, which are read of single files; merge it with the "
-            "program that made it"
+            f"{file.path}: '{name}' is no part of LoRA, DoRA, LoHa or LoKr, which are read of single files; merge it "
+            "with the program that made it"
         )
     module = found["module"]
     if found["of"]:
         is_text = components[0].startswith("text_encoder")
         module += "." + (_OF_TEXT if is_text else _OF_PROCESSORS).get(found["of"], found["of"])
-    part = "alpha" if found["alpha"] else "magnitude" if found["magnitude"] else _SIDES[found["side"]]
+    part = "alpha" if found["alpha"] else "magnitude" if found["magnitude"] else "mid" if found["mid"] else ""
+    part = part or found["lycoris"] or _SIDES[found["side"]]
     return _Key(components, module, part, underscored)
 
 
@@ -181,6 +195,8 @@ def _layers(
     file: Checkpoint,
 ) -> dict[str, TensorInfo]:
     """What one pair of factors makes of a layer, or of several whose outputs are one after the other."""
+    if "mid" in parts or any(part.startswith(("hada_", "lokr_")) for part in parts):
+        return _lycoris_layers(tensors, names, module, parts, file)
     down, up, alpha, magnitude = (parts.get(part) for part in ("A", "B", "alpha", "magnitude"))
     if down is None or up is None or not down.shape or not up.shape or not down.shape[0]:
         raise UserError(f"{file.path}: '{module}' lacks one of its factors; download the file again")
@@ -216,3 +232,77 @@ def _layers(
         found[name] = adapted(name, info, info.shape, update, name.removesuffix(".weight"))
         start += height
     return found
+
+
+def _lycoris_layers(
+    tensors: Mapping[str, TensorInfo],
+    names: list[str],
+    module: str,
+    parts: Mapping[str, TensorInfo],
+    file: Checkpoint,
+) -> dict[str, TensorInfo]:
+    """The same of LoHa, LoKr and three factors, times alpha over their rank, if there is an alpha.
+
+    Where LoKr has two whole matrices there is no rank, and alpha says nothing.
+    """
+    infos = [tensors[name] for name in names]
+    own = {part: info for part, info in parts.items() if part != "alpha"}
+    alpha, one = parts.get("alpha"), infos[0]
+    if "magnitude" in own:
+        raise UserError(f"{file.path}: '{module}' has norms of its own (DoRA), which are read of LoRA alone")
+    kinds = {part.partition("_")[0] if "_" in part else "lora" for part in own}
+    numbers = all(info.is_float for info in (*parts.values(), *infos))
+    if len(kinds) != 1 or not numbers or (alpha and prod(alpha.shape) != 1):
+        raise UserError(f"{file.path}: the parts of '{module}' are not of one kind; download the file again")
+    if not all(info.shape and info.shape[1:] == one.shape[1:] for info in infos):
+        raise UserError(
+            f"{file.path}: '{module}' is for layers of other shapes; name the base that it is for"
+        )
+    whole = replace(one, name=module, shape=(sum(info.shape[0] for info in infos), *one.shape[1:]))
+    [kind] = kinds
+    update, rank = (_tucker if kind == "lora" else _lycoris)(whole, module, own, file)
+    scaling, alpha = (1 / rank, alpha) if alpha and rank else (1.0, None)
+    found: dict[str, TensorInfo] = {}
+    start = 0
+    for name, info in zip(names, infos):
+        part = Part(update, start, scaling, alpha)
+        found[name] = adapted(name, info, info.shape, part, name.removesuffix(".weight"))
+        start += info.shape[0]
+    return found
+
+
+def _lycoris(
+    whole: TensorInfo, module: str, parts: Mapping[str, TensorInfo], file: Checkpoint
+) -> tuple[Hadamard | Kronecker, int]:
+    """LoHa or LoKr, without a scaling, and its rank; 0 if there is none."""
+    own = {part.partition("_")[2]: info for part, info in parts.items()}
+    if any(part.startswith("hada_") for part in parts):
+        config = AdapterConfig(file.path, {"alpha": 1}, "LOHA")
+        product = loha(whole, module, own, config, False)
+        return replace(product, scaling=1.0), product.one.left.width
+    found = lokr(whole, module, own, AdapterConfig(file.path, {"alpha": 1, "r": 1}, "LOKR"), False)
+    products = [side for side in (found.inner, found.outer) if isinstance(side, Product)]
+    return found, products[0].left.width if products else 0
+
+
+def _tucker(
+    whole: TensorInfo, module: str, parts: Mapping[str, TensorInfo], file: Checkpoint
+) -> tuple[Tucker, int]:
+    """LoRA of three factors, and its rank."""
+    down, up, mid = (parts.get(part) for part in ("A", "B", "mid"))
+    if down is None or up is None or mid is None or not down.shape or not up.shape:
+        raise UserError(f"{file.path}: '{module}' lacks one of its factors; download the file again")
+    rank, inputs = down.shape[0], prod(whole.shape[1:2])
+    fits = (
+        (prod(down.shape), prod(up.shape)) == (rank * inputs, whole.shape[0] * rank)
+        and rank > 0
+        and up.shape[0] == whole.shape[0]
+        and mid.shape == (rank, rank, *whole.shape[2:])
+        and len(mid.shape) > 2
+    )
+    if not fits:
+        shapes = [list(part.shape) for part in (down, up, mid)]
+        raise AdapterConfig(file.path, {}, "LORA").misfit(
+            f"factors {shapes} for '{module}' of shape {list(whole.shape)}"
+        )
+    return Tucker(Product(Factor.of(up), Factor.of(down), mid)), rank

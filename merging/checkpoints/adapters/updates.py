@@ -82,6 +82,11 @@ def _onto(base_MN: Tensor | None, added_MN: Tensor) -> Tensor:
     return added_MN if base_MN is None else added_MN.add_(base_MN)
 
 
+def _number(elements: Elements, alpha: TensorInfo | None) -> float:
+    """A number that a file has; 1 where it has none."""
+    return elements(alpha, 0, 1).double().item() if alpha else 1.0
+
+
 @dataclass(frozen=True)
 class Added:
     """LoRA (Hu et al. 2021): `scaling * left @ right` is added."""
@@ -116,7 +121,7 @@ class Added:
         return self.left.read(elements).double() * self._scale(elements), self.right.read(elements).double()
 
     def _scale(self, elements: Elements) -> float:
-        return self.scaling * (elements(self.alpha, 0, 1).double().item() if self.alpha else 1.0)
+        return self.scaling * _number(elements, self.alpha)
 
 
 @dataclass(frozen=True)
@@ -404,6 +409,49 @@ class Kronecker(_NoProduct):
         outer_PQ = self.outer.read(elements, start, start + count).double()
         inner_CDK = self.inner.read(elements, low, high).double().reshape(high - low, -1, self.kernel)
         return torch.einsum("pq,cdk->pcqdk", outer_PQ, inner_CDK).reshape(count * (high - low), -1)
+
+
+@dataclass(frozen=True)
+class Tucker(_NoProduct):
+    """LoCon with `lora_mid` (LyCORIS, Yeh et al. 2023): three factors of a convolution, one of which has its kernel."""
+
+    product: Product
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return self.product.parts
+
+    @property
+    def least_rows(self) -> int:
+        return self.product.left.width
+
+    def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
+        return _onto(base_MN, self.product.read(elements, first, last))
+
+
+@dataclass(frozen=True)
+class Part(_NoProduct):
+    """Rows of what is added to several layers that lie one after the other, times `scaling`.
+
+    start: the first of these rows. alpha: a number that `scaling` is multiplied with.
+    """
+
+    update: Hadamard | Kronecker | Tucker
+    start: int
+    scaling: float
+    alpha: TensorInfo | None
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (*([self.alpha] if self.alpha else []), *self.update.parts)
+
+    @property
+    def least_rows(self) -> int:
+        return self.update.least_rows
+
+    def rows(self, elements: Elements, base_MN: Tensor | None, first: int, last: int) -> Tensor:
+        added_MN = self.update.rows(elements, None, self.start + first, self.start + last)
+        return _onto(base_MN, added_MN.mul_(self.scaling * _number(elements, self.alpha)))
 
 
 @dataclass(frozen=True)

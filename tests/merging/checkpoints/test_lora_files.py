@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -285,11 +286,118 @@ def test_dora_of_sd_scripts(tmp_path):
     assert torch.allclose(found, scale * whole / whole.norm(dim=1, keepdim=True), atol=1e-6)
 
 
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape) * 0.3
+
+
+def loha(shape: Sequence[int], core: bool) -> tuple[State, torch.Tensor]:
+    """Parts of rank 2 as LyCORIS saves them, and their product; core: with one of the kernel's size."""
+    rows, columns, *kernel = shape
+    state, product = State(), torch.ones(())
+    for i in "12":
+        if core:
+            left, right, middle = draw(2, rows), draw(2, columns), draw(2, 2, *kernel)
+            state |= {f"hada_w{i}_a": left, f"hada_w{i}_b": right, f"hada_t{i}": middle}
+            product = product * torch.einsum("ij...,jr,ip->pr...", middle, right, left)
+        else:
+            left, right = draw(rows, 2), draw(2, columns * math.prod(kernel))
+            state |= {f"hada_w{i}_a": left, f"hada_w{i}_b": right}
+            product = product * (left @ right).reshape(shape)
+    return state, product / 2
+
+
+def lokr(shape: Sequence[int], outer: bool, inner: str) -> tuple[State, torch.Tensor]:
+    """The same of rank 2; outer: whether the outer matrix has factors, inner: "whole", "factors" or "core"."""
+    rows, columns, *kernel = shape
+    ones = [1] * len(kernel)
+    state: State = {}
+    if outer:
+        state |= {"lokr_w1_a": draw(2, 2), "lokr_w1_b": draw(2, 4)}
+        first = state["lokr_w1_a"] @ state["lokr_w1_b"]
+    else:
+        first = state["lokr_w1"] = draw(2, 4)
+    size = (rows // 2, columns // 4)
+    match inner:
+        case "whole":
+            second = state["lokr_w2"] = draw(*size, *kernel)
+        case "factors":
+            state |= {"lokr_w2_a": draw(size[0], 2), "lokr_w2_b": draw(2, size[1] * math.prod(kernel))}
+            second = (state["lokr_w2_a"] @ state["lokr_w2_b"]).reshape(*size, *kernel)
+        case _:
+            state |= {
+                "lokr_w2_a": draw(2, size[0]),
+                "lokr_w2_b": draw(2, size[1]),
+                "lokr_t2": draw(2, 2, *kernel),
+            }
+            parts = (state[f"lokr_{part}"] for part in ("t2", "w2_b", "w2_a"))
+            second = torch.einsum("ij...,jr,ip->pr...", *parts)
+    has_rank = outer or inner != "whole"
+    return state, torch.kron(first.reshape(2, 4, *ones), second.contiguous()) / (2 if has_rank else 1)
+
+
+def tucker(shape: Sequence[int]) -> tuple[State, torch.Tensor]:
+    rows, columns, *kernel = shape
+    down, up, middle = draw(2, columns, 1, 1), draw(rows, 2, 1, 1), draw(2, 2, *kernel)
+    product = torch.einsum("ij...,jr,pi->pr...", middle, down.flatten(1), up.flatten(1)) / 2
+    return {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": middle}, product
+
+
+LYCORIS = {
+    "loha": lambda shape: loha(shape, core=False),
+    "loha with cores": lambda shape: loha(shape, core=len(shape) > 2),
+    "lokr": lambda shape: lokr(shape, outer=False, inner="factors"),
+    "lokr of four factors": lambda shape: lokr(shape, outer=True, inner="factors"),
+    "lokr with cores": lambda shape: lokr(shape, outer=False, inner="core" if len(shape) > 2 else "factors"),
+    "lokr, outer factors": lambda shape: lokr(shape, outer=True, inner="whole"),
+    "lokr, whole": lambda shape: lokr(shape, outer=False, inner="whole"),
+    "lora with cores": lambda shape: tucker(shape) if len(shape) > 2 else loha(shape, core=False),
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_lycoris_is_what_its_formulas_make_of_linear_layers_and_convolutions(kind, tmp_path):
+    unet().save_pretrained(tmp_path / "unet")
+    torch.manual_seed(1)
+    weights = layers(unet(), "up_blocks.0")
+    state, expected = State(), {}
+    for i, (module, weight) in enumerate(weights.items()):
+        parts, product = LYCORIS[kind](weight.shape)
+        start = f"lora_unet_{module.replace('.', '_')}"
+        state |= {f"{start}.{part}": value.contiguous() for part, value in parts.items()}
+        state[f"{start}.alpha"] = torch.tensor(1.0 + i % 2)
+        expected[f"{module}.weight"] = weight + product * (1.0 if kind == "lokr, whole" else 1.0 + i % 2)
+    found, before = merged(tmp_path / "unet", state, tmp_path), unet().state_dict()
+    assert {len(weight.shape) for weight in weights.values()} == {2, 4}
+    for name, value in found.items():
+        assert torch.allclose(value, expected.get(name, before[name]), atol=1e-5), name
+
+
+def test_lycoris_of_flux_whose_queries_keys_and_values_are_one(tmp_path):
+    make = zoo("flux")
+    make().save_pretrained(tmp_path / "transformer")
+    torch.manual_seed(1)
+    width = 16
+    parts, product = loha((3 * width, width), core=False)
+    state = {f"lora_unet_double_blocks_0_img_attn_qkv.{part}": value for part, value in parts.items()}
+    found, before = merged(tmp_path / "transformer", state, tmp_path), make().state_dict()
+    for i, layer in enumerate(("to_q", "to_k", "to_v")):
+        name = f"transformer_blocks.0.attn.{layer}.weight"
+        assert torch.allclose(found[name], before[name] + product[i * width :][:width] * 2, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": (8, 2)}, ["hada_w1_a", "no part of LoRA"]),
-        ({"lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight": (2, 2)}, ["lora_mid", "no part of LoRA"]),
+        ({"lora_unet_mid_block_attentions_0_proj_in.hada_w1_a": (8, 2)}, ["not of one kind"]),
+        ({"lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight": (2, 2)}, ["does not fit the base", "[2, 2]"]),
+        ({"lora_unet_mid_block_attentions_0_proj_in.diff": (16, 16)}, ["diff", "no part of LoRA"]),
+        ({"lora_unet_conv_in.hada_w1_a": (8, 2)}, ["'conv_in'", "lacks a part of LoHa"]),
+        ({"lora_unet_conv_in.lokr_w1": (2, 2), "lora_unet_conv_in.lokr_w2": (3, 2)}, ["does not fit the base"]),
+        (
+            {f"lora_unet_conv_in.lokr_{part}": (2, 2) for part in ("w1", "w2")}
+            | {"lora_unet_conv_in.dora_scale": (8, 1)},
+            ["norms of its own"],
+        ),
         (
             {"lora_unet_nowhere.lora_down.weight": (2, 8), "lora_unet_nowhere.lora_up.weight": (8, 2)},
             ["'nowhere'", "no layer"],
