@@ -89,8 +89,8 @@ that fits no component, or several that are alike.
 component whose folder is the base: `unet`, `transformer`, `text_encoder` or `text_encoder_2`. Parts for others are
 named by the plan. Each layer has its own `alpha`; diffusers 0.42 gives layers of attention the most frequent one.
 LyCORIS's LoHa (`hada_...`), LoKr (`lokr_...`) and `lora_mid`, with or without cores for convolutions, are read with the
-same names, scaled by alpha over rank once, as when LyCORIS runs them. Its other kinds (`diff`, `oft_...`, DoRA of LoHa and
-LoKr) are refused.
+same names, scaled by alpha over rank once, as when LyCORIS runs them. Its other kinds (`diff`, `oft_...`, DoRA of LoHa
+and LoKr) are refused.
 """
 
 

@@ -119,19 +119,41 @@ def test_a_damaged_adapter_is_merged_or_refused_in_one_line(kind, folder):
     damaged()
 
 
-def test_a_damaged_file_of_a_pipeline_is_merged_or_refused_in_one_line(folder):
-    base = folder / "unet"
-    base.mkdir()
+OF_FILES: dict[str, dict[str, list[int]]] = {  # parts of a layer (8, 4), and of a convolution (8, 4, 3, 3)
+    "lora": {"lora_down.weight": [2, 4], "lora_up.weight": [8, 2]},
+    "loha": {f"hada_w{i}_{side}": shape for i in "12" for side, shape in (("a", [8, 2]), ("b", [2, 4]))},
+    "lokr": {"lokr_w1_a": [2, 2], "lokr_w1_b": [2, 2], "lokr_w2": [4, 2]},
+    "lora of a convolution": {"lora_down.weight": [2, 4, 3, 3], "lora_up.weight": [8, 2, 1, 1]},
+    "loha of a convolution": {
+        f"hada_{part}{i}{side}": shape
+        for i in "12"
+        for part, side, shape in (("w", "_a", [2, 8]), ("w", "_b", [2, 4]), ("t", "", [2, 2, 3, 3]))
+    },
+    "lokr of a convolution": {
+        "lokr_w1": [2, 2], "lokr_w2_a": [2, 4], "lokr_w2_b": [2, 2], "lokr_t2": [2, 2, 3, 3],
+    },
+    "lora_mid of a convolution": {
+        "lora_down.weight": [2, 4, 1, 1], "lora_up.weight": [8, 2, 1, 1], "lora_mid.weight": [2, 2, 3, 3],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OF_FILES)
+def test_a_damaged_file_of_a_pipeline_is_merged_or_refused_in_one_line(kind, folder):
+    base = folder / kind / "unet"
+    base.mkdir(parents=True)
     (base / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     save_file(
         {"mid_block.a.weight": torch.ones(8, 4), "conv_in.weight": torch.ones(8, 4, 3, 3)},
         base / "x.safetensors",
     )
-    tensors = {}
-    for module, shape in (("mid_block_a", (8, 4)), ("conv_in", (8, 4, 3, 3))):
-        tensors[f"lora_unet_{module}.lora_down.weight"] = torch.ones(2, *shape[1:])
-        tensors[f"lora_unet_{module}.lora_up.weight"] = torch.ones(8, 2, *[1] * (len(shape) - 2))
-        tensors[f"lora_unet_{module}.alpha"] = torch.tensor(1.0)
+    layer = "lora_unet_conv_in" if "convolution" in kind else "lora_unet_mid_block_a"
+    tensors = {f"{layer}.{part}": torch.ones(shape) for part, shape in OF_FILES[kind].items()}
+    tensors[f"{layer}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, folder / "lora.safetensors")
+    merge(
+        {"method": "average", "base": base, "experts": {"a": folder / "lora.safetensors"}}, folder / "whole"
+    )
 
     @settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
