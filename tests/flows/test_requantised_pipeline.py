@@ -49,7 +49,9 @@ def test_prefect_and_dvc_write_the_same_merge_in_the_format_of_its_base(tmp_path
     assert "up to date" in by_flow.check("dvc", "status", f"{PLACE}/dvc.yaml")
 
     ran, reproduced = (SmallWorkspace(workspace.root / PLACE) for workspace in (by_flow, by_dvc))
-    assert ran.outputs() == reproduced.outputs() and ran.lock() == reproduced.lock()
+    assert ran.outputs() == reproduced.outputs()
+    locks = (YAML(typ="safe").load(workspace.lock()) for workspace in (ran, reproduced))
+    assert next(locks) == next(locks)  # DVC writes stages in the order in which they ran
     merge = ran.root / "build/merges/rounded"
     stored = load_file(merge / WEIGHTS)
     assert sum(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values()) == 14

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +257,12 @@ def test_the_champion_is_served_over_http(workspace, monkeypatch, mlflow_databas
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/small@champion"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     database = f"sqlite:///{workspace / tracking.STATE / 'mlflow.db'}"
+    programs = (
+        f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow starts uvicorn by its name
+    )
+    environment = os.environ | {"MLFLOW_TRACKING_URI": database, "PATH": programs}
     with open(workspace / "serve.log", "wb") as log:
-        server = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"MLFLOW_TRACKING_URI": database},
-            start_new_session=True,
-        )  # fmt: skip
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         _wait_until_answering(server, f"http://127.0.0.1:{port}/ping", workspace / "serve.log")
         data = load(workspace / "build/data/digits")
@@ -275,7 +277,8 @@ def test_the_champion_is_served_over_http(workspace, monkeypatch, mlflow_databas
         refused = requests.post(url, json={"dataframe_records": [rows[0] | {"task": "digit"}]}, timeout=60)
         assert refused.status_code == 400 and "did you mean 'digits'" in refused.text
     finally:
-        os.killpg(server.pid, 15)
+        with suppress(ProcessLookupError):  # it did not start
+            os.killpg(server.pid, 15)
         server.wait(timeout=30)
 
 
