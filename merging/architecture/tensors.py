@@ -58,11 +58,8 @@ class Role(StrEnum):
     OTHER = "other"
 
 
-CLASSIFIERS = (
-    "classifier",
-    "classification_head",
-    "score",
-)  # of transformers: heads with all that lies in them
+# Modules of transformers that are heads with all that lies in them.
+CLASSIFIERS = ("classifier", "classification_head", "score")
 RUNNING_STATISTICS = (Role.RUNNING_MEAN, Role.RUNNING_VARIANCE)  # of BatchNorm
 _BEFORE_LAYERS = {Role.EMBEDDING, Role.POSITION, Role.TOKEN, Role.PATCH_EMBEDDING, Role.STEM}
 

@@ -155,8 +155,7 @@ def _matched(
     """The prompts of one checkpoint whose rows have no order, in that of the other."""
     (who, own), (like, reference) = one, other
     found: dict[str, TensorInfo] = {}
-    for name in _shared(plan, roles, Role.UNORDERED_PROMPT, own, reference):
-        info, theirs = own.tensors[name], reference.tensors[name]
+    for name, info, theirs in _shared(plan, roles, Role.UNORDERED_PROMPT, own, reference):
         if info.shape != theirs.shape or not (info.is_float and theirs.is_float):
             continue  # which the plan refuses
         if info.shape[1] > _MOST_ROWS and plan.recipe.prompt_rows == "matched":
@@ -182,8 +181,7 @@ def _of_classes(
     """The contexts of one checkpoint that are of single classes, which must be those of the other."""
     (who, own), (like, reference) = one, other
     found: dict[str, TensorInfo] = {}
-    for name in _shared(plan, roles, Role.PROMPT, own, reference):
-        info, theirs = own.tensors[name], reference.tensors[name]
+    for name, info, theirs in _shared(plan, roles, Role.PROMPT, own, reference):
         if len(info.shape) != 3 or len(theirs.shape) != 3:
             continue
         misfit = (
@@ -212,9 +210,10 @@ def _of_classes(
     return found
 
 
-def _shared(plan: Plan, roles: Roles, role: Role, own: Checkpoint, reference: Checkpoint) -> Iterator[str]:
-    """The prompts of a kind that two checkpoints have, and that are merged or averaged."""
-    averaged = plan.recipe.excluded == "average"
+def _shared(
+    plan: Plan, roles: Roles, role: Role, own: Checkpoint, reference: Checkpoint
+) -> Iterator[tuple[str, TensorInfo, TensorInfo]]:
+    """The prompts of a kind that two checkpoints have, and that are merged: the name, and what each has."""
     for name in sorted(own.tensors.keys() & reference.tensors.keys()):
-        if roles.get(name) is role and (averaged or is_merged(plan.recipe, name)):
-            yield name
+        if roles.get(name) is role and is_merged(plan.recipe, name):
+            yield name, own.tensors[name], reference.tensors[name]

@@ -31,6 +31,17 @@ def low_rank(own: Mapping[str, Tensor]) -> Tensor:
     return own["left"].double() @ own["right"].double().T
 
 
+def decode_low_rank(
+    _once: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    _shape: Sequence[int],
+    _dtype: torch.dtype,
+    **_: Any,
+) -> Tensor:
+    """`Store.decode` of methods that keep nothing but an expert's factors."""
+    return low_rank(own)
+
+
 def _parts(shape: Sequence[int], _experts: int, *, rank: float, **_: Any) -> Parts:
     return {"mean": Part("number", tuple(shape))}, low_rank_parts(shape, linear.rank_of(rank, shape))
 

@@ -9,7 +9,7 @@ from mergeline.merging.algebra.slots import Slot
 from mergeline.merging.lazy import torch
 from mergeline.merging.methods.contract import Reference, method
 from mergeline.merging.methods.parameters import Share, Task
-from mergeline.merging.methods.store.cart_indexing import low_rank, low_rank_factors, low_rank_parts
+from mergeline.merging.methods.store.cart_indexing import decode_low_rank, low_rank_factors, low_rank_parts
 from mergeline.merging.methods.stored import Encoded, Parts, Store, Stored, given_back, stored_dtype
 from mergeline.merging.methods.wrapper.weighted_truncate import Side, weighted_squares, wrong_side
 
@@ -61,17 +61,7 @@ def _encode(
     return {}, map(own, tasks)
 
 
-def _decode(
-    _once: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    _shape: Sequence[int],
-    _dtype: torch.dtype,
-    **_: Any,
-) -> Tensor:
-    return low_rank(own)
-
-
-STORE = Store(_parts, _encode, _decode)
+STORE = Store(_parts, _encode, decode_low_rank)
 
 
 @method(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 
 from mergeline.merging.algebra import directions
 from mergeline.merging.algebra.slots import Slot
-from mergeline.merging.lazy import torch
 from mergeline.merging.methods.contract import method
 from mergeline.merging.methods.parameters import Task, TaskRank
-from mergeline.merging.methods.store.cart_indexing import low_rank, low_rank_factors, low_rank_parts
+from mergeline.merging.methods.store.cart_indexing import decode_low_rank, low_rank_factors, low_rank_parts
 from mergeline.merging.methods.stored import Encoded, Parts, Store, Stored, given_back
 
 if TYPE_CHECKING:
@@ -25,17 +24,7 @@ def _encode(x: Slot, tasks: Sequence[int], *, rank: TaskRank, stored: Stored | N
     return {}, (low_rank_factors(x, t, k, stored) for t in tasks)
 
 
-def _decode(
-    _once: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    _shape: Sequence[int],
-    _dtype: torch.dtype,
-    **_: Any,
-) -> Tensor:
-    return low_rank(own)
-
-
-STORE = Store(_parts, _encode, _decode)
+STORE = Store(_parts, _encode, decode_low_rank)
 
 
 @method(
