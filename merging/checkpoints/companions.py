@@ -46,6 +46,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / CONFIG)
 
 
+def adapted_class(adapter: Mapping[str, Any]) -> str | None:
+    """The class of the model that an adapter was trained on; None where its configuration does not say it."""
+    mapping = adapter.get("auto_mapping")
+    kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
 def stem_of(config: Mapping[str, Any]) -> str:
     """How the names of files of weights begin that the library of a configuration opens."""
     return STEMS["_diffusers_version" in config]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, CONFIG, read_config
+from mergeline.merging.checkpoints.companions import ADAPTER_CONFIG, CONFIG, adapted_class, read_config
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import json_bytes, read_object, write_bytes
 
@@ -42,12 +42,11 @@ def head_config(path: Path, head: Mapping[str, Tensor], base: Path | None) -> di
         return read_config(path)
     if not (config := {k: v for k, v in read_config(base).items() if k not in _OF_HEAD}):
         return {}
-    mapping = read_object(path / ADAPTER_CONFIG).get("auto_mapping")
-    kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    kind = adapted_class(read_object(path / ADAPTER_CONFIG))
     labels = [f"LABEL_{i}" for i in range(outputs(head))]
     return {
         **config,
-        **({"architectures": [kind]} if isinstance(kind, str) else {}),
+        **({"architectures": [kind]} if kind else {}),
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }

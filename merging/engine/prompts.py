@@ -122,13 +122,11 @@ def read_prompts(plan: Plan) -> None:
     reference = plan.checkpoints[like]
     views = {}
     for who, checkpoint in plan.checkpoints.items():
-        if who == like:
-            views[who] = _without_buffers(plan, who, checkpoint, dict(checkpoint.tensors))
-            continue
         tensors = dict(checkpoint.tensors)
-        of_classes = _of_classes(plan, roles, (who, checkpoint), (like, reference))
-        matching = _matched(plan, roles, (who, checkpoint), (like, reference))
-        views[who] = _without_buffers(plan, who, checkpoint, tensors | dict(of_classes) | dict(matching))
+        if who != like:
+            tensors |= _of_classes(plan, roles, (who, checkpoint), (like, reference))
+            tensors |= _matched(plan, roles, (who, checkpoint), (like, reference))
+        views[who] = _without_buffers(plan, who, checkpoint, tensors)
     if not plan.base and any(_PROJECTION in name for name in names):
         plan.warnings.append(
             f"prompts go through each expert's own {_PROJECTION}: name what their training began with as base, or they "

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
-from mergeline.tasks.serving.contract import TEXT, Row, Served, text_of
+from mergeline.tasks.serving.contract import MAX_NEW_TOKENS, TEXT, Row, Served, text_of
 
 if TYPE_CHECKING:
     from mergeline.evaluation.language.settings import Language
     from mergeline.tasks.modality import Json
     from mergeline.tasks.serving.contract import Predict
-
-MAX_NEW_TOKENS = "max_new_tokens"
 
 
 def served(language: Language) -> Served:

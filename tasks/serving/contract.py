@@ -17,6 +17,7 @@ Predict = Callable[
     [Sequence[Row], Mapping[str, Any]], list[dict[str, Any]]
 ]  # rows, parameters -> a row for each
 
+MAX_NEW_TOKENS = "max_new_tokens"  # of a request: the longest text that is written
 # Types of columns, as MLflow names them.
 TEXT, OPTIONAL_TEXT, NUMBER, VECTOR = "string", "optional string", "double", "vector"
 

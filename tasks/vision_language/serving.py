@@ -6,19 +6,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
-from mergeline.tasks.serving.contract import TEXT, Row, Served, image_of, text_of
+from mergeline.tasks.serving.contract import MAX_NEW_TOKENS, TEXT, Row, Served, image_of, text_of
 
 if TYPE_CHECKING:
     from mergeline.tasks.modality import Json
     from mergeline.tasks.serving.contract import Predict
 
-_MAX_NEW_TOKENS = "max_new_tokens"
-
 
 def served(prompt: str | None) -> Served:
     """Inputs are images and questions, put into the prompt that models were measured with; answers are texts."""
     inputs = {"image": TEXT, "question": TEXT}
-    return Served(inputs, {"text": TEXT}, {"prompt": prompt}, parameters={_MAX_NEW_TOKENS: 16})
+    return Served(inputs, {"text": TEXT}, {"prompt": prompt}, parameters={MAX_NEW_TOKENS: 16})
 
 
 def predictor(model: Path, beside: Path, settings: Json) -> Predict:
@@ -28,7 +26,7 @@ def predictor(model: Path, beside: Path, settings: Json) -> Predict:
     reader = load_reader(model, settings["prompt"])
 
     def predict(rows: Sequence[Row], parameters: Mapping[str, Any]) -> list[Json]:
-        longest, found = int(parameters.get(_MAX_NEW_TOKENS, 16)), []
+        longest, found = int(parameters.get(MAX_NEW_TOKENS, 16)), []
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "image.png"
             for row in rows:

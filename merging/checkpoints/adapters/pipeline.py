@@ -14,7 +14,7 @@ from mergeline.merging.checkpoints.adapters.packed import Packing
 from mergeline.merging.checkpoints.adapters.peft import adapt, unties
 from mergeline.merging.checkpoints.adapters.single_file import adapt_component, components_in
 from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo
-from mergeline.merging.checkpoints.companions import ADAPTER_WEIGHTS, read_config
+from mergeline.merging.checkpoints.companions import ADAPTER_WEIGHTS, adapted_class, read_config
 from mergeline.merging.checkpoints.components import adapters_in, by_component, component_folders
 from mergeline.merging.checkpoints.tied import tied_head
 from mergeline.merging.errors import UserError
@@ -96,8 +96,7 @@ def _fitting(
     packing: Packing,
 ) -> tuple[str, Checkpoint, list[str]]:
     """The component that an adapter is for, what it makes of it, and what is to be said."""
-    mapping = config.values.get("auto_mapping")
-    kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    kind = adapted_class(config.values)
     named = [folder] if folder in components else []
     of_kind = [name for name, component in components.items() if kind in _classes(component)]
     wanted = named or of_kind or [*components]
