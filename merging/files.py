@@ -10,7 +10,7 @@ What is written takes shape in a staging folder, `.NAME.partial` beside its plac
 Everything is on the disk before it is renamed, and names are on the disk before the next step. A folder changes places
 with the one that stood there, in one step where the system has it. A single file and what lies beside it are renamed
 one after the other; a cut between leaves the second in `beside/` while `out/` is empty, where `beside` finds it and the
-next writer of the same place puts it right.
+next writer of the same place puts it right. A small file of its own is written as `.NAME.new.partial`, locked likewise.
 """
 
 from __future__ import annotations
@@ -373,17 +373,42 @@ def write_bytes(path: Path, data: bytes, *, lasting: bool = True, mode: int = 0o
     lasting: it survives a power cut. What can be told to be damaged, and made again, need not. mode: its permissions,
     less those that the umask takes.
     """
-    temporary = path.parent / f".{path.name}.{os.urandom(4).hex()}.partial"
+    half = path.parent / f".{path.name}.new.partial"
     with user_errors(path):
         make_folder(path.parent) if lasting else path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _locked_half(half, mode)
         try:
-            _write_new(temporary, data, lasting, mode)
-            temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            _write(handle, data, lasting)
+            half.rename(path)
+        finally:
+            if _is_same(half, handle):  # it was not renamed
+                half.unlink()
+            os.close(handle)
         if lasting:
             sync(path.parent)
+
+
+def _locked_half(half: Path, mode: int) -> int:
+    """Make and lock the file that a small one is written to first, in place of what a killed process left there.
+
+    Who finds another's that is being written waits for it.
+    """
+    while True:
+        with suppress(FileExistsError):
+            handle = os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_same(half, handle):
+                return handle
+            os.close(handle)  # another took it for one that was left, before it was locked
+            continue
+        with suppress(FileNotFoundError):
+            handle = os.open(half, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if _is_same(half, handle):
+                    half.unlink()
+            finally:
+                os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -396,17 +421,22 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _write_new(path: Path, data: bytes, lasting: bool = True, mode: int = 0o666) -> None:
-    """Write a file that is not there yet; if it is to last, through to the disk."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet, through to the disk."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(handle, left) :]
-        if lasting:
-            os.fsync(handle)
+        _write(handle, data)
     finally:
         os.close(handle)
+
+
+def _write(handle: int, data: bytes, lasting: bool = True) -> None:
+    """Write to an open file; if it is to last, through to the disk."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(handle, left) :]
+    if lasting:
+        os.fsync(handle)
 
 
 # --------------------------------------------------------------------------------------- the disk

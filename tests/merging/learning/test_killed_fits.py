@@ -38,7 +38,7 @@ FITS: dict[str, dict[str, Any]] = {
 
 def _at_events(call: Callable[[], None]) -> None:
     """From here on, `call` after each loss and in the middle of each small file that is written, states among them."""
-    write, begin = files._write_new, descent.Schedule.__init__
+    write, begin = files._write, descent.Schedule.__init__
 
     def counted(loss: Any) -> Any:
         def after(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,18 +48,17 @@ def _at_events(call: Callable[[], None]) -> None:
 
         return after
 
-    def halves(path: Path, data: bytes, *rest: Any) -> None:
-        write(path, data[: len(data) // 2])
+    def halves(handle: int, data: bytes, *rest: Any) -> None:
+        write(handle, data[: len(data) // 2])
         call()
-        path.unlink()
-        write(path, data, *rest)
+        write(handle, data[len(data) // 2 :], *rest)
 
     def often(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **{**kwargs, "keep": 0.0})
 
     descent.Descent.loss = counted(descent.Descent.loss)  # type: ignore[method-assign]
     blockwise._Fit._backward = counted(blockwise._Fit._backward)  # type: ignore[method-assign]
-    files._write_new = halves
+    files._write = halves
     descent.Schedule.__init__ = often  # type: ignore[method-assign]
 
 
