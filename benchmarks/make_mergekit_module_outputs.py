@@ -46,6 +46,15 @@ def module(listed: list[dict[str, Any]], **parameters: Any) -> dict[str, Any]:
     return {"models": listed, **({"parameters": parameters} if parameters else {})}
 
 
+def slices(*taken: tuple[tuple[int, int], list[dict[str, Any]]]) -> dict[str, Any]:
+    """Slices of these layers of these models; of the base, too, where they have weights."""
+    found = []
+    for layers, listed in taken:
+        models = [*listed, {"model": "base"}] if "parameters" in listed[0] else listed
+        found.append({"sources": [{**model, "layer_range": list(layers)} for model in models]})
+    return {"slices": found}
+
+
 def case(method: str, modules: dict[str, Any], **shared: Any) -> dict[str, Any]:
     found = {"merge_method": method, "base_model": "base", "modules": modules, "dtype": "float32"}
     return {**found, **({"parameters": shared} if shared else {})}
@@ -82,6 +91,24 @@ CASES: dict[str, dict[str, Any]] = {
         "modules": {"encoder": module(ONE), "decoder": module(OTHER, scale=0.5), "shared": module(ONE)},
     },
     "t5-encoder-alone": case("task_arithmetic", {"encoder": module(weights(0.7, 0.4))}),
+    "t5-slices": case(
+        "task_arithmetic",
+        {"encoder": slices([(0, 2), weights([0.2, 0.8], 0.3)], [(1, 2), weights(0.5, [0.1, 0.7])]),
+         "decoder": module(weights(0.4, [0.2, 0.8]), **{"lambda": 0.5}), "shared": module(weights(1.0, 0.0))},
+        **{"lambda": 0.9},
+    ),
+    "t5-passthrough-slices": {
+        "merge_method": "passthrough", "dtype": "float32",
+        "modules": {"encoder": module(ONE), "shared": module([{"model": "base"}]),
+                    "decoder": slices([(0, 2), ONE], [(1, 3), OTHER], [(2, 3), ONE])},
+    },
+    "bart-slices": case(
+        "ties",
+        {"model.encoder.layers": module(models({"weight": 0.5, "density": 0.4}, {"weight": 0.3})),
+         "model.decoder.layers": slices([(0, 1), weights(0.3, 0.5)], [(0, 2), weights(1.0, 0.5)]),
+         "default": module(weights([{"filter": "embed", "value": 0.9}, {"value": 0.4}], 0.1))},
+        density=0.6,
+    ),
     "bart-task_arithmetic": case(
         "task_arithmetic",
         {"model.encoder.layers": module(weights([0.2, 0.8], 0.3)), "model.decoder.layers": module(weights(0.0, 0.5)),

@@ -182,6 +182,21 @@ CASES: dict[str, dict[str, Any]] = {
             {"sources": [taken("base", 3, 4), taken("expert2", 3, 4)], "parameters": {"lambda": 0.5}},
         ],
     },
+    "slices-with-filters-of-layers": {
+        "merge_method": "task_arithmetic", "base_model": "base", "dtype": "float32", "parameters": {"lambda": 0.8},
+        "slices": [
+            {"sources": [
+                taken("base", 1, 4),
+                taken("expert0", 0, 3, weight=[{"filter": "layers.1", "value": 0.9}, {"filter": "mlp", "value": 0.2},
+                                               {"filter": "layers.3.", "value": 5.0}, {"value": 0.5}]),
+                taken("expert1", 1, 4, weight=[{"filter": "model.layers.3.self_attn", "value": 0.7},
+                                               {"filter": "layers.1.mlp", "value": 0.3}, {"value": 0.1}])]},
+            {"sources": [
+                taken("base", 0, 2),
+                taken("expert0", 2, 4, weight=[{"filter": "layers.2.", "value": [0.4, 0.6]}, {"value": 1.0}]),
+                taken("expert2", 1, 3, weight=[{"filter": "layers.2", "value": -0.5}, {"value": 0.2}])]},
+        ],
+    },
     "slices-slerp-repeated": {
         "merge_method": "slerp", "dtype": "float32", "base_model": "base",
         "parameters": {"t": [{"filter": "self_attn", "value": [0.1, 0.9]}, {"value": 0.4}]},

@@ -7,6 +7,7 @@ import json
 import shutil
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.checkpoints.chat_templates import TEMPLATE, TOKENIZER_CONFIG
@@ -53,19 +54,31 @@ _OTHER_WEIGHTS = (
 _OURS = ("README.md", "manifest.json", PROVENANCE, "heads", "adapters", "__pycache__", REMOTE)
 _QUANTISATION_KEYS = ("quantization_config", "compression_config")
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+# Which part of a configuration is a tower's, by words in its name, and what its number of layers is called there; a row
+# that is the last for its words ends the search.
+_TEXT = ("text_config", "llm_config", "language_config")
+_TOWERS = (
+    (("vis", "image"), ("vision_config",), ("depth", *_LAYER_KEYS), True),
+    (("audio",), ("audio_config",), ("encoder_layers", *_LAYER_KEYS), True),
+    (("decoder",), ("text_config", "decoder"), ("decoder_layers", "num_decoder_layers"), False),
+    (("decoder",), _TEXT, ("num_hidden_layers", "n_layer"), True),
+    (("encoder",), ("text_config", "encoder"), ("encoder_layers", "num_encoder_layers", *_LAYER_KEYS), True),
+    (("",), _TEXT, _LAYER_KEYS, True),
+)
 
 
 class Changes(NamedTuple):
     """What was written otherwise than the donor's files say.
 
     alignment: of vocabularies; the tokenizer knows the tokens that were added to it. layers: folder and layer, as which
-    each layer of a stack is described. chat_template: in place of the donor's. quantised: whether the weights are in
-    the donor's own format; else config.json says no quantisation. untied: whether the output matrix is no longer the
-    embedding. configured: what becomes of config.json where another kind, or size, of model was written.
+    each layer of a stack is described, by tower; "" where a model has but one. chat_template: in place of the donor's.
+    quantised: whether the weights are in the donor's own format; else config.json says no quantisation. untied: whether
+    the output matrix is no longer the embedding. configured: what becomes of config.json where another kind, or size,
+    of model was written.
     """
 
     alignment: Alignment | None = None
-    layers: Sequence[tuple[Path, int]] | None = None
+    layers: Mapping[str, Sequence[tuple[Path, int]]] = MappingProxyType({})
     chat_template: str | None = None
     quantised: bool = False
     untied: bool = False
@@ -104,8 +117,15 @@ def carry(donor: Path, specs: Iterable[TensorSpec], folder: Path, changes: Chang
     if chat_template is not None:
         (folder / TEMPLATE).write_text(chat_template)
         _set_tokenizer_config(folder, set(), chat_template)
-    if layers is not None:
-        changed |= _stacked(config, layers, {path: read_config(path) for path, _ in layers if path.is_dir()})
+    for tower, taken in layers.items():
+        configs = {path: read_config(path) for path, _ in taken if path.is_dir()}
+        if tower:
+            part, keys = layer_keys(config, tower)
+            parts = {path: found.get(part) or {} if part else found for path, found in configs.items()}
+            _number(config[part] if part else config, taken, parts, keys)
+            changed = True
+        else:
+            changed |= _stacked(config, taken, configs)
     if configured is not None:
         config, changed = configured(config), True
     if untied:
@@ -189,31 +209,56 @@ def _set_tokenizer_config(folder: Path, removed: set[str], chat_template: str | 
         _write(path, config)
 
 
+def layer_keys(config: Mapping[str, Any], tower: str) -> tuple[str, tuple[str, ...]]:
+    """Which part of a configuration says how many layers a tower has ("": itself), and under which keys; no keys where
+    none does.
+    """
+    for words, parts, keys, is_last in _TOWERS:
+        if any(word in tower for word in words):
+            part = next((part for part in parts if isinstance(config.get(part), dict)), "")
+            own = config[part] if part else config
+            found = [key for key in keys if isinstance(own.get(key), int)]
+            if found or is_last:
+                return part, tuple(key for key in found if own[key] == own[found[0]])
+    return "", ()
+
+
 def _stacked(
     config: dict[str, Any], layers: Sequence[tuple[Path, int]], configs: Mapping[Path, dict[str, Any]]
 ) -> bool:
-    """Make a configuration, and its parts, true of other layers; whether one was about layers.
+    """Make a configuration, and its parts, true of other layers; whether one was about layers."""
+    keys = [key for key in _LAYER_KEYS if isinstance(config.get(key), int)]
+    _number(config, layers, configs, keys)
+    changed = bool(keys)
+    for name, value in config.items():
+        if isinstance(value, dict) and name.endswith("_config"):
+            nested = {path: own.get(name) or {} for path, own in configs.items()}
+            changed |= _stacked(value, layers, nested)
+    return changed
+
+
+def _number(
+    config: dict[str, Any],
+    layers: Sequence[tuple[Path, int]],
+    configs: Mapping[Path, dict[str, Any]],
+    keys: Sequence[str],
+) -> None:
+    """Write the number of layers under its keys.
 
     What is listed layer by layer is that of each one's own model; what lists numbers of layers gets their new ones.
     """
-    changed = False
-    for key in [key for key in _LAYER_KEYS if isinstance(config.get(key), int)]:
+    found = [(config if path not in configs else configs[path], layer) for path, layer in layers]
+    for key in keys:
         for listing in [
             name for name, value in config.items() if "layer" in name and isinstance(value, list)
         ]:
-            found = [(config if path not in configs else configs[path], layer) for path, layer in layers]
             kinds = [_kind(own.get(listing), own.get(key), layer) for own, layer in found]
             if any(kind is not None for kind in kinds):
                 config[listing] = kinds
             elif all(isinstance(i, int) for i in config[listing]):
                 numbered = [layer in (own.get(listing) or ()) for own, layer in found]
                 config[listing] = [i for i, listed in enumerate(numbered) if listed]
-        config[key], changed = len(layers), True
-    for name, value in config.items():
-        if isinstance(value, dict) and name.endswith("_config"):
-            nested = {path: own.get(name) or {} for path, own in configs.items()}
-            changed |= _stacked(value, layers, nested)
-    return changed
+        config[key] = len(layers)
 
 
 def _kind(listed: Any, count: Any, layer: int) -> Any:

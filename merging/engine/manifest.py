@@ -205,7 +205,8 @@ def write_companions(plan: Plan, source: FileInputs, manifest: Manifest, folder:
             )
         write_bytes(folder / ROUTER, plan.router.file.read_bytes())
     if plan.donor and "adapter" not in manifest:
-        layers = [(plan.checkpoints[name].path, i) for name, i in plan.stack.layers] if plan.stack else None
+        moved = plan.stack.layers if plan.stack else {}
+        layers = {t: [(plan.checkpoints[name].path, i) for name, i in found] for t, found in moved.items()}
         changes = Changes(
             alignment=plan.alignment,
             layers=layers,

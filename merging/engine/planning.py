@@ -13,6 +13,7 @@ from mergeline.merging.algebra.slots import MatrixView
 from mergeline.merging.algebra.statistics import STATISTICS
 from mergeline.merging.architecture import RUNNING_STATISTICS, Role
 from mergeline.merging.canonical import canonical_json
+from mergeline.merging.checkpoints.carried import layer_keys
 from mergeline.merging.checkpoints.checkpoint import TensorInfo
 from mergeline.merging.checkpoints.companions import read_config
 from mergeline.merging.engine.entries import make_entry
@@ -82,9 +83,17 @@ def _stack_layers(plan: Plan, headers: Headers) -> None:
             "different models; choose others, or another method"
         )
         return
+    config = read_config(plan.donor) if plan.donor else {}
+    for tower in filter(None, made.layers):
+        if config and not layer_keys(config, tower)[1]:
+            plan.problems.append(
+                f"stack: {plan.donor}/config.json does not say how many layers '{tower}' has, so that it cannot be "
+                "made true of others"
+            )
     plan.base, plan.experts = made.checkpoints.get("base"), {n: made.checkpoints[n] for n in plan.experts}
     shapes = {name: next(iter(tensor.sources.values())).shape for name, tensor in made.tensors.items()}
-    plan.model = headers.describe(shapes, read_config(plan.donor) if plan.donor else {})
+    shapes |= {name: info.shape for name, info in made.rest.items()}
+    plan.model = headers.describe(shapes, config)
     bounds = _Bounds(plan, list(made.tensors))
     for name, tensor in sorted(made.tensors.items()):
         base = {name: tensor.base} if tensor.base else {}
@@ -99,6 +108,13 @@ def _stack_layers(plan: Plan, headers: Headers) -> None:
             )
         else:
             plan.entries.append(make_entry(plan, "merge", name, tensor.sources, tensor.base, bound))
+    for name, info in sorted(made.rest.items()):
+        plan.entries.append(make_entry(plan, "copy", name, {}, info))
+    if made.rest:
+        plan.warnings.append(
+            f"stack: {len(made.rest)} tensors are of no part, '{min(made.rest)}' first, and stay the base's"
+        )
+    plan.entries.sort(key=lambda entry: entry.name)
     plan.warnings += bounds.warnings
     unused = [name for name in plan.checkpoints if not any(name in part.spans for part in parts)]
     plan.warnings += [f"stack: no part takes layers of '{name}'" for name in unused]

@@ -27,6 +27,8 @@ Loc = list[Any]
 Settings = Mapping[str, Any]
 _REQUIRED = object()
 _WHOLE = "default"  # the one module of models that have no others
+_NUMBERED = re.compile(r"(?:^|\.)\d+(?:\.|$)")
+_OF_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.(\d+)(\.|$)")
 
 
 class _Strict(BaseModel):
@@ -260,14 +262,34 @@ class _Group:
     """Tensors that are merged of the same models, with settings of their own: all of them, or those of a slice.
 
     models: key -> where it stands and its own settings, in the order in which they are merged; base: key.
-    layers: how many of each model; None: all. prefix: how the names of the tensors begin, where not all are of it.
+    ranges: key -> first layer, and the one after the last; of no model: all layers. first: which layer the first one
+    becomes. module: whose slice it is, where there are several. prefix: how the names of the tensors begin, where not
+    all are of it.
     """
 
     shared: list[tuple[Loc, Settings]]  # of the configuration first
     models: dict[str, tuple[Loc, Settings]]
     base: str | None
-    layers: int | None = None
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    first: int = 0
+    module: str = _WHOLE
     prefix: str = ""
+
+    @property
+    def layers(self) -> int | None:
+        """How many of each model; None: all."""
+        return next((stop - start for start, stop in self.ranges.values()), None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A slice, where it stands, what is set for all of its module, and which layer of that its first one becomes."""
+
+    loc: Loc
+    slice: _Slice
+    shared: list[tuple[Loc, Settings]]
+    first: int
+    module: str
 
 
 class _Translation:
@@ -282,7 +304,9 @@ class _Translation:
         if self.modules and (list(self.modules) == [_WHOLE] or self._are_alike()):
             name, self.part = next(iter(self.modules.items()))
             self.inside, self.modules = ["modules", name], {}
-        self.slices: Sequence[_Slice] = self.part.slices or ()
+        self.slices = list(self._runs(_WHOLE, self.inside, self.part))
+        for name, module in self.modules.items():
+            self.slices += self._runs(name, ["modules", name], module)
         if self.config.merge_method not in METHODS:
             near = did_you_mean(self.config.merge_method, METHODS)
             raise file.error(["merge_method"], f"unknown merge_method '{self.config.merge_method}'{near}")
@@ -292,8 +316,10 @@ class _Translation:
     def recipe(self) -> tuple[dict[str, Any], Callable[[Sequence[Any]], Loc]]:
         config = self.config
         self._refuse_unsupported()
-        groups = [self._group(i) for i in range(len(self.slices))]
-        groups = groups or self._groups_of_modules() or [self._whole(self.inside, self.part)]
+        if self.slices:
+            groups = [self._group(run) for run in self.slices] + list(self._modules_without_slices())
+        else:
+            groups = self._groups_of_modules() or [self._whole(self.inside, self.part)]
         method = self.method
         self.base = self._base(groups)
         self.names = self._names(groups)
@@ -308,7 +334,7 @@ class _Translation:
         plain = {name: self._plain(name) for name, p in method.parameters.items() if p.plain}
         written["params"] = {**method.params, **method.finish(plain)}
         if self.slices:
-            written["stack"] = [self._part(i, group) for i, group in enumerate(groups)]
+            written["stack"] = self._stack(groups)
         elif self.modules:
             found = self._by_modules(dict(zip(self.modules, groups)))
             written |= {**found, "params": written["params"] | found["params"]}
@@ -329,16 +355,11 @@ class _Translation:
         for name, module in (config.modules or {}).items():
             if bool(module.models) == bool(module.slices):
                 raise self.file.error(["modules", name], "give either models or slices")
-            if module.slices and name != _WHOLE:
-                raise self.file.error(
-                    ["modules", name, "slices"],
-                    "slices of a module among several are not supported: layers are moved in models of one tower; "
-                    "write models, and what differs between layers by lists of numbers over the depth",
-                )
         if config.name is not None and not self.merges:
             self.notes.append(f"name: {config.name} is for mergekit-multi, and changes nothing here")
-        for loc, settings in self._shared():
-            self._look_at_names(loc, settings, None)
+        self._look_at_names(["parameters"], config.parameters, None)
+        for name, module in (config.modules or {}).items():
+            self._look_at_names(["modules", name, "parameters"], module.parameters, None)
 
     def _are_alike(self) -> bool:
         """Whether all modules are merged in one way, which is what mergekit makes of `models`."""
@@ -377,15 +398,13 @@ class _Translation:
         models = self._listed([*inside, "models"], part.models or [])
         if base is not None and base not in models:
             models[base] = (["base_model"], {})
-        found = self._ordered(self._shared(), ["merge_method"], models, base)
-        own = [([*inside, "parameters"], part.parameters or {})] if self.modules else []
-        return replace(found, shared=[*found.shared, *own])
+        return self._ordered(self._shared(inside, part), ["merge_method"], models, base)
 
-    def _shared(self) -> list[tuple[Loc, Settings]]:
-        """What is set for all tensors: for the whole configuration, then for its only module."""
+    def _shared(self, inside: Loc, part: _Configuration | _Module) -> list[tuple[Loc, Settings]]:
+        """What is set for all tensors of a part: for the whole configuration, then for the module."""
         found: list[tuple[Loc, Settings]] = [(["parameters"], self.config.parameters or {})]
-        if self.inside:
-            found.append(([*self.inside, "parameters"], self.part.parameters or {}))
+        if inside:
+            found.append(([*inside, "parameters"], part.parameters or {}))
         return found
 
     def _groups_of_modules(self) -> list[_Group]:
@@ -407,24 +426,14 @@ class _Translation:
                     f"{named} has no weights by which a model is left out, so every module needs the same ones: add "
                     f"{lacking[0]}, or merge the modules one by one",
                 )
-            self._look_at_names(*group.shared[-1], None)
             absent: tuple[Loc, Settings] = (["modules", name], {weight: 0.0})
             found.append(replace(group, models={key: group.models.get(key, absent) for key in every}))
         return found
 
     def _by_modules(self, groups: Mapping[str, _Group]) -> dict[str, Any]:
         """Parameters, rules and what is merged at all, of modules that differ; whose tensors are whose a model says."""
-        model = self.base or next(iter(self.names))
-        tensors = self._tensors(model)
-        places: list[tuple[str, _Group]] = []
-        for name, group in groups.items():
-            begin = mergekit_modules.prefixes(name, tensors)
-            if not begin:
-                near = did_you_mean(name, mergekit_modules.NAMED)
-                raise self.file.error(
-                    ["modules", name], f"no tensor of {model} is of a module '{name}'{near}"
-                )
-            places += [(prefix, group) for prefix in begin]
+        tensors, beginnings = self._beginnings()
+        places = [(prefix, groups[name]) for name, begin in beginnings.items() for prefix in begin]
         found: dict[str, Any] = {"params": {}, "rules": []}
         for prefix, group in sorted(places, key=lambda place: len(place[0])):
             params, rules = self._settings(replace(group, prefix=prefix))
@@ -440,6 +449,19 @@ class _Translation:
             found["include"] = [p for prefix, _ in places for p in mergekit_modules.patterns(prefix)]
         return found
 
+    def _beginnings(self) -> tuple[list[str], dict[str, list[str]]]:
+        """The names of a model's tensors, and how those of each module begin (raises UserError)."""
+        model = self.base or next(iter(self.names))
+        tensors, found = self._tensors(model), {}
+        for name in self.modules:
+            found[name] = mergekit_modules.prefixes(name, tensors)
+            if not found[name]:
+                near = did_you_mean(name, mergekit_modules.NAMED)
+                raise self.file.error(
+                    ["modules", name], f"no tensor of {model} is of a module '{name}'{near}"
+                )
+        return tensors, found
+
     def _tensors(self, model: str) -> list[str]:
         """The names of a model's tensors (raises UserError)."""
         try:
@@ -450,10 +472,23 @@ class _Translation:
                 ["modules"], f"which tensors are whose is seen from {model}: {error}"
             ) from None
 
-    def _group(self, number: int) -> _Group:
+    def _runs(self, name: str, inside: Loc, part: _Configuration | _Module) -> Iterator[_Run]:
+        """The slices of a part."""
+        first = 0
+        for i, slice in enumerate(part.slices or ()):
+            yield _Run([*inside, "slices", i], slice, self._shared(inside, part), first, name)
+            for start, stop in (source.layer_range for source in slice.sources[:1]):
+                first += stop - start
+
+    def _modules_without_slices(self) -> Iterator[_Group]:
+        """Modules that are merged layer by layer beside one that has slices."""
+        for name, module in self.modules.items():
+            if module.models:
+                yield replace(self._whole(["modules", name], module), module=name)
+
+    def _group(self, run: _Run) -> _Group:
         """A slice."""
-        config, part = self.config, self.slices[number]
-        loc: Loc = [*self.inside, "slices", number]
+        config, part, loc = self.config, run.slice, run.loc
         if not part.sources:
             raise self.file.error(loc, "a slice needs sources")
         if part.residual_weight is not None:
@@ -468,17 +503,18 @@ class _Translation:
             if self.method.inputs != "all":
                 raise self.file.error(loc, f"the base_model, {base}, is not among the sources of this slice")
             base = None
-        counts = {stop - start for start, stop in (s.layer_range for s in part.sources)}
+        ranges = {}
         for j, source in enumerate(part.sources):
             if not 0 <= source.layer_range[0] < source.layer_range[1]:
                 raise self.file.error(
                     [*loc, "sources", j, "layer_range"], "is [FIRST, END]: from 0, and without END itself"
                 )
-        if len(counts) > 1:
+            ranges[_key(self.file, [], source.model)] = source.layer_range
+        if len({stop - start for start, stop in ranges.values()}) > 1:
             raise self.file.error(loc, "all sources of a slice must have equally many layers")
-        shared = [*self._shared(), ([*loc, "parameters"], part.parameters or {})]
+        shared = [*run.shared, ([*loc, "parameters"], part.parameters or {})]
         group = self._ordered(shared, loc, models, base)
-        return replace(group, layers=counts.pop())
+        return replace(group, ranges=ranges, first=run.first, module=run.module)
 
     def _listed(self, loc: Loc, inputs: Sequence[_Model]) -> dict[str, tuple[Loc, Settings]]:
         """The models of a list: key -> where it stands, and its settings."""
@@ -559,36 +595,27 @@ class _Translation:
 
     # ------------------------------------------------------------------------------------------ settings
 
-    def _part(self, number: int, group: _Group) -> dict[str, Any]:
-        """A slice as a part of a stack."""
-        sources = self.slices[number].sources
-        ranges = {_key(self.file, [], s.model): s.layer_range for s in sources}
-        self._refuse_moved(number, ranges)
+    def _stack(self, groups: Sequence[_Group]) -> list[dict[str, Any]]:
+        """The parts of a stack; those of modules follow the ones whose names begin theirs."""
+        if not self.modules:
+            return [self._part(group, {}) for group in groups]
+        _, beginnings = self._beginnings()
+        ordered = sorted(groups, key=lambda group: min(map(len, beginnings[group.module])))
+        matched = {
+            name: [pattern for prefix in begin for pattern in mergekit_modules.patterns(prefix)]
+            for name, begin in beginnings.items()
+        }
+        return [self._part(group, {"match": matched[group.module]}) for group in ordered]
+
+    def _part(self, group: _Group, of: dict[str, Any]) -> dict[str, Any]:
+        """A slice, or a whole module, as a part of a stack."""
         order = [*group.models, *([group.base] if group.base is not None else [])]
-        part: dict[str, Any] = {"layers": {self.names[k]: (ranges[k][0], ranges[k][1] - 1) for k in order}}
+        ranges = {key: group.ranges.get(key, (0, 0)) for key in order}
+        part = {**of, "layers": {self.names[k]: (first, stop - 1) for k, (first, stop) in ranges.items()}}
         if group.base is not None and group.base != self.base:
             part["base"] = self.names[group.base]
         part["params"], part["rules"] = self._settings(group)
         return part
-
-    def _refuse_moved(self, number: int, ranges: Mapping[str, tuple[int, int]]) -> None:
-        """Settings of a model are for its own names in mergekit: where layers move, none can name a layer."""
-        start = sum(s.sources[0].layer_range[1] - s.sources[0].layer_range[0] for s in self.slices[:number])
-        if all(first == start for first, _ in ranges.values()):
-            return
-        scopes: list[Settings | None] = [settings for _, settings in self._shared()]
-        scopes += [self.slices[number].parameters, *(s.parameters for s in self.slices[number].sources)]
-        for name, parameter in self.method.parameters.items():
-            for settings in scopes if parameter.of != "merge" else ():
-                for filter, _ in self._setting(
-                    [*self.inside, "slices", number], (settings or {}).get(name, 0)
-                ):
-                    if filter and re.search(r"\.\d+(\.|$)", filter):
-                        raise self.file.error(
-                            [*self.inside, "slices", number],
-                            f"the filter '{filter}' of '{name}' names a layer, and this slice moves layers; name parts "
-                            "of layers alone",
-                        )
 
     def _settings(self, group: _Group) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """What the parameters of a group are to begin with, and the rules that change them."""
@@ -602,8 +629,9 @@ class _Translation:
             for expert in experts:
                 start, *others = self._said(name, group, expert)
                 starts.append(start[1][0])
+                model = next(iter(group.models)) if parameter.of == "only" else expert
                 for said in ([start] if len(start[1]) > 1 else []) + others:
-                    rules += self._rules(parameter.ours, group, expert, *said)
+                    rules += self._rules(parameter.ours, group, expert, model, *said)
             params[parameter.ours] = starts if parameter.of == "expert" else starts[0]
         return params, rules
 
@@ -659,11 +687,23 @@ class _Translation:
         return found
 
     def _rules(
-        self, ours: str, group: _Group, expert: str | None, filter: str | None, values: list[Any]
+        self,
+        ours: str,
+        group: _Group,
+        expert: str | None,
+        model: str | None,
+        filter: str | None,
+        values: list[Any],
     ) -> Iterator[dict[str, Any]]:
         """The rule of one filter; over the depth of a single layer mergekit takes the last value, outside the first."""
         everywhere = filter is None and not group.prefix
-        place = {} if everywhere else {"match": mergekit_modules.patterns(group.prefix, filter)}
+        filters = [filter]
+        if filter is not None and model is not None:  # else it is of the output's names
+            filters = [*self._in_output(filter, ours, group, model)]
+        match = [p for within in filters for p in mergekit_modules.patterns(group.prefix, within)]
+        if not match:
+            return
+        place = {} if everywhere else {"match": match}
         of = {} if expert is None else {"expert": self.names[expert]}
         rule = {**place, "params": {ours: values[0]}, **of}
         if len(values) > 1 and group.layers == 1:
@@ -672,21 +712,36 @@ class _Translation:
         else:
             yield {**rule, "gradient": {ours: values}} if len(values) > 1 else rule
 
+    def _in_output(self, filter: str, ours: str, group: _Group, model: str) -> list[str]:
+        """A filter, which mergekit holds against a model's own names, as filters of the output's names."""
+        start, stop = group.ranges.get(model, (group.first, group.first))
+        if start == group.first or not _NUMBERED.search(filter):
+            return [filter]
+        named = _OF_LAYER.search(filter)
+        if not named:
+            raise self.file.error(
+                self.blame[ours],
+                f"the filter '{filter}' has a number, and a slice moves layers: write which layer it means, such as "
+                "'layers.3.'",
+            )
+        before, number, rest = filter[: named.start(1)], named[1], filter[named.end() :]
+        ends = named[2] == "."  # else it is the beginning of a number
+        layers = [n for n in range(start, stop) if (str(n) == number if ends else str(n).startswith(number))]
+        return [f"{before}{layer - start + group.first}.{rest}" for layer in layers]
+
     def _plain(self, name: str) -> Any:
         """The one value of a parameter that nothing may depend on."""
         parameter, loc = self.method.parameters[name], ["parameters", name]
-        for i, part in enumerate(self.slices):
-            if name in (part.parameters or {}):
-                raise self.file.error(
-                    [*self.inside, "slices", i, "parameters", name], f"'{name}' is one for the whole merge"
-                )
+        for run in self.slices:
+            if name in (run.slice.parameters or {}):
+                raise self.file.error([*run.loc, "parameters", name], f"'{name}' is one for the whole merge")
         for module, own in self.modules.items():
             if name in (own.parameters or {}):
                 raise self.file.error(
                     ["modules", module, "parameters", name], f"'{name}' is one for the whole merge"
                 )
         value = parameter.default
-        for _, settings in self._shared():
+        for _, settings in self._shared(self.inside, self.part):
             value = settings.get(name, value)
         if not isinstance(value, bool):
             raise self.file.error(loc, f"'{name}' must be true or false for the whole merge")

@@ -109,6 +109,9 @@ class Part(BaseModel):
     params, rules: over those of the recipe. Lists of one number an expert are of the part's experts, in its order, and
     layers of rules are counted from the part's first. Embeddings belong to the first part of a stack, what comes after
     all layers to the last.
+
+    match: of which tensors the part is, in models of several towers: each has parts of its own, which match the same
+    names. A tensor belongs to the last parts that match it, and stays the base's if none does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,6 +119,7 @@ class Part(BaseModel):
     expert: str | None = None
     layers: Span | dict[str, Span]
     base: str | None = None
+    match: Patterns = ["*"]
     params: dict[str, Any] = {}
     rules: list[Rule] = []
 
@@ -138,7 +142,8 @@ class Part(BaseModel):
 
     @model_serializer(mode="wrap")
     def _brief(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in dump(self).items() if key == "layers" or value}
+        dumped = {key: value for key, value in dump(self).items() if key == "layers" or value}
+        return {key: value for key, value in dumped.items() if key != "match" or value != ["*"]}
 
     @property
     def spans(self) -> dict[str, Span]:

@@ -11,6 +11,7 @@ import torch
 from checkpoints import file_hashes, refused
 from safetensors.torch import load_file
 from small_language_model import save_model
+from small_vision_language import save_llava
 
 from mergeline.merging import merge
 from mergeline.merging.checkpoints.writer import CheckpointWriter
@@ -274,3 +275,67 @@ def test_a_sweep_refuses_what_the_parts_set(experts, tmp_path):
         grid_points(Recipe.of(parts_of(experts, part)), {"scale": [0.1, 0.2]})
     merge(parts_of(experts, {**part, "params": {}}), tmp_path / "out")
     assert len(grid_points(Recipe.of(parts_of(experts, {**part, "params": {}})), {"scale": [0.1, 0.2]})) == 2
+
+
+# --------------------------------------------------------------------------------------- models of several towers
+
+
+def names_of(folder: Path) -> set[str]:
+    return set(load_file(folder / "model.safetensors"))
+
+
+def test_a_tower_is_stacked_beside_one_that_is_merged(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    for seed, name in enumerate(("base", "a", "b")):
+        save_llava(tmp_path / name, seed)
+    language = next(
+        n.partition("layers.")[0] for n in names_of(tmp_path / "a") if "q_proj" in n and "vision" not in n
+    )
+    vision = next(n.partition("encoder.")[0] for n in names_of(tmp_path / "a") if "vision" in n)
+    made = {
+        "method": "task_arithmetic",
+        "experts": {name: tmp_path / name for name in "ab"},
+        "base": tmp_path / "base",
+        "params": {"scale": 0.5},
+        "stack": [
+            {"match": f"{vision}*", "layers": {"a": [0, -1], "b": [0, -1], "base": [0, -1]}},
+            {"match": f"{language}*", "expert": "a", "layers": [0, 1]},
+            {"match": f"{language}*", "expert": "b", "layers": [0, 1]},
+        ],
+    }
+    plan = make_plan(made)
+    assert not plan.problems
+    assert any("are of no part" in warning and "stay the base's" in warning for warning in plan.warnings)
+    merge(made, tmp_path / "out")
+    assert "bit-identical" in verify(tmp_path / "out")
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(model[1][key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model[0].config.text_config.num_hidden_layers == 4
+    assert model[0].config.vision_config.num_hidden_layers == 2
+    out, base, a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "base", "a", "b"))
+    for name, value in out.items():
+        if name.startswith(vision):
+            expected = base[name] + 0.5 * (a[name] - base[name] + b[name] - base[name])
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+        elif name.startswith(f"{language}layers."):
+            layer, rest = name.removeprefix(f"{language}layers.").split(".", 1)
+            source = a if int(layer) < 2 else b
+            assert torch.equal(value, source[f"{language}layers.{int(layer) % 2}.{rest}"])
+        elif not name.startswith(language):
+            assert torch.equal(value, base[name])
+
+
+def test_tensors_of_no_part_need_a_base(experts):
+    made = recipe({"a": experts["a"]}, ("a", [0, 1]))
+    made["stack"][0]["match"] = ["model.layers.*"]
+    [problem] = make_plan(made).problems
+    assert "are of no part" in problem and "no base to take them from" in problem
+
+
+def test_parts_of_a_piece_of_a_tower_cannot_make_what_is_the_bases(experts):
+    made = recipe({"b": experts["b"]}, ("b", [0, 0]), ("b", [0, 0]), base=experts["a"])
+    for part in made["stack"]:
+        part["match"] = ["model.layers.0.*"]
+    [problem] = make_plan(made).problems
+    assert "parts make 'model.layers.1." in problem and "match whole towers" in problem

@@ -5,6 +5,7 @@ tests/goldens/mergekit/modules holds configurations and mergekit's outputs (benc
 
 from __future__ import annotations
 
+import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,6 +30,10 @@ from mergeline.merging.verify import verify
 STORED = GOLDENS / "mergekit" / "modules"
 NAMES = sorted(path.stem for path in STORED.glob("*.yml"))
 MODELS = ("base", "expert0", "expert1")
+LAYERS = {
+    "t5": {"num_layers": 2, "num_decoder_layers": 3},
+    "bart": {"encoder_layers": 2, "decoder_layers": 2, "num_hidden_layers": 2},
+}
 
 
 def family(folder: Path, kind: str) -> Path:
@@ -36,7 +41,7 @@ def family(folder: Path, kind: str) -> Path:
     for model in MODELS:
         (folder / model).mkdir()
         shutil.copyfile(STORED / f"{kind}-{model}.safetensors", folder / model / "model.safetensors")
-        (folder / model / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        (folder / model / "config.json").write_text(json.dumps({"model_type": kind, **LAYERS[kind]}))
     return folder
 
 
@@ -65,6 +70,25 @@ def test_modules_that_differ_are_what_mergekit_makes_of_them(name, tmp_path):
         assert found[tensor].dtype == value.dtype
         torch.testing.assert_close(found[tensor], value, rtol=0.0, atol=2e-7, msg=tensor)
     assert (found.keys() == theirs.keys()) == (name != "t5-encoder-alone")
+
+
+@pytest.mark.parametrize(("name", "layers"), [
+    ("t5-slices", {"num_layers": 3, "num_decoder_layers": 3}),
+    ("t5-passthrough-slices", {"num_layers": 2, "num_decoder_layers": 5}),
+    ("bart-slices", {"encoder_layers": 2, "decoder_layers": 3, "num_hidden_layers": 2}),
+])  # fmt: skip
+def test_slices_of_a_module_are_numbered_in_its_part_of_the_configuration(name, layers, tmp_path):
+    folder = family(tmp_path, name.partition("-")[0])
+    merge(loaded(folder, stored(name)), tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {key: config[key] for key in layers} == layers
+
+
+def test_slices_of_a_module_whose_layers_the_configuration_does_not_count(t5):
+    for model in MODELS:
+        (t5 / model / "config.json").write_text('{"model_type": "t5", "num_layers": 2}')
+    [problem] = make_plan(loaded(t5, stored("t5-passthrough-slices"))).problems
+    assert "does not say how many layers 'decoder.block.' has" in problem
 
 
 def test_what_is_of_no_module_stays_the_bases_and_is_told(t5, tmp_path):
@@ -112,7 +136,7 @@ TIES = {"merge_method": "ties", "base_model": "base"}
         ({**TIES, "modules": {"encodr": {"models": ALL}, "decoder": {"models": ALL[:1]}}},
          ["no tensor of base is of a module 'encodr'", "did you mean 'encoder'?"]),
         ({**TIES, "modules": {"encoder": {"slices": [{"sources": [{"model": "expert0", "layer_range": [0, 2]}]}]},
-                              "decoder": {"models": ALL}}}, ["slices of a module among several"]),
+                              "decoder": {"models": ALL}}}, ["base, is not among the sources of this slice"]),
         ({"merge_method": "linear", "modules": {"encoder": {"models": ALL}}},
          ["tensors are of no module that is named", "there is no base to take them from: name their modules, too"]),
         ({**TIES, "modules": {"encoder": {}, "decoder": {"models": ALL}}}, ["either models or slices"]),
@@ -159,7 +183,7 @@ def test_modules_of_a_model_that_another_document_makes_are_refused(t5):
         load_merges(t5 / "mergekit.yml", t5 / "made", Path)
 
 
-@pytest.mark.parametrize("name", ["t5-task_arithmetic", "t5-passthrough"])
+@pytest.mark.parametrize("name", ["t5-task_arithmetic", "t5-passthrough", "t5-slices"])
 def test_merges_by_modules_are_verified_from_their_manifests(name, t5, tmp_path):
     merge(loaded(t5, stored(name)), tmp_path / "out")
     assert "bit-identical" in verify(tmp_path / "out")

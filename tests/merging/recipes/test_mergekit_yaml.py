@@ -317,8 +317,8 @@ def test_slices_of_all_layers_in_order_are_the_models(family):
         (slices((0, 4), method="ties"), 4, ["ties needs a base_model"]),
         (slices((0, 4), method="ties", more="  base_model: base\n"), 4, ["base, is not among the sources"]),
         (slices((0, 4), more="- {sources: []}\n"), 5, ["needs sources"]),
-        (slices((1, 4)).replace("weight: 1.0", "weight: [{filter: layers.2., value: 2}, {value: 1}]"), 4,
-         ["'layers.2.' of 'weight' names a layer"]),
+        (slices((1, 4)).replace("weight: 1.0", "weight: [{filter: .2.mlp, value: 2}, {value: 1}]"), 2,
+         ["'.2.mlp' has a number", "write which layer it means"]),
     ],
 )  # fmt: skip
 def test_slices_that_make_no_model_are_refused(text, line, parts, family):
