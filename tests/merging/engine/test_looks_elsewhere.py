@@ -20,6 +20,7 @@ from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.methods import get_method
 from mergeline.merging.methods.bound import bind
 
+SEVERAL = SHAPES | {f"blocks.{i}.mlp.weight": (16, 24) for i in range(2, 4)}
 CHAINS = [
     ("dare", {"inner": "ties", "drop_rate": 0.5, "variant": "mergekit"}),  # which looks at each tensor first
     ("lines", {"inner": "ties", "alpha": "auto"}),  # which looks at what is wrapped
@@ -51,7 +52,7 @@ class Sent(Executor):
 def test_a_look_finds_the_same_elsewhere(use: tuple[str, dict[str, Any]], tmp_path: Path, monkeypatch):
     monkeypatch.setattr(elsewhere, "_UNIT_BYTES", 1 << 9)
     method, params = use
-    plan = make_plan({**save_family_for(method, tmp_path, SHAPES), "params": params})
+    plan = make_plan({**save_family_for(method, tmp_path, SEVERAL), "params": params})
     plan.check()
     with FileInputs(plan) as source:
         views = [source.view(entry) for entry in plan.merged]
