@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.algebra.slots import Runner, View, integer_sum
 from mergeline.merging.canonical import canonical_json
@@ -78,13 +78,18 @@ def plan_at(address: Address) -> Plan:
     Raises:
         UserError: this process has other versions of what merges, or does not see the same files.
     """
+    refuse_other_versions(address.versions)
+    return _made(canonical_json(address.recipe), address.identity)
+
+
+def refuse_other_versions(wanted: Mapping[str, str]) -> None:
+    """In another process: raises UserError if what computes there is not what computes here."""
     own = versions()
-    for name, version in address.versions.items():
+    for name, version in wanted.items():
         if own[name] != version:
             raise UserError(
                 f"the worker on {platform.node()} has {name} {own[name]}, and here is {version}; install the same there"
             )
-    return _made(canonical_json(address.recipe), address.identity)
 
 
 @lru_cache(maxsize=8)
