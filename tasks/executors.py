@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple
@@ -202,14 +203,22 @@ def _ray(place: Place) -> Iterator[Executor]:
             ray.shutdown()
 
 
+_own: dict[str, str] = {}  # of this process, in which Ray reads its environment once, when it is imported
+
+
 def _alone() -> dict[str, str]:
-    """What lets Ray listen to this machine, and to who knows a token, and tell nobody of its use: its environment."""
-    return {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # "no cluster", whatever the system: on loopback
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    """What lets Ray listen to this machine, and to who knows a token, and tell nobody of its use: its environment.
+
+    A process that imported Ray for itself is left with the settings that it chose.
+    """
+    if not _own and "ray" not in sys.modules:
+        _own.update(
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=secrets.token_hex(32),
+            RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # "no cluster", whatever the system: on loopback
+            RAY_USAGE_STATS_ENABLED="0",
+        )
+    return _own
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from concurrent.futures import Executor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -38,6 +39,12 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("della", {}),
     ("della", {"variant": "mergekit"}),
 ]
+
+
+def skip_without(engine: str) -> None:
+    """Not by importing it: Ray reads its environment when it is imported."""
+    if find_spec(PACKAGES[engine]) is None:
+        pytest.skip(f"{engine} is not installed: pip install 'mergeline[{engine}]'")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +99,7 @@ def test_no_name_is_no_executor():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_address_where_nobody_answers(engine):
-    pytest.importorskip(PACKAGES[engine])
+    skip_without(engine)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         place = f"{engine}://127.0.0.1:{closed.getsockname()[1]}"
@@ -132,8 +139,7 @@ def test_paths_are_sent_as_absolute_ones(tmp_path, monkeypatch):
 
 @pytest.fixture(params=ENGINES, scope="module")
 def engine(request: pytest.FixtureRequest) -> str:
-    extra = f"{request.param} is not installed: pip install 'mergeline[{request.param}]'"
-    pytest.importorskip(PACKAGES[request.param], reason=extra)
+    skip_without(request.param)
     return request.param
 
 
