@@ -27,7 +27,7 @@ from mergeline.flows.ending import end_with_owner, hasty, in_thread, is_owned
 from mergeline.flows.retention import removable, remove
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
-from mergeline.tasks import versioning
+from mergeline.tasks import spread, versioning
 from mergeline.tasks.evaluations import afresh
 from mergeline.tasks.params import raw_params
 from mergeline.tasks.publication import is_published
@@ -185,7 +185,8 @@ def pipeline(
     with _alone(workspace), noted_run(workspace) as ran:
         workspace.tidy()
         refuse_missing(workspace, chosen)
-        records = _run_stages(workspace, params, chosen, forced, ran)
+        with spread.over(workspace.params.executor):
+            records = _run_stages(workspace, params, chosen, forced, ran)
         versioning.commit(workspace, records, ran)
         if publish and not only:
             publish_run(params)

@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
-from mergeline.merging.algebra.slots import FactorStore
+from mergeline.merging.algebra.slots import FactorStore, Runner
 from mergeline.merging.architecture import RUNNING_STATISTICS, Role
 from mergeline.merging.compress import compress
 from mergeline.merging.engine.blocks import look_at_model, merged_blocks
@@ -98,7 +98,7 @@ def merge_points(
     with opened(
         plans, outs, device=device, memory=memory, workers=workers, factors=factors,
         need=max(plan.peak_bytes for plan in plans), lapack=any(plan.is_spectral for plan in plans),
-        force=force,
+        force=force, executor=executor,
     ) as (source, outputs, pool):  # fmt: skip
         found = [output.journal.facts for output in outputs]
         job = MergeJob(source, plans, [output.writer for output in outputs], found)
@@ -167,7 +167,7 @@ def merge_state_dicts_points(
         known: dict[Any, Any] = {}
         floats = [name for name in source.names if source.first[name].is_floating_point()]
         views = [source.view(name) for name in floats if roles[name] not in RUNNING_STATISTICS]
-        found = [look_at_model(bound, views, map, known) for bound in bounds]
+        found = [look_at_model(bound, views, Runner(), known) for bound in bounds]
         for name in source.names:
             like = source.first[name]
             parts: list[list[Tensor]] = [[] for _ in points]

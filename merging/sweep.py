@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+from concurrent.futures import Executor
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -44,6 +45,7 @@ def sweep(
     workers: int | None = None,
     progress: Progress | None = None,
     factors: str | os.PathLike | None = None,
+    executor: Executor | None = None,
     force: bool = False,
 ) -> list[dict[str, Any]]:
     """Merge every combination of the values of `grid` into a folder of its own in `out`.
@@ -77,6 +79,7 @@ def sweep(
             workers=workers,
             progress=progress and _part(progress, number, len(batches)),
             factors=factors,
+            executor=executor,
             force=force,
         )
         manifests |= dict(zip(batch, merged))

@@ -45,9 +45,10 @@ _CODE = (
     "merging/compress.py",
     "tasks/evaluations.py",
 )
-# What says which models there are and what becomes of them, not how one is measured.
+# What says which models there are, where they are computed and what becomes of them, not how one is measured.
 _OF_MERGES = {
     "name",
+    "executor",
     "checkpoints",
     "merges",
     "merges_of_merges",
@@ -70,6 +71,11 @@ def afresh(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         _AFRESH.reset(token)
+
+
+def is_afresh() -> bool:
+    """Whether everything is measured again here."""
+    return _AFRESH.get()
 
 
 class Evaluations:

@@ -22,8 +22,8 @@ EXTRAS = {
     "policies": ("transformers", "gymnasium"),
     "vision_language": ("transformers", "torchvision", "PIL", "rouge_score", "sacrebleu", "datasets"),
     "s3": ("s3fs",),
-    "dask": ("distributed", "prefect_dask"),
-    "ray": ("ray", "prefect_ray"),
+    "dask": ("distributed", "cryptography"),
+    "ray": ("ray",),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
 }

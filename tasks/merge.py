@@ -14,6 +14,7 @@ from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.engine.manifest import manifest_path, read_manifest
 from mergeline.merging.files import write_json
 from mergeline.merging.reading import sha256_of
+from mergeline.tasks import spread
 from mergeline.tasks.collect import seen_through, statistics_for
 from mergeline.tasks.fit import fitted_recipe
 from mergeline.tasks.progress import counting
@@ -50,7 +51,9 @@ def merge_chosen(
             ),
         }
     with counting("tensors") as count:
-        merge(recipe, out, device=params.device, workers=1, factors=factors, progress=count)
+        merge(
+            recipe, out, device=params.device, workers=1, factors=factors, progress=count, executor=spread.executor()
+        )  # fmt: skip
 
 
 def recipe_of(params: Params, name: str, build: Path, heads: Sequence[str]) -> dict[str, Any]:

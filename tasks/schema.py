@@ -19,6 +19,7 @@ from mergeline.merging.learning.gathering import KINDS, SETTINGS, Gathering, Kin
 from mergeline.merging.methods import get_method
 from mergeline.merging.recipes.recipe import Patterns, Rule, Seed, too_many_points, unfolded_recipe
 from mergeline.tasks.credentials import holds_credentials, without_credentials
+from mergeline.tasks.executors import place_of
 from mergeline.tasks.gates import Gates
 
 Problem = tuple[list[Any], str]  # where in params.yaml, as keys and indexes; what is wrong there
@@ -229,6 +230,7 @@ class Params(Strict, ABC):
     merges_of_merges: merges that take the results of others as experts or base. They are sections of their own because
     DVC states the same dependencies for all entries of one.
     statistics: what is collected of every expert on examples of its own tasks, for merges whose methods read it.
+    executor: where stages compute, as tasks/executors.py has it; None for this machine.
     methods: Python files that define methods, and are run. Fits, searches and merges are stale where one changes; in
     dvc.yaml they belong to the `deps` of these three.
     """
@@ -236,6 +238,7 @@ class Params(Strict, ABC):
     name: Name
     seed: Seed
     device: str = "cpu"
+    executor: str | None = None
     checkpoints: Checkpoints
     base: str
     experts: Annotated[list[str], Field(min_length=1)]
@@ -360,6 +363,10 @@ class Params(Strict, ABC):
             check_device_name(self.device)
         except UserError as error:
             yield ["device"], str(error)
+        try:
+            place_of(self.executor or "dask")
+        except UserError as error:
+            yield ["executor"], str(error)
         yield from self.checkpoints.problems("checkpoints")
         yield from self._family_problems()
         for kind, statistics in self.statistics.items():

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, NamedTuple, Sequence
 
 from mergeline.evaluation.measures import Measures
 from mergeline.evaluation.state import load_state
 from mergeline.merging.api import merge, merge_points, merge_state_dicts_points
 from mergeline.merging.engine.cache import FolderStore
+from mergeline.merging.engine.elsewhere import stopped_together
 from mergeline.merging.engine.machine import one_thread
 from mergeline.merging.files import staged, write_json
 from mergeline.merging.sweep import in_batches
+from mergeline.tasks import spread
 from mergeline.tasks.collect import statistics_for
 from mergeline.tasks.evaluate import mean_outcomes
 from mergeline.tasks.evaluations import Evaluations
 from mergeline.tasks.fit import fitted_recipe
 from mergeline.tasks.merge import recipe_of
+from mergeline.tasks.modalities import modality_of
 from mergeline.tasks.progress import counting, said_of_stage
 
 if TYPE_CHECKING:
@@ -25,8 +29,10 @@ if TYPE_CHECKING:
 
 _MERGED_BYTES = 1 << 29  # of merged models in memory at a time
 _MERGED_FILES = 8  # merged models on the disk at a time
+_UNITS = 24  # in which the points of a grid are sent to workers, who make an evaluator for each
 
 Points = list[dict[str, Any]]
+Scored = tuple[int, float, dict[str, Any]]  # a point's index, its mean outcome, and what is written of it
 
 
 def search(
@@ -53,34 +59,85 @@ def search(
     points = list(grid.points)
     base = build / "checkpoints" / params.base
     modality.check(base)
-    fits = build / "fits" / name
-    measures = Measures(modality.measures(params))
     scores: dict[int, dict[str, Any]] = {}
     outcomes: dict[int, float] = {}
-    looks = params.looks(name)
     if grid.search:
         evaluator = Evaluations(modality, params, build, base)
-        if grid.is_learned:
-            models = _fitted(fits, points, factors, scratch, params)
-        elif modality.in_memory and not grid.in_recipe:
-            recipe = params.recipe(name, build, [])
-            models = _in_memory(grid, points, recipe["base"], recipe["experts"], build, factors, params.seed)
+        own = Search(params, name, build, factors, scratch)
+        if executor := spread.executor():
+            found = _scored_there(executor, own, grid, points, evaluator)
         else:
-            recipe = recipe_of(params, name, build, modality.heads(params, build))
-            models = _on_disk(grid, points, recipe, build, factors, scratch, params.device)
+            found = _scored(modality, own, points, range(len(points)), evaluator)
         with counting("points") as count:
-            for i, model in models:
-                with one_thread():
-                    found = evaluator.evaluate(model, ("val",), params.tasks)
-                means = mean_outcomes(modality, build, found, "val", held_back=looks)
-                outcomes[i] = sum(means.values()) / len(means)
-                tasks = {task: measures.of(task).turned(mean) for task, mean in means.items()}
-                scores[i] = {"mean": measures.mean.turned(outcomes[i]), "tasks": tasks}
+            for i, outcome, score in found:
+                outcomes[i], scores[i] = outcome, score
                 count(len(scores), len(points))
         said_of_stage(evaluator.told(len(points), "points"))
     scored = [{"params": points[i], **scores[i]} for i in sorted(scores)]
     best = points[max(sorted(outcomes), key=outcomes.__getitem__)] if outcomes else points[0]
     write_json(out, {"method": grid.method, "points": scored, "chosen": best})
+
+
+class Search(NamedTuple):
+    """A search, and the places that it uses."""
+
+    params: Params
+    name: str
+    build: Path
+    factors: Path
+    scratch: Path
+
+
+def _scored(
+    modality: Modality, search: Search, points: Points, chosen: Sequence[int], evaluator: Evaluations
+) -> Iterator[Scored]:
+    """The scores of the chosen points of a grid."""
+    params, name, build, factors, scratch = search
+    grid, own = params.all_merges[name], [points[i] for i in chosen]
+    measures = Measures(modality.measures(params))
+    if grid.is_learned:
+        models = _fitted(build / "fits" / name, own, factors, scratch, params)
+    elif modality.in_memory and not grid.in_recipe:
+        recipe = params.recipe(name, build, [])
+        models = _in_memory(grid, own, recipe["base"], recipe["experts"], build, factors, params.seed)
+    else:
+        recipe = recipe_of(params, name, build, modality.heads(params, build))
+        models = _on_disk(grid, own, recipe, build, factors, scratch, params.device)
+    for i, model in models:
+        with one_thread():
+            found = evaluator.evaluate(model, ("val",), params.tasks)
+        means = mean_outcomes(modality, build, found, "val", held_back=params.looks(name))
+        outcome = sum(means.values()) / len(means)
+        tasks = {task: measures.of(task).turned(mean) for task, mean in means.items()}
+        yield chosen[i], outcome, {"mean": measures.mean.turned(outcome), "tasks": tasks}
+
+
+def _scored_there(
+    executor: Executor, search: Search, grid: Merge, points: Points, evaluator: Evaluations
+) -> Iterator[Scored]:
+    """The same of all points, a few of them at a time to a worker; the evaluator is told how many were known."""
+    scene, most = spread.scene_of(search.params), -(-len(points) // _UNITS)
+    batches = [[i] for i in range(len(points))] if grid.is_learned else in_batches(grid.method, points, most)
+    units = [executor.submit(_score_unit, scene, search, points, chosen) for chosen in batches]
+    with stopped_together(units):
+        for unit in as_completed(units):
+            scored, before = unit.result()
+            evaluator.before += before
+            yield from scored
+
+
+def _score_unit(
+    scene: spread.Scene, search: Search, points: Points, chosen: Sequence[int]
+) -> tuple[list[Scored], int]:
+    """On a worker: the scores of some points, and of how many the model was measured before."""
+    with spread.at(scene):
+        modality = modality_of(search.params)
+        evaluator = Evaluations(
+            modality, search.params, search.build, search.build / "checkpoints" / search.params.base
+        )
+        # The staging folder of a scratch place is one process's at a time.
+        own = search._replace(scratch=search.scratch.with_name(f"{search.scratch.name}-{chosen[0]}"))
+        return [*_scored(modality, own, points, chosen, evaluator)], evaluator.before
 
 
 def _in_memory(

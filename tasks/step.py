@@ -69,7 +69,8 @@ class Step(NamedTuple):
     name: the verb on the command line. help: its line there. run: what it does for one stage, in the workspace (the
     current folder), so that the paths it records are relative. templates: its stages. downloads: it may fail because
     of a network, and is tried more often. on_device: it computes on the `device` of params.yaml. merges: it runs the
-    methods, those of the files of params.yaml, too.
+    methods, those of the files of params.yaml, too. spreads: where the pipeline has an executor, it sends units of its
+    own there; other steps `on_device` go there as a whole.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Step(NamedTuple):
     downloads: bool = False
     on_device: bool = False
     merges: bool = False
+    spreads: bool = False
 
     @property
     def takes_names(self) -> bool:

@@ -175,6 +175,7 @@ def steps(modality: Modality) -> list[Step]:
             (search, _for_merges_of_merges(search)),
             on_device=True,
             merges=True,
+            spreads=True,
         ),
         Step(
             "merge-all",
@@ -183,6 +184,7 @@ def steps(modality: Modality) -> list[Step]:
             (merge, _for_merges_of_merges(merge)),
             on_device=True,
             merges=True,
+            spreads=True,
         ),
         Step(
             "evaluate",

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
@@ -14,6 +21,7 @@ from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.files import write_bytes
 from mergeline.merging.methods import catalogue, get_method
 from mergeline.merging.methods.bound import bind
+from mergeline.tasks import spread
 from mergeline.tasks.leaderboard import candidate_row, read_leaderboard
 from mergeline.tasks.records import remember
 from mergeline.tasks.status import refuse_missing, vouched
@@ -26,11 +34,12 @@ if TYPE_CHECKING:
 _HEADINGS = "| merge | method | test mean | 95 % interval | normalised | worst task | validation | settings | points |"
 
 
-def run_stages(workspace: Workspace, workers: int | None = None) -> list[str]:
+def run_stages(workspace: Workspace, workers: int | None = None, executor: str | None = None) -> list[str]:
     """Run every stage that is stale, as many at a time as there are workers (None: cores); returns those that ran.
 
     A stage is stale unless the digests of what it reads, its parameters and its outputs are those of its last run here,
-    so that a sweep which was killed goes on where it was. The current folder must be the workspace.
+    so that a sweep which was killed goes on where it was. The current folder must be the workspace. With the name of an
+    `executor`, what is heavy in a stage runs there, and stages wait for it in threads.
 
     Raises:
         UserError: bad input, in any stage; the others that run are awaited.
@@ -39,8 +48,7 @@ def run_stages(workspace: Workspace, workers: int | None = None) -> list[str]:
     left = {stage.name: stage for stage in workspace.stages}
     needed = {name: {other.name for other in workspace.needs(stage)} for name, stage in left.items()}
     ran: list[str] = []
-    # Spawned: a process that was forked beside running threads may hang.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with spread.over(executor), _pool(workers, executor) as pool:
         running: dict[Future[None], tuple[Stage, dict[str, Any]]] = {}
         try:
             while left or running:
@@ -61,8 +69,15 @@ def run_stages(workspace: Workspace, workers: int | None = None) -> list[str]:
     return ran
 
 
+def _pool(workers: int | None, executor: str | None) -> Executor:
+    if executor:
+        return ThreadPoolExecutor(workers)
+    # Spawned: a process that was forked beside running threads may hang.
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
 def _run(params_file: Path, name: str) -> None:
-    """In a process of the pool: run one stage."""
+    """In a process, or thread, of the pool: run one stage."""
     workspace = Workspace(params_file)
     workspace.run(next(stage for stage in workspace.stages if stage.name == name))
 

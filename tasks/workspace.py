@@ -15,7 +15,7 @@ from typing import Any, Callable, Collection, Iterator
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import user_errors, write_json
 from mergeline.merging.strict_yaml import YamlFile
-from mergeline.tasks import progress
+from mergeline.tasks import progress, spread
 from mergeline.tasks.digests import Digests
 from mergeline.tasks.graph import needs, stages
 from mergeline.tasks.modalities import modalities, modality_of
@@ -170,7 +170,11 @@ class Workspace:
                 raise UserError(f"{stage.name}: {dep} is missing; {hint}")
         wall, cpu = time.perf_counter(), time.thread_time()
         with progress.told(self.progress, stage.name) as told:
-            self.steps[stage.step].run(self.params, stage)
+            step, executor = self.steps[stage.step], spread.executor()
+            if executor and step.on_device and not step.spreads:
+                progress.said_of_stage(spread.run_there(executor, self.params, stage))
+            else:
+                step.run(self.params, stage)
         cost = {
             "stage": stage.name,
             "seconds": round(time.perf_counter() - wall, 3),

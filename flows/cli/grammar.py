@@ -104,13 +104,14 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         _params,
         _retention,
     )
-    add("merge", merge_commands.merge, "merge checkpoints into one", _recipe, _out, _engine, _json)
+    add("merge", merge_commands.merge, "merge checkpoints into one", _recipe, _out, _engine, _executor, _json)
     add(
         "sweep",
         merge_commands.sweep,
         "merge with every combination of parameter values, from one reading",
         _sweep,
         _engine,
+        _executor,
         _json,
     )
     add(
@@ -452,6 +453,15 @@ def _engine(command: argparse.ArgumentParser) -> None:
     _no_cache(command)
     command.add_argument(
         "--factors", type=Path, metavar="DIR", help="keep spectral decompositions there for the next merge"
+    )
+
+
+def _executor(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--executor",
+        type=values.executor,
+        metavar="WHERE",
+        help="run units of work in other processes, for the same bytes: dask, dask:4, dask://HOST:PORT, or ray so",
     )
 
 

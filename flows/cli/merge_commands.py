@@ -12,6 +12,7 @@ from mergeline.flows.cli import pipeline_commands, text, values
 from mergeline.flows.cli.inputs import Inputs
 from mergeline.flows.cli.text import say as print  # what files hold never commands the terminal
 from mergeline.merging.errors import UserError, printable
+from mergeline.tasks.executors import opened
 
 if TYPE_CHECKING:
     from mergeline.merging.engine.plan import Plan
@@ -33,8 +34,8 @@ def merge(args: argparse.Namespace) -> None:
         _merge_chain(args)
         return
     planned = _planned(args)
-    with _replacing(args, [args.out]):
-        manifest = merge(planned, args.out, **_engine(args))
+    with _replacing(args, [args.out]), opened(args.executor) as executor:
+        manifest = merge(planned, args.out, executor=executor, **_engine(args))
     if args.json:
         print(text.as_json({"out": str(args.out), **manifest}))
     else:
@@ -53,8 +54,9 @@ def sweep(args: argparse.Namespace) -> None:
 
     recipe = _planned(args, first).recipe
     grid = _grid(args, recipe)
-    with _replacing(args, [args.out / name for name in folders(recipe, grid)]):
-        points = sweep(recipe, grid, args.out, **_engine(args))
+    outs = [args.out / name for name in folders(recipe, grid)]
+    with _replacing(args, outs), opened(args.executor) as executor:
+        points = sweep(recipe, grid, args.out, executor=executor, **_engine(args))
     if args.json:
         print(text.as_json({"out": str(args.out), "points": points}))
         return
@@ -280,8 +282,8 @@ def _merge_chain(args: argparse.Namespace) -> None:
             print(f"note: {printable(warning)}", file=sys.stderr)
 
     targets = [args.out if one.name is None else place / one.name for one in merges]
-    with _replacing(args, targets):
-        made = merge_chain(merges, args.out, place, tell, **_engine(args))
+    with _replacing(args, targets), opened(args.executor) as executor:
+        made = merge_chain(merges, args.out, place, tell, executor=executor, **_engine(args))
     if args.json:
         print(text.as_json({"merges": [{"out": str(out), **manifest} for out, manifest in made]}))
         return

@@ -50,6 +50,7 @@ def init(args: argparse.Namespace) -> None:
 
 def step(args: argparse.Namespace) -> None:
     from mergeline.flows.console import watched
+    from mergeline.tasks import spread
     from mergeline.tasks.status import refuse_missing
 
     if getattr(args, "recipe", None) or getattr(args, "out", None) or getattr(args, "examples", None):
@@ -65,8 +66,9 @@ def step(args: argparse.Namespace) -> None:
         workspace.tidy()
         stages = workspace.select(args.step, names)
         refuse_missing(workspace, stages)
-        for stage in stages:
-            workspace.run(stage)
+        with spread.over(workspace.params.executor if workspace.steps[args.step].on_device else None):
+            for stage in stages:
+                workspace.run(stage)
 
 
 def _fit_recipe(args: argparse.Namespace) -> None:
@@ -99,7 +101,7 @@ def _fit_recipe(args: argparse.Namespace) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Every merge of a params.yaml, without servers; only --workers and --out say more than the file."""
+    """Every merge of a params.yaml, without servers; only --workers, --executor and --out say more than the file."""
     from mergeline.flows.console import print_leaderboard, watched
     from mergeline.tasks.leaderboard import read_leaderboard
     from mergeline.tasks.sweep import refuse_table, run_stages, write_table
@@ -113,7 +115,7 @@ def sweep(args: argparse.Namespace) -> None:
     refuse_table(workspace, out, args.force)
     with workspace.lock(), watched(workspace):
         workspace.tidy()
-        ran = run_stages(workspace, args.workers)
+        ran = run_stages(workspace, args.workers, args.executor or workspace.params.executor)
     write_table(workspace, out)
     if args.json:
         board = read_leaderboard(workspace.root)

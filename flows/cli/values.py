@@ -77,6 +77,20 @@ def rank(text: str) -> int | float | str:
     return found
 
 
+def executor(text: str) -> str:
+    """The name of an executor.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    from mergeline.tasks.executors import place_of
+
+    try:
+        return place_of(text).text
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def numbers(text: str) -> list[float]:
     """Numbers between commas.
 

@@ -11,7 +11,7 @@ from mergeline.merging.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-Each = Callable[[Callable[["View"], "Tensor"]], Iterable["Tensor"]]  # a function of every view, in order
+Total = Callable[[Callable[["View"], "Tensor"]], "Tensor"]  # the sum of what a function counts in every view
 
 
 def magnitude_bits(tau_X: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def magnitude_bits(tau_X: Tensor) -> Tensor:
 
 
 def kth_smallest(
-    each: Each, rows: Callable[[Slot], Iterable[Tensor]], unit: Unit, places: Sequence[Sequence[int]]
+    total: Total, rows: Callable[[Slot], Iterable[Tensor]], unit: Unit, places: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Order statistics of the float32 magnitudes over all blocks of all views, for each row that `rows(slot)` yields.
 
@@ -28,13 +28,13 @@ def kth_smallest(
     the bits of a non-negative float32 order like an integer, so one histogram of their upper half finds the bin of a
     place and a second, of the lower half inside that bin, the value.
     """
-    found = kth_smallest_of(each, rows, unit, lambda _: places)
+    found = kth_smallest_of(total, rows, unit, lambda _: places)
     assert found is not None
     return found
 
 
 def kth_smallest_of(
-    each: Each,
+    total: Total,
     rows: Callable[[Slot], Iterable[Tensor]],
     unit: Unit,
     kth: Callable[[list[int]], Sequence[Sequence[int]] | None],
@@ -48,7 +48,7 @@ def kth_smallest_of(
     def upper(view: View) -> Tensor:
         return _histograms(view, unit, rows, (1 << 15) + 1, lambda less, _: [(less >> 16).add_(1)])
 
-    counts_T1B = _total(each(upper))
+    counts_T1B = total(upper)
     places = kth(counts_T1B[:, 0, 1:].sum(1).tolist())
     if places is None:
         return None
@@ -60,7 +60,7 @@ def kth_smallest_of(
         bins = upper_TK.tolist()
         return _histograms(view, unit, rows, 1 << 16, lambda less, t: _inside(less, bins[t]))
 
-    lower_TK, _ = _locate(_total(each(lower)), kth_TK - before_TK)
+    lower_TK, _ = _locate(total(lower), kth_TK - before_TK)
     return ((upper_TK << 16) + lower_TK + 1).to(torch.int32).view(torch.float32).tolist()
 
 
@@ -125,14 +125,6 @@ class _Histogram:
         return self._counts
 
 
-def _total(counts: Iterable[Tensor]) -> Tensor:
-    total: Tensor | None = None
-    for count in counts:
-        total = count if total is None else total.add_(count)
-    assert total is not None
-    return total
-
-
 def _locate(counts_TKB: Tensor, kth_TK: Tensor) -> tuple[Tensor, Tensor]:
     """The bin that holds the kth entry, and how many entries lie before that bin: (T, K), (T, K)."""
     total_TKB = counts_TKB.cumsum(-1)
@@ -141,12 +133,12 @@ def _locate(counts_TKB: Tensor, kth_TK: Tensor) -> tuple[Tensor, Tensor]:
     return bin_TK1[..., 0], before_TK1[..., 0]
 
 
-def magnitude_thresholds(each: Each, kth_T: Sequence[int]) -> list[float]:
+def magnitude_thresholds(total: Total, kth_T: Sequence[int]) -> list[float]:
     """The k-th smallest magnitude of each expert's task vector, over all blocks of all views; 0 for k = 0."""
     if not any(kth_T):
         return [0.0] * len(kth_T)
     places = [[max(kth, 1)] for kth in kth_T]
-    found = kth_smallest(each, lambda x: x.task_vectors, "element", places)
+    found = kth_smallest(total, lambda x: x.task_vectors, "element", places)
     return [threshold if kth else 0.0 for kth, [threshold] in zip(kth_T, found)]
 
 

@@ -420,7 +420,10 @@ class View:
 
     stored_name: of the tensor that it lies in. role: what it is. experts: of whom it is merged. shared: whether
     several points of a sweep are merged from its slots. Without a source it is a header, of which nothing is read.
+    reshaped: whether it must be read to know its shape.
     """
+
+    reshaped = False
 
     def __init__(
         self,
@@ -452,6 +455,11 @@ class View:
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def elements_read(self) -> int:
+        """How many elements of each input it is made from."""
+        return self.elements
 
     @property
     def role(self) -> TensorRole:
@@ -615,13 +623,18 @@ class ChangedView(View):
         self._view, self._unit, self._change = view, unit, change
         self._keep = keep and unit == "tensor"
         self._kept: list[Slot] | None = None
+        self._reshapes, self.reshaped = reshapes, reshapes or view.reshaped
         self.__dict__.pop("shape")
-        if not reshapes:
-            self.shape = view.shape
 
     @cached_property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        if not self._reshapes:
+            return self._view.shape
         return next((x.shape for x in self.blocks("tensor")), (0,))
+
+    @property
+    def elements_read(self) -> int:
+        return self._view.elements_read
 
     def pieces(self, matrices: Sequence[Matrix]) -> list[View]:
         return [self]
@@ -636,16 +649,46 @@ class ChangedView(View):
                 yield from x.blocks(unit)
 
 
+class Runner:
+    """Who computes a function of many views: the workers whose `map` it has."""
+
+    def __init__(self, map: Callable[[Callable, Iterable], Iterable] = map):
+        self._map = map
+
+    def each(self, function: Callable[[View], Any], views: Sequence[View]) -> Iterable[Any]:
+        """`function` of every view, in their order."""
+        return self._map(function, views)
+
+    def total(self, function: Callable[[View], Tensor], views: Sequence[View]) -> Tensor:
+        """The sum of what `function` gives of every view: integers, which any order sums up to the same."""
+        return integer_sum(self._map(function, views))
+
+
+def integer_sum(tensors: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors of integers, of which the first is used up."""
+    total: Tensor | None = None
+    for tensor in tensors:
+        total = tensor if total is None else total.add_(tensor)
+    assert total is not None
+    return total
+
+
 class Views:
-    """What a look reads, as often as it likes: all float tensors that are merged, but empty ones, or one of them."""
+    """What a look reads, as often as it likes: all float tensors that are merged, but empty ones, or one of them.
 
-    def __init__(self, views: Iterable[View], run: Callable[[Callable, Iterable], Iterable] = map):
+    A look that asks for `each` or `total` may be run again elsewhere, from its start to such a question: what it does
+    between two of them depends on nothing but what they gave, and reads no tensor.
+    """
+
+    def __init__(self, views: Iterable[View], runner: Runner | None = None):
         self.views = [view for view in views if view.elements]
-        self._run = run
+        self._runner = runner or Runner()
 
-    @property
+    @cached_property
     def elements(self) -> int:
-        return sum(self.each(lambda view: view.elements))
+        if any(view.reshaped for view in self.views):
+            return sum(self.each(lambda view: view.elements))
+        return sum(view.elements for view in self.views)
 
     @property
     def experts(self) -> int:
@@ -654,7 +697,11 @@ class Views:
 
     def each(self, function: Callable[[View], Any]) -> Iterable[Any]:
         """`function` of every view, in their order; computed by all workers."""
-        return self._run(function, self.views)
+        return self._runner.each(function, self.views)
+
+    def total(self, function: Callable[[View], Tensor]) -> Tensor:
+        """The sum of the tensors of integers that `function` gives of every view; computed by all workers."""
+        return self._runner.total(function, self.views)
 
     def only(self, wanted: Callable[[View], bool]) -> Views:
         """Some of the tensors."""
@@ -666,6 +713,6 @@ class Views:
 
     def of(self, views: list[View]) -> Views:
         """These tensors in the place of its own."""
-        other = Views([], self._run)
+        other = Views([], self._runner)
         other.views = views
         return other

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
-from mergeline.merging.algebra.slots import View, Views, all_finite, by_stretch
+from mergeline.merging.algebra.slots import Runner, View, Views, all_finite, by_stretch
 from mergeline.merging.checkpoints.checkpoint import DTYPES
 from mergeline.merging.checkpoints.writer import TensorSpec
 from mergeline.merging.errors import UserError
@@ -14,14 +14,12 @@ from mergeline.merging.methods.bound import Bound
 if TYPE_CHECKING:
     from torch import Tensor
 
-Run = Callable[[Callable, Iterable], Iterable]  # map, or a pool's
 
-
-def look_at_model(bound: Bound, views: Sequence[View], run: Run, found: dict[Any, Any]) -> Any:
+def look_at_model(bound: Bound, views: Sequence[View], runner: Runner, found: dict[Any, Any]) -> Any:
     """What the method's look at the model finds, or did for another point of the same setting: `found` keeps it."""
     setting = bound.look_setting, *(view.name for view in views)
     if setting not in found:
-        found[setting] = bound.look_at_model(Views(views, run))
+        found[setting] = bound.look_at_model(Views(views, runner))
     return found[setting]
 
 

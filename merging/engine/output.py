@@ -8,10 +8,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Protocol, Sequence
 
+from mergeline.merging.algebra.slots import Runner
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
-from mergeline.merging.engine.blocks import Run, look_at_model
+from mergeline.merging.engine.blocks import look_at_model
 from mergeline.merging.engine.cache import store_at
+from mergeline.merging.engine.elsewhere import Elsewhere, address_of
 from mergeline.merging.engine.inputs import refuse_changed
 from mergeline.merging.engine.journal import Journal
 from mergeline.merging.engine.machine import (
@@ -52,11 +54,12 @@ def opened(
     layout: Callable[[FileInputs], Layout] | None = None,
     kind: Kind = "merge",
     force: bool = False,
+    executor: Executor | None = None,
 ) -> Iterator[tuple[FileInputs, list[Output], Executor]]:
     """What writes files begins so: checks, then inputs, locked outputs with what looks at the model found, and a pool.
 
     need: bytes that a worker takes at most; lapack: whether matrices are decomposed; layout: of all outputs. kind: what
-    they are. force: they may replace what is no earlier output.
+    they are. force: they may replace what is no earlier output. executor: who looks at the model, instead of the pool.
 
     Raises:
         UserError: a device that is not here, a locked expert, inputs that changed since they were planned with, outputs
@@ -82,7 +85,11 @@ def opened(
         pool = stack.enter_context(ThreadPoolExecutor(workers, initializer=own_stream, initargs=(device,)))
         found: dict[Any, Any] = {}
         for output in outputs:
-            output.look(source, pool.map, found)
+            if executor is None:
+                output.look(source, Runner(pool.map), found)
+            else:
+                address = address_of(output.plan, source)
+                output.look(source, Elsewhere(executor, address, source.hashes), found)
         yield source, outputs, pool
 
 
@@ -148,11 +155,11 @@ class Output:
         """What is written of a tensor, by its names in the file."""
         return self.layout.parts[entry.name] if self.layout else entry.parts
 
-    def look(self, source: FileInputs, run: Run, found: dict[Any, Any]) -> None:
+    def look(self, source: FileInputs, runner: Runner, found: dict[Any, Any]) -> None:
         """Look at the model as the method wants, unless the journal knows what was found, or another point does."""
         if not self.journal.has_facts:
             views = [source.view(entry) for entry in self.plan.merged]
-            self.journal.add_facts(look_at_model(self.plan.bound, views, run, found))
+            self.journal.add_facts(look_at_model(self.plan.bound, views, runner, found))
 
 
 def publish_all(

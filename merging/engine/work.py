@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future, as_completed, wait
+from concurrent.futures import Executor, Future, as_completed
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterable, Mapping, NamedTuple, Sequence
 
-from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.writer import CheckpointWriter
 from mergeline.merging.engine.blocks import merged_blocks
-from mergeline.merging.engine.machine import keep_freed_memory, one_thread
-from mergeline.merging.engine.manifest import identity
+from mergeline.merging.engine.elsewhere import (
+    Address,
+    Hashes,
+    address_of,
+    in_units,
+    inputs_at,
+    plan_at,
+    stopped_together,
+)
 from mergeline.merging.engine.output import Output, open_writer
 from mergeline.merging.engine.plan import Entry, Plan
-from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sinks import sink_of
 from mergeline.merging.engine.sources import FileInputs
 
 REQUANTISED = "requantised"  # what is remembered of a tensor, and what a manifest has of all
-_UNIT_BYTES = 1 << 28  # what another process reads for one unit of work
-# What a unit of work is sent as: recipes, identities, staging folders and what looks found, then the device.
-Address = tuple[list[tuple[dict[str, Any], str, str, Any]], str]
 
 
 class Count(int):
@@ -36,6 +37,14 @@ class Count(int):
         count = cls(tensors)
         count.bytes = size
         return count
+
+
+class Point(NamedTuple):
+    """One output, as other processes are told of it; found: by the look at the model."""
+
+    address: Address
+    folder: str
+    found: Any
 
 
 Progress = Callable[[Count, Count], None]  # takes how many tensors are done, and of how many
@@ -93,8 +102,14 @@ def run(
     total = Count.of(len(entries), sum(sizes.values()))
     done = Count.of(len(entries) - len(left), total.bytes - sum(sizes[entry.name] for entry in left))
     if executor:
-        address = _address(outputs, source.device)
-        units = [executor.submit(merge_unit, address, names) for names in _units(left)]
+        points = [
+            Point(address_of(o.plan, source), str(o.folder.absolute()), o.journal.facts) for o in outputs
+        ]
+        units = []
+        for unit in in_units([sizes[entry.name] for entry in left]):
+            names = [left[i].name for i in unit]
+            known = {key: hash for key, hash in source.hashes.items() if key[1] in names}
+            units.append(executor.submit(merge_unit, points, names, known))
         finished: Iterable[list[int]] = (list(map(record, unit.result())) for unit in as_completed(units))
         _follow(units, finished, done, total, progress)
     else:
@@ -161,39 +176,18 @@ def hashes_read(source: FileInputs, entry: Entry) -> dict[str, str]:
     return {o: source.hashes[o, entry.name] for o in entry.origins if (o, entry.name) in source.hashes}
 
 
-def _address(outputs: Sequence[Output], device: str) -> Address:
-    points = [
-        (o.plan.recipe.model_dump(mode="json"), identity(o.plan, device), str(o.folder), o.journal.facts)
-        for o in outputs
-    ]
-    return points, device
-
-
-def merge_unit(address: Address, names: list[str]) -> list[Finished]:
+def merge_unit(points: Sequence[Point], names: Sequence[str], hashes: Hashes) -> list[Finished]:
     """Merge some tensors in a process that knows nothing yet but paths; the staging folders are another's."""
-    points, device = address
-    plans = [_plan_of(canonical_json(recipe), identity) for recipe, identity, _, _ in points]
-    keep_freed_memory()
+    plans = [plan_at(point.address) for point in points]
     with ExitStack() as stack:
-        stack.enter_context(one_thread(any(plan.is_spectral for plan in plans)))
-        source = stack.enter_context(FileInputs(plans[0], device))
+        source = stack.enter_context(inputs_at(points[0].address, plans[0], hashes))
         writers = [
-            stack.enter_context(closing(open_writer(plan, Path(folder), join=True)))
-            for plan, (_, _, folder, _) in zip(plans, points)
+            stack.enter_context(closing(open_writer(plan, Path(point.folder), join=True)))
+            for plan, point in zip(plans, points)
         ]
-        job = MergeJob(source, plans, writers, [found for _, _, _, found in points])
+        job = MergeJob(source, plans, writers, [point.found for point in points])
         entries = {entry.name: entry for entry in plans[0].entries}
         return [job.write(entries[name]) for name in names]
-
-
-@lru_cache(maxsize=8)
-def _plan_of(recipe: str, _identity: str) -> Plan:
-    """The plan of a recipe, made once a process and state of its files."""
-    import json
-
-    plan = make_plan(json.loads(recipe))
-    plan.check()
-    return plan
 
 
 def _follow(
@@ -204,27 +198,9 @@ def _follow(
     progress: Progress | None,
 ) -> None:
     """Wait for units of work, each of which finishes tensors of so many bytes; if one fails, none is left running."""
-    try:
+    with stopped_together(futures):
         for sizes in finished:
             for size in sizes:
                 done = Count.of(done + 1, done.bytes + size)
                 if progress:
                     progress(done, total)
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        wait(futures)  # nothing may write into a folder that is about to be left or removed
-        raise
-
-
-def _units(entries: Sequence[Entry]) -> Iterator[list[str]]:
-    """Tensors in their order, in sets of about the same number of bytes."""
-    size, names = 0, []
-    for entry in entries:
-        names.append(entry.name)
-        size += sum(info.nbytes for info in entry.inputs)
-        if size >= _UNIT_BYTES:
-            yield names
-            size, names = 0, []
-    if names:
-        yield names

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.combine import plain_update
 from mergeline.merging.algebra.slots import UNITS, ChangedView, Slot, Unit, View, Views
@@ -306,7 +306,7 @@ class Bound:
             return self._find(Views([view])) if self._looks_over("tensor") else None
         found = self._look_outside(view, of_model)
         if self._is_seen(view):
-            seen = self._changed(view, of_model, found, keep=True)
+            seen = self._changed(view, of_model, lambda: found, keep=True)
             found["inner"] = self.inner.look_at_tensor(seen, _part(of_model, "inner"))
         return found
 
@@ -472,9 +472,10 @@ class Bound:
     # ------------------------------------------------------------------------------------------ what is wrapped
 
     def _seen(self, view: View, of_model: Any) -> View:
-        return self._changed(view, of_model, self._look_outside(view, of_model))
+        # What it must know of the tensor is asked by who reads it, which need not be this process.
+        return self._changed(view, of_model, cache(lambda: self._look_outside(view, of_model)))
 
-    def _changed(self, view: View, of_model: Any, of_tensor: Any, keep: bool = False) -> View:
+    def _changed(self, view: View, of_model: Any, of_tensor: Callable[[], Any], keep: bool = False) -> View:
         """The tensor as the inner method sees it; `keep`: for one that is let go soon."""
         if not self.origin and not self.method.transform:
             return view
@@ -484,7 +485,7 @@ class Bound:
             and self.method.other != "inner"
         )
         unit = "tensor" if reshapes else self._seen_unit(view)
-        return ChangedView(view, lambda x: self.seen(x, of_model, of_tensor), unit, keep, reshapes)
+        return ChangedView(view, lambda x: self.seen(x, of_model, of_tensor()), unit, keep, reshapes)
 
     def seen(self, x: Slot, of_model: Any, of_tensor: Any) -> Slot:
         """The block as the inner method sees it; points of a sweep share it."""

@@ -33,6 +33,7 @@ COMMANDS = {
     "store.safetensors": "compress --method tall_mask {family} --out {1}/store.safetensors",
     "expert": "extract-expert {0}/store.safetensors a --base {0}/base.safetensors --out {1}/expert",
     "adapter": "extract-lora --method average {family} --rank 4 --out {1}/adapter",
+    "dask": "merge --method ties {family} --executor dask:2 --out {1}/dask",
     "family.html": "inspect {family} --html {1}/family.html",
 }  # fmt: skip
 

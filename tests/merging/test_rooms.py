@@ -57,7 +57,7 @@ FOREIGN = {
     "tasks": {"prefect"},
 }
 # Imported by the commands that start Prefect, and by them alone.
-OF_PREFECT = {"flows.artifacts", "flows.pipeline", "flows.scale_out"}
+OF_PREFECT = {"flows.artifacts", "flows.pipeline"}
 OF_MLFLOW = {"tasks.serving.code"}  # which MLflow runs, and nothing imports
 
 

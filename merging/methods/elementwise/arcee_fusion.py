@@ -18,7 +18,7 @@ _SMALL = 1e-8  # added to probabilities, as in the official code
 def threshold(views: Views) -> float:
     """The importance from which entries are taken over: median + 1.5 * interquartile range over the tensor."""
     places = [int((views.elements - 1) * q) + 1 for q in (0.25, 0.5, 0.75)]
-    [[low, median, high]] = quantiles.kth_smallest(views.each, lambda x: [_importance(x)], "row", [places])
+    [[low, median, high]] = quantiles.kth_smallest(views.total, lambda x: [_importance(x)], "row", [places])
     return median + 1.5 * (high - low)
 
 

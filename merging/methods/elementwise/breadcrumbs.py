@@ -68,7 +68,7 @@ def bounds(
         )
     ]
     places = [[first + 1, last + 1] if first <= last else [1, 1] for first, last in kept_T]
-    found = quantiles.kth_smallest(views.each, lambda x: x.task_vectors, "element", places)
+    found = quantiles.kth_smallest(views.total, lambda x: x.task_vectors, "element", places)
     limits_T = [limits if first <= last else None for limits, (first, last) in zip(found, kept_T)]
     if not rescale:
         return limits_T

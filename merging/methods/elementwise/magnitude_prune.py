@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def thresholds(views: Views, *, density: float) -> list[float]:
     """The smallest magnitude that is kept of each task vector, over the model or a tensor."""
     place = quantiles.place_of_largest(views.elements, density)
-    return quantiles.magnitude_thresholds(views.each, [place] * views.experts)
+    return quantiles.magnitude_thresholds(views.total, [place] * views.experts)
 
 
 @method(

@@ -21,7 +21,7 @@ def bounds(views: Views, *, density: float, clamp: float, variant: str) -> dict[
     """For each expert: between which magnitudes entries are clamped; and from which strength to which they count."""
     n, experts = views.elements, views.experts
     places = [[int(n * clamp) + 1, max(1, int(n * (1 - clamp)))]] * experts
-    clamps = quantiles.kth_smallest(views.each, lambda x: x.task_vectors, "element", places)
+    clamps = quantiles.kth_smallest(views.total, lambda x: x.task_vectors, "element", places)
 
     def ordered(
         sign: int, places: list[int]
@@ -29,7 +29,7 @@ def bounds(views: Views, *, density: float, clamp: float, variant: str) -> dict[
         def rows(x: Slot) -> list[Tensor]:
             return [(sign * strength_X).clamp_(min=0) for strength_X in _strengths(x, clamps, variant)]
 
-        return quantiles.kth_smallest(views.each, rows, "element", [places] * experts)
+        return quantiles.kth_smallest(views.total, rows, "element", [places] * experts)
 
     low = min(int(n * (1 - density)), n - 1) + 1
     strengths = ordered(1, [low, n])

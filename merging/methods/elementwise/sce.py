@@ -37,7 +37,7 @@ def selection(views: Views, *, density: float) -> dict[str, Any]:
             count = int(nonzero[0] * density)
             return [[views.elements - count + 1]] if count else None
 
-        found = quantiles.kth_smallest_of(views.each, lambda x: [x.once(_variance)], "element", place)
+        found = quantiles.kth_smallest_of(views.total, lambda x: [x.once(_variance)], "element", place)
         if found is None:
             return {"threshold": None, "weights": None}
         [[threshold]] = found

@@ -19,7 +19,7 @@ def bound(views: Views, *, density: float, gradients: str) -> float:
     """The sensitivity below which entries are merged, over the whole model."""
     place = min(int(views.elements * density), views.elements - 1) + 1
     rows = lambda x: [_sensitivity(x, gradients)]  # noqa: E731
-    [[threshold]] = quantiles.kth_smallest(views.each, rows, "element", [[place]])
+    [[threshold]] = quantiles.kth_smallest(views.total, rows, "element", [[place]])
     return threshold
 
 

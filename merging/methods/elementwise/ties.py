@@ -26,7 +26,7 @@ def _wrong(params: Mapping[str, Any], _experts: int) -> Iterator[str]:
 def trim(views: Views, *, density: float | list[float], variant: str) -> dict[str, Any]:
     """Thresholds of each expert, over the model or a tensor, and the sign that stands in where sums cancel."""
     kth_T = [_kth(views.elements, share, variant) for share in sparsify.for_each(density, views.experts)]
-    thresholds = quantiles.magnitude_thresholds(views.each, kth_T)
+    thresholds = quantiles.magnitude_thresholds(views.total, kth_T)
     if variant == "mergekit":  # a sum of zero counts as positive there
         return {"thresholds": thresholds, "majority": 1.0}
 

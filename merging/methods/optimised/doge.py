@@ -23,7 +23,7 @@ def trim(views: Views, *, density: float) -> list[float]:
     if not kth:
         return [0.0] * views.experts
     places = [[kth]] * views.experts
-    found = quantiles.kth_smallest(matrices.each, lambda x: x.task_vectors, "element", places)
+    found = quantiles.kth_smallest(matrices.total, lambda x: x.task_vectors, "element", places)
     return [threshold for [threshold] in found]
 
 

@@ -30,7 +30,7 @@ def roots_for_density(
     def rows(x: Slot) -> list[Tensor]:
         return [significance(x, t, moment(x, t)) for t in range(len(x.experts))]
 
-    found = quantiles.kth_smallest(views.each, rows, unit, [[place]] * views.experts)
+    found = quantiles.kth_smallest(views.total, rows, unit, [[place]] * views.experts)
     return [root for [root] in found]
 
 

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from mergeline.merging.algebra import combine, quantiles, sparsify, sums
+from mergeline.merging.algebra.slots import integer_sum
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SMALL = st.integers(-3, 3).map(float)  # many ties, zeros and sums that cancel
@@ -121,7 +122,8 @@ class Chunks:
 
 
 def kth_smallest(views: Sequence[Sequence[Tensor]], kth_TK: Sequence[Sequence[int]]) -> list[list[float]]:
-    return quantiles.kth_smallest(lambda f: (f(Chunks(blocks)) for blocks in views), list, "row", kth_TK)
+    total = lambda f: integer_sum(f(Chunks(blocks)) for blocks in views)  # noqa: E731
+    return quantiles.kth_smallest(total, list, "row", kth_TK)
 
 
 @given(
@@ -156,7 +158,7 @@ def test_kth_smallest_is_told_how_many_are_not_zero(way, values):
         told.append(nonzero)
 
     with computed(way):
-        assert quantiles.kth_smallest_of(lambda f: [f(Chunks([x_TN]))], list, "row", place) is None
+        assert quantiles.kth_smallest_of(lambda f: f(Chunks([x_TN])), list, "row", place) is None
     assert told == [torch.count_nonzero(x_TN, dim=1).tolist()]
 
 

@@ -148,7 +148,7 @@ def test_a_pre_pass_sees_every_tensor_that_has_elements():
     shapes = {"a": (2, 3), "b": (0, 4), "c": ()}
     given = {"e": {name: torch.zeros(shape) for name, shape in shapes.items()}}
     source = MemoryInputs(given, None, {}, 0)
-    inputs = Views([source.view(name) for name in source.names], map)
+    inputs = Views([source.view(name) for name in source.names])
     assert inputs.elements == 7 and list(inputs.each(lambda view: view.name)) == ["a", "c"]
     changed = inputs.changed(lambda view: ChangedView(view, lambda x: x.with_experts(lambda t, e: e + 1)))
     assert [next(view.blocks("element")).experts[0][0].item() for view in changed.views] == [1.0, 1.0]
