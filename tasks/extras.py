@@ -11,7 +11,7 @@ from mergeline.merging.errors import UserError
 # Extra of pyproject.toml -> packages that it brings, by the names that are imported. That of a modality has its name,
 # with hyphens where that has underscores: pip knows no others.
 EXTRAS = {
-    "pipeline": ("prefect", "dvc", "mlflow", "matplotlib"),
+    "pipeline": ("prefect", "dvc", "mlflow", "matplotlib", "apprise"),
     "clip": ("open_clip", "torchvision", "PIL", "datasets"),
     "language": ("lm_eval", "transformers", "accelerate", "tenacity"),
     "image_classification": ("timm", "torchvision", "transformers", "PIL", "datasets"),
@@ -21,7 +21,8 @@ EXTRAS = {
     "text2text": ("transformers", "rouge_score", "sacrebleu", "datasets"),
     "policies": ("transformers", "gymnasium"),
     "vision_language": ("transformers", "torchvision", "PIL", "rouge_score", "sacrebleu", "datasets"),
-    "s3": ("s3fs",),
+    "s3": ("s3fs", "dvc_s3"),
+    "server": ("psycopg2", "flask_wtf", "boto3"),
     "dask": ("distributed", "prefect_dask"),
     "ray": ("ray", "prefect_ray"),
     "sign": ("cryptography",),
