@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen
 from typing import Any, Iterator
 
 import psutil
 import pytest
 from prefect_server import wait_for
 from small_workspace import TIME_LIMIT, SmallWorkspace, make_workspace
-from test_prefect import ON_LEAP_DAYS, deployed
+from test_prefect import ADDRESS, ON_LEAP_DAYS, deployed
 from webhook import Hook, webhook
 
 from mergeline.tasks.progress import running
@@ -84,15 +89,42 @@ def test_a_failure_is_told(watched: Watched, hook: Hook) -> None:
 
 def test_a_served_run_that_was_killed_is_told(watched: Watched, hook: Hook) -> None:
     watched.edit(gate(0.2, 0.7))
-    with watched.start("mergeline", "serve", "--cron", ON_LEAP_DAYS) as owner:
-        served = deployed(watched, owner)
-        served.tell()
-        wait_for(lambda: running(watched.root / ".mergeline/progress"), TIME_LIMIT)
-        children = psutil.Process(owner.pid).children(recursive=True)
-        [run] = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        run.kill()
+    with serving(watched) as owner:
+        pid = process_of_the_run(watched)
+        assert pid in [child.pid for child in psutil.Process(owner.pid).children(recursive=True)]
+        os.kill(pid, signal.SIGKILL)
         wait_for(lambda: hook.titles, TIME_LIMIT)
     assert hook.titles == ["sample-clip: the run failed"]
+
+
+def test_a_run_that_was_killed_with_its_server_is_told_by_the_next_one(watched: Watched, hook: Hook) -> None:
+    watched.edit(gate(0.2, 0.8))
+    with serving(watched) as owner:
+        process_of_the_run(watched)
+        owner.kill()
+    assert hook.titles == []
+    (watched.root / ADDRESS).unlink(missing_ok=True)
+    with watched.start("mergeline", "serve", "--cron", ON_LEAP_DAYS) as owner:
+        deployed(watched, owner)
+        wait_for(lambda: hook.titles, TIME_LIMIT)
+    assert hook.titles[0] == "sample-clip: the run failed"
+    assert "`mergeline serve` was killed" in hook.sent[0]["message"]
+
+
+@contextmanager
+def serving(watched: Watched) -> Iterator[Popen[str]]:
+    """The process of `mergeline serve` in the block, which was told of a checkpoint."""
+    with watched.start("mergeline", "serve", "--cron", ON_LEAP_DAYS) as owner:
+        deployed(watched, owner).tell()
+        yield owner
+
+
+def process_of_the_run(watched: Watched) -> int:
+    """The process that runs stages, as soon as one does."""
+    progress = watched.root / ".mergeline/progress"
+    wait_for(lambda: running(progress), TIME_LIMIT)
+    newest = max(progress.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
+    return json.loads(newest.read_text())["pid"]
 
 
 def test_no_address_is_left_in_the_workspace(watched: Watched) -> None:
