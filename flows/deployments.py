@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 from mergeline.flows.ending import in_thread, own_children, terminable
 from mergeline.flows.server import address_file, announce, prefect_server
 from mergeline.merging.errors import UserError, did_you_mean
+from mergeline.tasks.alerts import tell_of_failure
 from mergeline.tasks.credentials import scrubbed, without_credentials
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def serve(workspace: Workspace, cron: str) -> None:
         served = runner.add_deployment(made)
         assert not isinstance(served, Coroutine)  # it is one where an event loop runs
         if server.login:  # it is ours, and so were all runs
-            _end_dead_runs(served)
+            _end_dead_runs(served, workspace)
         announce(workspace.state, server)  # whoever finds it is heard: the deployment's triggers are there
         print(f"serving '{workspace.params.name}' by cron '{cron}' and on {EVENT}", flush=True)
         print(_pages(server.url, workspace), flush=True)
@@ -57,8 +58,8 @@ def serve(workspace: Workspace, cron: str) -> None:
             raise
 
 
-def _end_dead_runs(served: UUID) -> None:
-    """Runs whose `mergeline serve` was killed would hold the deployment's one place for ever."""
+def _end_dead_runs(served: UUID, workspace: Workspace) -> None:
+    """Runs whose `mergeline serve` was killed would hold the deployment's one place for ever, and nobody was told."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import State, StateType
@@ -73,6 +74,11 @@ def _end_dead_runs(served: UUID) -> None:
         for run in client.read_flow_runs(flow_run_filter=dead):
             state: State[object] = Crashed(message="`mergeline serve` was killed while it ran.")
             client.set_flow_run_state(run.id, state, force=True)
+            tell_of_failure(workspace.params.name, workspace.params.alerts, state.message or "", _said)
+
+
+def _said(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _wait_for_the_end(ended: Future[None]) -> None:

@@ -8,30 +8,33 @@ import threading
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Collection, Iterator, Sequence
+from typing import Any, Callable, Collection, Iterator, Sequence
 from uuid import UUID
 
-from prefect import flow, get_client, get_run_logger, task
+from prefect import Flow, flow, get_client, get_run_logger, task
 from prefect.cache_policies import CachePolicy
-from prefect.client.schemas.objects import State, TaskRun
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.futures import PrefectFuture
+from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH
 from prefect.states import Completed, Crashed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import Task, exponential_backoff
+from pydantic import ValidationError
 
 from mergeline.flows.cli import text
 from mergeline.flows.ending import end_with_owner, hasty, in_thread, is_owned
 from mergeline.flows.retention import removable, remove
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
-from mergeline.tasks import spread, versioning
+from mergeline.tasks import alerts, spread, versioning
 from mergeline.tasks.evaluations import afresh
 from mergeline.tasks.params import raw_params
 from mergeline.tasks.publication import is_published
 from mergeline.tasks.records import noted_run, remember
+from mergeline.tasks.schema import Alerts
 from mergeline.tasks.status import chosen_stages, refuse_missing, vouched
 from mergeline.tasks.step import Stage
 from mergeline.tasks.workspace import Workspace
@@ -123,16 +126,29 @@ def publish_run(params: str) -> dict[str, Any]:
 
     A champion that was rolled back stays what it is until there is something new to judge.
     """
-    workspace = open_workspace(params)
+    workspace, log = open_workspace(params), get_run_logger().info
     if is_published(workspace):
-        get_run_logger().info("nothing to publish: it is what was published last")
-        return {"run_id": None}
-    from mergeline.flows.artifacts import show
-    from mergeline.tasks.publish import publish
+        log("nothing to publish: it is what was published last")
+        run_id = None
+    else:
+        from mergeline.flows.artifacts import show
+        from mergeline.tasks.publish import publish
 
-    published = publish(workspace, get_run_logger().info)
-    show(workspace, published)
-    return {"run_id": published.run_id}
+        published = publish(workspace, log)
+        show(workspace, published)
+        run_id = published.run_id
+    alerts.tell_of_verdict(workspace, _said(log))
+    return {"run_id": run_id}
+
+
+def _said(log: Callable[[str], object]) -> Callable[[str], None]:
+    """Says a sentence on Prefect's pages and on the terminal."""
+
+    def say(sentence: str) -> None:
+        log(sentence)
+        text.note(sentence)
+
+    return say
 
 
 def _run_name() -> str:
@@ -144,6 +160,20 @@ def _run_name() -> str:
         return file.parent.name
 
 
+def _tell_of_failure(flow: Flow[..., Any], run: FlowRun, state: State) -> None:
+    """Called by Prefect at the end of a run that failed, and by who runs it if its process was killed."""
+    file = _opened.get(run.id) or Path(run.parameters["params"])
+    say = _said(flow_run_logger(run, flow).info)
+    try:
+        raw = raw_params(file)
+        to = Alerts.model_validate(raw.get("alerts") or {})  # the rest of the file may be what is wrong
+    except (UserError, ValidationError, AttributeError) as error:
+        say(f"no alerts of this failure: {str(error).splitlines()[0]}")
+        return
+    alerts.tell_of_failure(str(raw.get("name", file.parent.name)), to, state.message or state.name or "", say)
+
+
+_opened: dict[UUID, Path] = {}  # the params.yaml of flow runs of this process
 _started: list[UUID] = []  # the flow run of this process
 
 
@@ -162,7 +192,13 @@ def report_stop() -> None:
 _THREAD_POOL: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=_THREADS)
 
 
-@flow(name="mergeline", flow_run_name=_run_name, task_runner=_THREAD_POOL)
+@flow(
+    name="mergeline",
+    flow_run_name=_run_name,
+    task_runner=_THREAD_POOL,
+    on_failure=[_tell_of_failure],
+    on_crashed=[_tell_of_failure],
+)
 def pipeline(
     params: str = "params.yaml",
     publish: bool = True,
@@ -178,7 +214,11 @@ def pipeline(
         UserError: bad input, or another run in this workspace.
     """
     params = str(Path(params).absolute())
+    if run_id := flow_run.id:
+        _opened[UUID(run_id)] = Path(params)
     workspace = open_workspace(params)
+    if unset := alerts.without_address(workspace.params.alerts):
+        _said(get_run_logger().warning)(f"nobody is told by {', '.join(unset)}: not set in the environment")
     os.chdir(workspace.root)
     chosen, forced = chosen_stages(workspace, only or [], force or [])
     one_thread_a_worker()

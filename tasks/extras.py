@@ -11,7 +11,7 @@ from mergeline.merging.errors import UserError
 # Extra of pyproject.toml -> packages that it brings, by the names that are imported. That of a modality has its name,
 # with hyphens where that has underscores: pip knows no others.
 EXTRAS = {
-    "pipeline": ("prefect", "dvc", "mlflow", "matplotlib"),
+    "pipeline": ("prefect", "dvc", "mlflow", "matplotlib", "apprise"),
     "clip": ("open_clip", "torchvision", "PIL", "datasets"),
     "language": ("lm_eval", "transformers", "accelerate", "tenacity"),
     "image_classification": ("timm", "torchvision", "transformers", "PIL", "datasets"),
@@ -22,6 +22,7 @@ EXTRAS = {
     "policies": ("transformers", "gymnasium"),
     "vision_language": ("transformers", "torchvision", "PIL", "rouge_score", "sacrebleu", "datasets"),
     "s3": ("s3fs",),
+    "server": ("psycopg2", "flask_wtf", "boto3", "dvc_s3"),
     "dask": ("distributed", "cryptography"),
     "ray": ("ray",),
     "sign": ("cryptography",),

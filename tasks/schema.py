@@ -222,6 +222,29 @@ class Registering(Strict):
         return int(self.upload_gigabytes * 10**9)
 
 
+def _variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        shown = without_credentials(name)
+        raise ValueError(f"'{shown}' is no name of an environment variable; name one that holds the address")
+    return name
+
+
+class Alerts(Strict):
+    """Who is told of what: names of environment variables that hold addresses of apprise's, which are secrets.
+
+    failure: a run failed, or was killed. promotion: a version became champion. held_back: a gate held one back.
+    """
+
+    failure: list[Annotated[str, AfterValidator(_variable)]] = []
+    promotion: list[Annotated[str, AfterValidator(_variable)]] = []
+    held_back: list[Annotated[str, AfterValidator(_variable)]] = []
+
+    @property
+    def all(self) -> list[str]:
+        """Whoever is told of anything."""
+        return [*self.failure, *self.promotion, *self.held_back]
+
+
 class Params(Strict, ABC):
     """What every params.yaml holds. What dvc.yaml names has no default, for DVC knows none.
 
@@ -249,6 +272,7 @@ class Params(Strict, ABC):
     gates: Gates = Gates()
     retention: Retention = Retention()
     registry: Registering = Registering()
+    alerts: Alerts = Alerts()
 
     @property
     @abstractmethod

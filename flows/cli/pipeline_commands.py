@@ -128,10 +128,12 @@ def sweep(args: argparse.Namespace) -> None:
 def publish(args: argparse.Namespace) -> None:
     workspace = _workspace(args)
     note("asking MLflow ...")
+    from mergeline.tasks.alerts import tell_of_verdict
     from mergeline.tasks.publish import publish
 
     with workspace.lock():
         published = publish(workspace, note)
+        tell_of_verdict(workspace, note)
     print(f"run {published.run_id}" + (f"  {published.url}" if published.url else ""))
 
 

@@ -15,7 +15,7 @@ PAGES = [
     "CONTRIBUTING.md",
     *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md"))),
 ]
-_FOLDERS = "merging|evaluation|tasks|flows|mergeline|tests|tools|docs|samples|examples|benchmarks"
+_FOLDERS = "deploy|merging|evaluation|tasks|flows|mergeline|tests|tools|docs|samples|examples|benchmarks"
 _PATH = re.compile(rf"(?<![\w/.-])(?:{_FOLDERS})/[\w./-]*")
 _HEADING = re.compile(r"\]\(([^)#:]*)#([^)]+)\)")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")

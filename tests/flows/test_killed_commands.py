@@ -1,5 +1,6 @@
-"""kill -9 of every command that writes, at random moments: what stood there, or the new one, whole; and it goes on.
+"""kill -9 and SIGTERM of every command that writes, at random moments.
 
+It ends soon; what is there then is the old one or the new one, whole; and it goes on.
 KILLS=20 kills each command more often than by default.
 """
 
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", "2"))
 SHAPES = {f"blocks.{i}.weight": (96, 64) for i in range(40)}
 TIME_LIMIT = 300
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)  # in turn
+END_SECONDS = 10
 
 # What is written, and by which arguments; {0} is the folder of the family, {1} that of the outputs.
 COMMANDS = {
@@ -89,8 +92,9 @@ def test_what_a_killed_command_has_left_is_whole_and_goes_on(
         place.mkdir()
         with command.start(place) as process:
             time.sleep(random.Random(f"{name} {number}").uniform(0.3, 1) * seconds)
-            process.kill()
-        killed += process.returncode == -signal.SIGKILL
+            process.send_signal(SIGNALS[number % 2])
+            process.communicate(timeout=END_SECONDS)
+        killed += process.returncode != 0
         # Of a sweep, points and the table appear one after the other.
         assert digests(place).items() <= expected.items()
         assert command.finish(place) == expected
