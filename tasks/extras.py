@@ -24,6 +24,7 @@ EXTRAS = {
     "s3": ("s3fs",),
     "dask": ("distributed", "prefect_dask"),
     "ray": ("ray", "prefect_ray"),
+    "search": ("optuna", "cmaes"),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
 }

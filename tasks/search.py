@@ -1,9 +1,12 @@
-"""The search step: try every setting of a merge's grid, score each on the validation split, take the best."""
+"""The search step: try settings of a merge, score each on the validation split, take the best.
+
+Settings are those of a grid, or what a sampler proposes within a budget (tasks/budget_search.py).
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
 from mergeline.evaluation.measures import Measures
 from mergeline.evaluation.state import load_state
@@ -12,6 +15,7 @@ from mergeline.merging.engine.cache import FolderStore
 from mergeline.merging.engine.machine import one_thread
 from mergeline.merging.files import staged, write_json
 from mergeline.merging.sweep import in_batches
+from mergeline.tasks.budget_search import search_within
 from mergeline.tasks.collect import statistics_for
 from mergeline.tasks.evaluate import mean_outcomes
 from mergeline.tasks.evaluations import Evaluations
@@ -20,6 +24,8 @@ from mergeline.tasks.merge import recipe_of
 from mergeline.tasks.progress import counting, said_of_stage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mergeline.tasks.modality import Modality, Model
     from mergeline.tasks.schema import Merge, Params
 
@@ -27,6 +33,8 @@ _MERGED_BYTES = 1 << 29  # of merged models in memory at a time
 _MERGED_FILES = 8  # merged models on the disk at a time
 
 Points = list[dict[str, Any]]
+State = dict[str, "Tensor"]
+Merging = Callable[[str, Points], Iterator[tuple[int, "Model"]]]
 
 
 def search(
@@ -39,10 +47,10 @@ def search(
     factors: Path,
     scratch: Path,
 ) -> None:
-    """Write the mean validation score of every point of a merge's grid, and the best setting, to the JSON file `out`.
+    """Write the mean validation score of every point of a merge's search, and the best setting, to the JSON file `out`.
 
     The test split is never read, nor are examples of val that the merge was fitted to. Of equal points the first is
-    taken. Without a grid there is nothing to score.
+    taken. Without a search there is nothing to score.
     `factors` is a folder that keeps spectral decompositions for other searches and merges, `scratch` a place for models
     that are merged to the disk.
 
@@ -54,20 +62,20 @@ def search(
     base = build / "checkpoints" / params.base
     modality.check(base)
     fits = build / "fits" / name
+    if grid.within:
+        merged = _merging(modality, params, name, build, factors, scratch)
+        write_json(out, search_within(modality, params, name, build, merged))
+        return
     measures = Measures(modality.measures(params))
     scores: dict[int, dict[str, Any]] = {}
     outcomes: dict[int, float] = {}
     looks = params.looks(name)
-    if grid.search:
+    if grid.grid:
         evaluator = Evaluations(modality, params, build, base)
         if grid.is_learned:
             models = _fitted(fits, points, factors, scratch, params)
-        elif modality.in_memory and not grid.in_recipe:
-            recipe = params.recipe(name, build, [])
-            models = _in_memory(grid, points, recipe["base"], recipe["experts"], build, factors, params.seed)
         else:
-            recipe = recipe_of(params, name, build, modality.heads(params, build))
-            models = _on_disk(grid, points, recipe, build, factors, scratch, params.device)
+            models = _merging(modality, params, name, build, factors, scratch)(grid.method, points)
         with counting("points") as count:
             for i, model in models:
                 with one_thread():
@@ -83,26 +91,52 @@ def search(
     write_json(out, {"method": grid.method, "points": scored, "chosen": best})
 
 
+def _merging(
+    modality: Modality, params: Params, name: str, build: Path, factors: Path, scratch: Path
+) -> Merging:
+    """What merges points of a method in the place of a merge: gives each one's index and merged model."""
+    own = params.all_merges[name]
+    if modality.in_memory and not own.in_recipe:
+        recipe = params.recipe(name, build, [])
+        loaded = _loaded(own, recipe["base"], recipe["experts"])
+
+        def merging(method: str, points: Points) -> Iterator[tuple[int, Model]]:
+            return _in_memory(method, points, *loaded, recipe["experts"], build, factors, params.seed)
+
+    else:
+        recipe = recipe_of(params, name, build, modality.heads(params, build))
+
+        def merging(method: str, points: Points) -> Iterator[tuple[int, Model]]:
+            return _on_disk(points, {**recipe, "method": method}, build, factors, scratch, params.device)
+
+    return merging
+
+
+def _loaded(merge: Merge, base: Path, experts: Mapping[str, Path]) -> tuple[dict[str, State], State]:
+    """The tensors of experts and base."""
+    states = {name: load_state(folder) for name, folder in experts.items()}
+    if merge.takes:  # as in `recipe_of`
+        common = set.intersection(*(set(state) for state in states.values()))
+        states = {name: {t: state[t] for t in state if t in common} for name, state in states.items()}
+    return states, load_state(base)
+
+
 def _in_memory(
-    grid: Merge,
+    method: str,
     points: Points,
-    base: Path,
+    states: Mapping[str, State],
+    reference: State,
     experts: Mapping[str, Path],
     build: Path,
     factors: Path,
     seed: int,
 ) -> Iterator[tuple[int, Model]]:
     """Each point's index and merged model; as many are in memory as have room."""
-    states = {name: load_state(folder) for name, folder in experts.items()}
-    if grid.takes:  # as in `recipe_of`
-        common = set.intersection(*(set(state) for state in states.values()))
-        states = {name: {t: state[t] for t in state if t in common} for name, state in states.items()}
-    reference = load_state(base)
     size = sum(tensor.nbytes for tensor in next(iter(states.values())).values())
-    for batch, files in _batches(grid, points, max(1, _MERGED_BYTES // size), build, experts):
+    for batch, files in _batches(method, points, max(1, _MERGED_BYTES // size), build, experts):
         with one_thread():
             merged = merge_state_dicts_points(
-                grid.method,
+                method,
                 states,
                 reference,
                 points=[points[i] for i in batch],
@@ -127,7 +161,6 @@ def _fitted(
 
 
 def _on_disk(
-    grid: Merge,
     points: Points,
     recipe: Mapping[str, Any],
     build: Path,
@@ -136,7 +169,7 @@ def _on_disk(
     device: str,
 ) -> Iterator[tuple[int, Model]]:
     """Each point's index and the folder of its merged model, which may be larger than memory; a few at a time."""
-    for batch, files in _batches(grid, points, _MERGED_FILES, build, recipe["experts"]):
+    for batch, files in _batches(recipe["method"], points, _MERGED_FILES, build, recipe["experts"]):
         with staged(scratch) as place:
             point = {**recipe, "statistics": files}
             recipes = [({**point, "params": points[i]}, place / str(i)) for i in batch]
@@ -145,13 +178,13 @@ def _on_disk(
 
 
 def _batches(
-    grid: Merge, points: Points, most: int, build: Path, experts: Mapping[str, Path]
+    method: str, points: Points, most: int, build: Path, experts: Mapping[str, Path]
 ) -> Iterator[tuple[list[int], dict[str, list[Path]]]]:
     """The indexes of points in batches, those of each of which read the same statistics, and the files of these."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    files = [statistics_for(grid.method, point, build, experts) for point in points]
+    files = [statistics_for(method, point, build, experts) for point in points]
     for i, found in enumerate(files):
         groups.setdefault(tuple(found), []).append(i)
     for group in groups.values():
-        for batch in in_batches(grid.method, [points[i] for i in group], most):
+        for batch in in_batches(method, [points[i] for i in group], most):
             yield [group[i] for i in batch], files[group[0]]
