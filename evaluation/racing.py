@@ -112,10 +112,10 @@ def is_surely_worse(
     looks: int,
 ) -> bool:
     """Whether `other` is dropped at one of so many looks; see above."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     difference, deviation = worse_by(best, other, sizes)
     freedom = sum(max(0, len(other[task]) - 1) for task in sizes)
     if difference <= 0 or not freedom or not deviation:
         return False
-    return bool(difference / deviation > t.ppf(1 - error / looks, freedom))
+    return bool(difference / deviation > stdtrit(freedom, 1 - error / looks))
