@@ -67,7 +67,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Mergeline needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	@echo "installing into $(VENV): about five minutes and 7 GB, most of it PyTorch"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pipeline,clip,language,image-classification,text-classification,text2text,vision-language,embeddings,dense-prediction,policies,s3,server,dask,ray,sign,gguf,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[pipeline,clip,language,image-classification,text-classification,text2text,vision-language,embeddings,dense-prediction,policies,s3,server,dask,ray,search,sign,gguf,test,lint]'
 	@touch $@
 
 clean:

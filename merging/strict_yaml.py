@@ -26,6 +26,7 @@ _MOST_VALUES = (
 _MOST_ALIASES = 200
 _MOST_DOCUMENTS = 100
 _TOO_DEEP = f"nested deeper than {DEEPEST} lists and mappings; write it flatter"
+_TAG = re.compile(r"\[\w+\]")  # in places: pydantic's "[key]", and ours of one of several forms
 _BRACKETS = re.compile(r"(?:[\[{]\s*){%d}" % (DEEPEST + 1))  # the scanner would take a second for them
 
 
@@ -65,7 +66,7 @@ class YamlFile:
         except ValidationError as error:
             # A misspelt key is also a missing one; the first says more.
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-            loc = [part for part in first["loc"] if part != "[key]"]
+            loc = [part for part in first["loc"] if not _TAG.fullmatch(str(part))]
             if not loc:
                 wrong = "is empty" if self.data is None else _explain(first, model, loc)
                 raise self.error(loc, f"the file {wrong}") from None

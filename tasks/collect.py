@@ -94,10 +94,8 @@ def digests_read(params: Params, merge: str, build: Path) -> dict[str, dict[str,
     found: dict[str, dict[str, str]] = {}
     if not params.kinds_of(merge):  # learned methods read none of these
         return found
-    for point in params.all_merges[merge].points:
-        for kind, files in statistics_for(
-            params.all_merges[merge].method, point, build, params.experts_of(merge)
-        ).items():
+    for method, point in params.settings_of(merge):
+        for kind, files in statistics_for(method, point, build, params.experts_of(merge)).items():
             if kind not in found:
                 found[kind] = {file.stem: sha256_of(file) for file in files}
     return found

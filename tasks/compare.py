@@ -151,11 +151,12 @@ def _row(
         search = json.loads((build / "search" / f"{name}.json").read_text())
         row |= {
             **({"at_use": scores[name]["at_use"]} if "at_use" in scores[name] else {}),
-            "method": params.all_merges[name].method,
+            "method": search["method"],
             **({"experts": chosen} if (chosen := params.all_merges[name].experts) else {}),
             "seen": seen(manifest),
             "params": search["chosen"],
             "searched": len(search["points"]),
+            **({"search": search["search"]} if "search" in search else {}),
             "digest": manifest["output"]["digest"],
             "bytes": manifest["output"]["bytes"],
             **({"requantised": manifest["requantised"]} if "requantised" in manifest else {}),

@@ -111,14 +111,22 @@ def read_outcomes(
 def mean_outcomes(
     modality: Modality, build: Path, found: Evaluation, split: str, held_back: bool = False
 ) -> dict[str, float]:
-    """The mean outcome on each task that was measured on a split.
+    """The mean outcome on each task that was measured on a split; otherwise as `outcomes_of`."""
+    outcomes = outcomes_of(modality, build, found, split, held_back)
+    return {task: float(outcome_N.mean()) for task, outcome_N in outcomes.items()}
+
+
+def outcomes_of(
+    modality: Modality, build: Path, found: Evaluation, split: str, held_back: bool = False
+) -> dict[str, np.ndarray]:
+    """The outcomes (N) on each task that was measured on a split.
 
     held_back: only of the examples of val that merges are not fitted to.
 
     Raises:
         UserError: there are none.
     """
-    means = {}
+    outcomes = {}
     for (measured, task), outcome_N in _by_split(modality, build, found).items():
         if measured == split:
             own_N = outcome_N[modality.choosing(build, task) if held_back else slice(None)]
@@ -127,8 +135,8 @@ def mean_outcomes(
                     f"'{task}' has {len(outcome_N)} example of val, to which merges are fitted, and none to choose by; "
                     "bring more, or a split fit"
                 )
-            means[task] = float(own_N.mean())
-    return means
+            outcomes[task] = own_N
+    return outcomes
 
 
 def _scores(modality: Modality, params: Params, build: Path, found: Evaluation) -> dict[str, Any]:

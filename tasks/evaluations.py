@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import distributions
 from inspect import getfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence, cast
 
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.checkpoints.checkpoint import hasher
@@ -28,9 +28,10 @@ from mergeline.tasks.private import private_folder
 from mergeline.tasks.step import StageTemplate
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-    from mergeline.tasks.modality import Evaluator, Modality, Model
+    from mergeline.tasks.modality import Evaluator, Modality, Model, PartialEvaluator
     from mergeline.tasks.schema import Params
 
 FOLDER = Path(".mergeline/evaluations")  # of a workspace
@@ -108,14 +109,41 @@ class Evaluations:
     def evaluate(self, model: Model, splits: Sequence[str], tasks: Sequence[str]) -> Evaluation:
         """As the modality's own evaluator; see `Evaluator`."""
         own = {"model": model_digest(model), "splits": [*splits], "tasks": [*tasks]}
+        return self._known(own, model, lambda: self._opened.evaluate(model, splits, tasks))
+
+    def count(self, split: str, task: str) -> int:
+        """As the modality's own evaluator, which must be partial."""
+        return cast("PartialEvaluator", self._opened).count(split, task)
+
+    def evaluate_part(self, model: Model, split: str, part: Mapping[str, np.ndarray]) -> Evaluation:
+        """As the modality's own evaluator, which must be partial."""
+        numbers = {task: which_n.tolist() for task, which_n in part.items()}
+        own = {"model": model_digest(model), "split": split, "part": text_digest(numbers)}
+        opened = cast("PartialEvaluator", self._opened)
+        return self._known(own, model, lambda: opened.evaluate_part(model, split, part))
+
+    def digests(self, paths: Sequence[Path]) -> list[str | None]:
+        """Of the contents of files and folders."""
+        return [self._digests.of(path) for path in paths]
+
+    def key_of(self, what: Mapping[str, Any]) -> str:
+        """A digest of `what`, and of all that answers depend on besides a model."""
+        return self._key(what, self._like)
+
+    @property
+    def _opened(self) -> Evaluator:
+        if self._evaluator is None:
+            self._evaluator = self._modality.evaluator(self._params, self._build, self._like)
+        return self._evaluator
+
+    def _known(self, own: Mapping[str, Any], model: Model, measure: Callable[[], Evaluation]) -> Evaluation:
+        """What was measured before, under the digest of `own` and all else that it depends on; or is now."""
         key = self._key(own, model)
         file = self._folder / key[:2] / f"{key}.safetensors"
         if not _AFRESH.get() and (found := _read(file, key)):
             self.before += 1
             return found
-        if self._evaluator is None:
-            self._evaluator = self._modality.evaluator(self._params, self._build, self._like)
-        found = self._evaluator.evaluate(model, splits, tasks)
+        found = measure()
         if self._key(own, model) == key:  # nothing was changed meanwhile
             private_folder(self._folder)
             write_bytes(file, _entry(key, found), lasting=False, mode=0o600)

@@ -25,6 +25,7 @@ EXTRAS = {
     "server": ("psycopg2", "flask_wtf", "boto3", "dvc_s3"),
     "dask": ("distributed", "cryptography"),
     "ray": ("ray",),
+    "search": ("optuna", "cmaes"),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
 }

@@ -36,19 +36,18 @@ def merge_chosen(
         UserError: as `merging.merge`.
     """
     own = params.all_merges[name]
-    chosen = json.loads((build / "search" / f"{name}.json").read_text())["chosen"]
+    found = json.loads((build / "search" / f"{name}.json").read_text())
+    method, chosen = found["method"], found["chosen"]
     recipe = fitted_recipe(build / "fits" / name, chosen)
     if recipe is None:
-        plain = recipe_of(params, name, build, heads)
-        statistics = statistics_for(plain["method"], chosen, build, plain["experts"])
+        plain = {**recipe_of(params, name, build, heads), "method": method}
+        statistics = statistics_for(method, chosen, build, plain["experts"])
         recipe = {
             **plain,
             "params": chosen,
             "statistics": statistics,
-            "fitted": seen_through(plain["method"], chosen, statistics)
-            or seen_by_parts(
-                own.method, chosen, [read_manifest(build / "merges" / one) for one in own.takes]
-            ),
+            "fitted": seen_through(method, chosen, statistics)
+            or seen_by_parts(method, chosen, [read_manifest(build / "merges" / one) for one in own.takes]),
         }
     with counting("tensors") as count:
         merge(

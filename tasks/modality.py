@@ -60,6 +60,19 @@ class Evaluator(Protocol):
         """
 
 
+class PartialEvaluator(Evaluator, Protocol):
+    """Measures models on some of the examples, too."""
+
+    def count(self, split: str, task: str) -> int:
+        """How many examples there are, N."""
+
+    def evaluate_part(self, model: Model, split: str, part: Mapping[str, np.ndarray]) -> Evaluation:
+        """As `evaluate`, of the examples of a split whose numbers `part` has by tasks, int64 (n), ascending.
+
+        Answers are (N) all the same: those of other examples are fillers.
+        """
+
+
 class Known(NamedTuple):
     """What the row of one model is made from.
 
@@ -83,7 +96,9 @@ class Modality(Protocol):
     depends on, in the notation of dvc.yaml, and the parameters that it watches. compare_deps: what `outcomes` and `row`
     read besides. merge_params: what every stage that merges watches besides. steps: those that come after `fetch` and
     before anything is evaluated. in_memory: whether a search hands merged models over as state dicts; else it merges
-    them to the disk, a few at a time. hub_task: what the Hugging Face Hub calls what such models do.
+    them to the disk, a few at a time. in_parts: whether its evaluators measure models on some of the examples, too, the
+    outcomes of which are those of a whole evaluation (`PartialEvaluator`). hub_task: what the Hugging Face Hub calls
+    what such models do.
     """
 
     name: str
@@ -95,6 +110,7 @@ class Modality(Protocol):
     merge_params: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     in_memory: bool = False
+    in_parts: bool = False
     hub_task: str = "other"
     measure: str = "accuracy"
 

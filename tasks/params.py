@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from mergeline.evaluation.measures import Measures
 from mergeline.merging.errors import UserError, did_you_mean
@@ -11,7 +11,7 @@ from mergeline.merging.methods import load_methods
 from mergeline.merging.strict_yaml import YamlFile
 from mergeline.tasks.gates import misplaced
 from mergeline.tasks.modalities import modalities, modality_of
-from mergeline.tasks.schema import Merge, Params
+from mergeline.tasks.schema import Merge, Params, Problem
 
 __all__ = ["Merge", "Params", "checked_params", "load_params", "lookup", "raw_params"]
 
@@ -35,6 +35,8 @@ def checked_params(file: YamlFile) -> Params:
             raise file.error(["methods", i], str(error)) from None
     for loc, problem in params.problems():
         raise file.error(loc, problem)
+    for loc, problem in _searches(params):
+        raise file.error(loc, problem)
     for gate, problem in misplaced(params.gates, Measures(modality_of(params).measures(params))):
         raise file.error(["gates", gate], problem)
     return params
@@ -51,6 +53,16 @@ def lookup(data: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
+
+
+def _searches(params: Params) -> Iterator[Problem]:
+    """What is wrong with searches for models of this kind."""
+    modality = modality_of(params)
+    for section in ("merges", "merges_of_merges"):
+        for name, merge in getattr(params, section).items():
+            if merge.within and merge.within.race and not modality.in_parts:
+                wrong = f"{modality.models} are not measured on some of the examples alone; leave race out"
+                yield [section, name, "search", "race"], wrong
 
 
 def _schema(file: YamlFile) -> type[Params]:

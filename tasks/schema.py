@@ -10,17 +10,28 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator, Literal, Mapping, Sequence
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from mergeline.merging.engine.machine import check_device_name
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.learning.contract import LearnedMethod, any_method
 from mergeline.merging.learning.gathering import KINDS, SETTINGS, Gathering, Kind
 from mergeline.merging.methods import get_method
-from mergeline.merging.recipes.recipe import Patterns, Rule, Seed, too_many_points, unfolded_recipe
+from mergeline.merging.recipes.recipe import Patterns, Rule, Seed, too_many_points, unfolded, unfolded_recipe
 from mergeline.tasks.credentials import holds_credentials, without_credentials
 from mergeline.tasks.executors import place_of
 from mergeline.tasks.gates import Gates
+from mergeline.tasks.search_space import (
+    Branch,
+    Each,
+    Search,
+    Setting,
+    edges,
+    holds,
+    is_ordered,
+    kind_of_search,
+    numbers,
+)
 
 Problem = tuple[list[Any], str]  # where in params.yaml, as keys and indexes; what is wrong there
 
@@ -37,6 +48,7 @@ def _plain_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
+Grid = dict[str, Annotated[list[Any], Field(min_length=1)]]
 
 OF_MERGE = "merge:"  # what stands before the name of a merge whose result another takes
 
@@ -97,7 +109,8 @@ class Checkpoints(Sources):
 
 
 class Merge(Strict):
-    """One merge: fixed `params`, and a grid `search` whose best point on the validation split is taken.
+    """One merge: fixed `params`, and a `search` whose best point on the validation split is taken: every one of a grid,
+    or those that are proposed within a budget (`tasks.search_space.Search`), maybe of several methods.
 
     experts: those of the pipeline's that it merges, in its own order; None for all. Either way a point is scored on
     all tasks. Those of `merges_of_merges` may be `merge:NAME`, the result of one of `merges`, and so may `base`, which
@@ -115,7 +128,9 @@ class Merge(Strict):
     base: str | None = None
     experts: list[str] | None = None
     params: dict[str, Any] = {}
-    search: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    search: Annotated[
+        Annotated[Grid, Tag("[grid]")] | Annotated[Search, Tag("[budget]")], Discriminator(kind_of_search)
+    ] = {}
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     include: Patterns = ["*"]
     exclude: Patterns = []
@@ -132,7 +147,24 @@ class Merge(Strict):
     @model_validator(mode="before")
     @classmethod
     def _unfold(cls, data: Any) -> Any:
-        return unfolded_recipe(data)
+        return unfolded_recipe(_with_first_method(data))
+
+    @property
+    def grid(self) -> Grid:
+        """The values of each parameter of a grid; none where the search has a budget, or there is none."""
+        return self.search if isinstance(self.search, dict) else {}
+
+    @property
+    def within(self) -> Search | None:
+        """The search with a budget."""
+        return self.search if isinstance(self.search, Search) else None
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The methods of a search with a budget; its own alone where there is none."""
+        if self.within:
+            return self.within.branches(self.method, self.params)
+        return [Branch(method=self.method, params=self.params)]
 
     @property
     def in_recipe(self) -> dict[str, Any]:
@@ -159,8 +191,8 @@ class Merge(Strict):
     @property
     def points(self) -> Iterator[dict[str, Any]]:
         """Every setting of the grid; the fixed params alone where there is none."""
-        for values in product(*self.search.values()):
-            yield {**self.params, **dict(zip(self.search, values))}
+        for values in product(*self.grid.values()):
+            yield {**self.params, **dict(zip(self.grid, values))}
 
 
 class Statistics(Strict):
@@ -375,11 +407,23 @@ class Params(Strict, ABC):
 
     def kinds_of(self, merge: str) -> list[str]:
         """The kinds of statistics that a merge reads, at any point of its grid."""
-        own = self.all_merges[merge]
-        if own.is_learned:
+        if self.all_merges[merge].is_learned:
             return []
-        method = get_method(own.method)
-        return sorted({k for point in own.points for k in method.kinds(method.resolve(point))})
+        settings = ((get_method(id), params) for id, params in self.settings_of(merge))
+        return sorted({k for method, params in settings for k in method.kinds(method.resolve(params))})
+
+    def settings_of(self, merge: str) -> Iterator[Setting]:
+        """Every setting of a grid; of a search with a budget one for each that may need something else."""
+        own = self.all_merges[merge]
+        if own.within:
+            for branch in own.branches:
+                yield from branch.settings(len(self.experts_of(merge)))
+        else:
+            yield from (Setting(own.method, point) for point in own.points)
+
+    def takes(self, merge: str, setting: Setting) -> bool:
+        """Whether a setting that a search proposes is one that its method takes."""
+        return not any(self._setting_problems(merge, self.all_merges[merge], setting, []))
 
     def problems(self) -> Iterator[Problem]:
         """What the types cannot say."""
@@ -458,35 +502,102 @@ class Params(Strict, ABC):
                 yield [name, key], f"{merge.method} is fitted to no examples; leave '{key}' out"
         if merge.examples and merge.images:
             yield [name, "images"], "images are the examples; say one of the two"
-        for key in merge.search:
+        if merge.within:
+            yield from self._search_problems(name, merge, merge.within)
+            return
+        for key in merge.grid:
             if key in merge.params:
                 yield (
                     [name, "search", key],
                     f"'{key}' is fixed in params and listed in search; keep one",
                 )
-        if problem := too_many_points(merge.search):
+        if problem := too_many_points(merge.grid):
             yield [name, "search"], problem
             return
-        alone = [(["search", key], {key: value}) for key, values in merge.search.items() for value in values]
+        alone = [(["search", key], {key: value}) for key, values in merge.grid.items() for value in values]
         for where, values in [(["params"], {}), *alone]:
-            try:
-                resolved = method.resolve({**merge.params, **values})
-            except UserError as error:
-                yield [name, *where], str(error)
-                continue
-            if isinstance(method, LearnedMethod):
-                continue
-            if method.kinds(resolved) and merge.takes:
-                yield (
-                    [name, *where],
-                    f"{merge.method} needs statistics, which merges have none of; choose another",
-                )
-                continue
-            kinds = method.kinds(resolved)
-            yield from (([name, *where], wrong) for wrong in self._lacking(merge.method, kinds))
-            given = dict.fromkeys(kinds)
-            for misuse in method.misuses(resolved, len(self.experts_of(name)), True, given):
-                yield [name, *(["experts"] if merge.experts is not None else where)], misuse
+            yield from self._setting_problems(
+                name, merge, Setting(merge.method, {**merge.params, **values}), where
+            )
+
+    def _setting_problems(
+        self, name: str, merge: Merge, setting: Setting, where: list[Any]
+    ) -> Iterator[Problem]:
+        """What is wrong with one setting of a merge; `where` it stands, seen from the merge."""
+        method = any_method(setting.method)
+        try:
+            resolved = method.resolve(setting.params)
+        except UserError as error:
+            yield [name, *where], str(error)
+            return
+        if isinstance(method, LearnedMethod):
+            return
+        kinds = method.kinds(resolved)
+        if kinds and merge.takes:
+            yield (
+                [name, *where],
+                f"{setting.method} needs statistics, which merges have none of; choose another",
+            )
+            return
+        yield from (([name, *where], wrong) for wrong in self._lacking(setting.method, kinds))
+        given = dict.fromkeys(kinds)
+        for misuse in method.misuses(resolved, len(self.experts_of(name)), True, given):
+            yield [name, *(["experts"] if merge.experts is not None else where)], misuse
+
+    def _search_problems(self, name: str, merge: Merge, search: Search) -> Iterator[Problem]:
+        """What is wrong with a search with a budget."""
+        if search.methods and merge.params:
+            yield [name, "params"], "several methods have params each; say them there"
+        for i, branch in enumerate(merge.branches):
+            place: list[Any] = ["search", "methods", i] if search.methods else ["search"]
+            yield from self._branch_problems(name, merge, branch, place)
+        if search.sampler != "cmaes":
+            return
+        [branch, *others] = merge.branches
+        unordered = [key for key, entry in branch.space.items() if not is_ordered(entry)]
+        if others or unordered:
+            wrong = "several methods" if others else f"'{unordered[0]}', which is no ascending numbers"
+            yield [name, "search", "sampler"], f"cmaes proposes numbers alone, not {wrong}; choose tpe"
+        elif numbers(branch.space, len(self.experts_of(name))) < 2:
+            yield [name, "search", "sampler"], "cmaes needs two parameters or more; choose tpe"
+
+    def _branch_problems(
+        self, name: str, merge: Merge, branch: Branch, place: list[Any]
+    ) -> Iterator[Problem]:
+        """What is wrong with one method of a search with a budget; `place` is seen from the merge."""
+        try:
+            learned = isinstance(any_method(branch.method), LearnedMethod)
+        except UserError as error:
+            yield [name, *place, "method"], str(error)
+            return
+        if learned:
+            wrong = "is fitted to examples at every point before any is scored; list its points as a grid"
+            yield [name, *place], f"{branch.method} {wrong}"
+            return
+        experts = len(self.experts_of(name))
+        for key in branch.space.keys() & branch.params.keys():
+            yield [name, *place, "space", key], f"'{key}' is fixed in params and varied in space; keep one"
+        at = {key: edges(entry, experts) for key, entry in branch.space.items()}
+        named = {key: values for key, values in at.items() if not is_ordered(branch.space[key])}
+        if problem := too_many_points(named):
+            yield [name, *place, "space"], problem
+            return
+        if not branch.space:
+            yield from self._setting_problems(name, merge, Setting(branch.method, branch.params), place)
+        for key, values in at.items():
+            settings = [Setting(branch.method, {**branch.params, key: value}) for value in values]
+            where = [*place, "space", key]
+            found = [[*self._setting_problems(name, merge, setting, where)] for setting in settings]
+            # Weights of no expert at all may be wrong where others are not.
+            if all(found) or not isinstance(branch.space[key], Each):
+                yield from (problem for problems in found for problem in problems)
+        for j, point in enumerate(branch.first_points):
+            spot = [name, *place, "first", *([j] if isinstance(branch.first, list) else [])]
+            for key, value in point.items():
+                if key not in branch.space:
+                    yield [*spot, key], f"'{key}' is not in the space{did_you_mean(key, branch.space)}"
+                elif not holds(branch.space[key], value, experts):
+                    yield [*spot, key], f"'{key}' is {value}, which is not in its space"
 
     def _chain_problems(self, name: str, merge: Merge) -> Iterator[Problem]:
         """What is wrong with one merge of merges; places are seen from its section."""
@@ -505,8 +616,10 @@ class Params(Strict, ABC):
                 yield place, f"merge:{one}: no merge has this name{did_you_mean(one, self.merges)}"
             elif one in (merge.experts or ()):
                 yield place, f"merge:{one}: an expert that it merges has that name, too; rename the merge"
-            elif unplain := _no_checkpoint(self.merges[one].method):
-                yield place, f"merge:{one}: {self.merges[one].method} {unplain}"
+            else:
+                for method in dict.fromkeys(branch.method for branch in self.merges[one].branches):
+                    if unplain := _no_checkpoint(method):
+                        yield place, f"merge:{one}: {method} {unplain}"
         yield from self._merge_problems(name, merge)
 
     def _lacking(self, method: str, kinds: list[str]) -> Iterator[str]:
@@ -522,6 +635,18 @@ class Params(Strict, ABC):
                     f"{method} needs the statistics '{kind}' of examples; add `{kind}: {{examples: 32}}` to the "
                     "section `statistics:`"
                 )
+
+
+def _with_first_method(data: Any) -> Any:
+    """A merge that searches among methods, with the first of them as its own (raises ValueError: it names another)."""
+    search = data.get("search") if isinstance(data, dict) else None
+    methods = search.get("methods") if isinstance(search, dict) else None
+    if not isinstance(methods, list) or not methods or not isinstance(methods[0], dict):
+        return data
+    if "method" in data:
+        raise ValueError("name one method, or several under search; not both")
+    first = methods[0].get("method")
+    return {**data, "method": unfolded(first, {})[0]} if isinstance(first, str) else data
 
 
 def _no_checkpoint(method: str) -> str:

@@ -117,9 +117,10 @@ def _table(board: dict[str, Any]) -> Iterator[str]:
     yield ""
     tasks = f"{len(board['tasks'])} tasks"
     measures = measures_of(board)
+    search = "search" if any("search" in row for row in merges) else "grid"
     of = f" of {measures.mean_of}" if measures.different else ""
     yield f"Test {measures.mean.title}{of}, mean of {tasks}, with 95 % intervals over test examples; normalised by"
-    yield f"each task's own expert. {len(merges)} merges; each one's setting is the best of its grid on validation,"
+    yield f"each task's own expert. {len(merges)} merges; each one's setting is the best of its {search} on validation,"
     yield f"which alone chose among {points} points. Best on validation: {best}."
     rows = ranked(board)
     yield from _rows([row for row in rows if not at_use(row)], best, told)
@@ -161,11 +162,13 @@ def _seen(row: dict[str, Any]) -> str:
 def _left_out(params: Params) -> Iterator[str]:
     """Methods that no merge uses, and why they could not, for so many experts and a base."""
     used = set()
-    for merge in params.all_merges.values():
+    for name, merge in params.all_merges.items():
         if merge.is_learned:
             continue
-        method = get_method(merge.method)
-        used |= {part.method.id for part in bind(method, method.resolve(next(merge.points))).parts}
+        settings = params.settings_of(name) if merge.within else [next(params.settings_of(name))]
+        for id, point in settings:
+            method = get_method(id)
+            used |= {part.method.id for part in bind(method, method.resolve(point)).parts}
     yield "| not here | why |"
     yield "|---|---|"
     for entry in catalogue().values():

@@ -157,13 +157,14 @@ class Evaluator:
         more: Callable[[int], None] = lambda examples: None,
         adapters: Mapping[str, TaskAdapter] = MappingProxyType({}),
         around: Callable[[Any, str], AbstractContextManager[Any]] | None = None,
+        part: Mapping[str, np.ndarray] | None = None,
     ) -> dict[str, np.ndarray]:
         """The predicted class, int32 (N), of every image of a split ("val" or "test") of each task.
 
         `state` holds tensors by the names of the base. Those of the image tower that it lacks stay the
         base's; those of the text tower are not used, for the heads are fixed. `more` is told how many images were done.
         `adapters` correct the tower on images of their tasks. `around` is entered with the tower and the name of a task
-        while it is run on that one's images.
+        while it is run on that one's images. `part`: of each task the numbers of those images alone that are predicted.
 
         Raises:
             UserError: `state` holds a tensor that the base has not, or has in another shape; an adapter is of another
@@ -177,7 +178,8 @@ class Evaluator:
             adapter = adapters.get(task)
             running = around(self._visual, task) if around else nullcontext()
             with torch.inference_mode(), running, adapter.inside(self._visual) if adapter else nullcontext():
-                found[task] = self._predict(task, self.data[task].split(split)[0], more, adapter)
+                x = self.data[task].split(split)[0]
+                found[task] = self._predict(task, x if part is None else x[part[task]], more, adapter)
         return found
 
     def predict_routed(

@@ -32,13 +32,15 @@ class Curve(NamedTuple):
     """Mean validation outcome against one numeric parameter of a search.
 
     best: over all other parameters. other: the first other parameter that varied, if any. lines: for each of
-    its values, as text, the best over the rest. chosen: the point of the chosen setting.
+    its values, as text, the best over the rest. chosen: the point of the chosen setting. scattered: the points are no
+    grid but what a sampler proposed, all of them in `best`, and there are no lines.
     """
 
     best: list[Point]
     other: str | None
     lines: dict[str, list[Point]]
     chosen: Point
+    scattered: bool = False
 
 
 def draw_all(folder: Path, *, leaderboard: Json, searches: dict[str, Json], description: Json) -> list[Path]:
@@ -112,6 +114,8 @@ def searched(search: Json) -> list[str]:
 def curve(search: Json, parameter: str, measure: Measure = ACCURACY) -> Curve | None:
     """The curve of a search over `parameter`; None if it did not vary or is not a number. measure: of its means."""
     points, varied = search["points"], searched(search)
+    if "search" in search:
+        return _scattered(search, parameter) if parameter in varied else None
     if parameter not in varied or not all(_is_number(p["params"][parameter]) for p in points):
         return None
     other = next((key for key in varied if key != parameter), None)
@@ -125,6 +129,20 @@ def curve(search: Json, parameter: str, measure: Measure = ACCURACY) -> Curve | 
         lines={value: _best(group, parameter, measure) for value, group in groups.items()},
         chosen=(chosen["params"][parameter], chosen["mean"]),
     )
+
+
+def is_chosen(point: Json, search: Json) -> bool:
+    """Whether a point of a search is the one that was chosen."""
+    method = search.get("method")
+    return point["params"] == search["chosen"] and point.get("method", method) == method
+
+
+def _scattered(search: Json, parameter: str) -> Curve | None:
+    """The points that have the parameter, and it is a number; None where the chosen one is not among them."""
+    points = [p for p in search["points"] if _is_number(p["params"].get(parameter))]
+    places = sorted((p["params"][parameter], p["mean"]) for p in points)
+    chosen = [(p["params"][parameter], p["mean"]) for p in points if is_chosen(p, search)]
+    return Curve(places, None, {}, chosen[0], scattered=True) if chosen and len(places) > 1 else None
 
 
 def is_logarithmic(parameter: str, values: Sequence[float]) -> bool:
@@ -289,7 +307,7 @@ def _curves(searches: dict[str, Json], parameter: str, measure: Measure) -> Figu
     for i, found in enumerate(curves.values()):
         colour, marker = _LINES[i % len(_LINES)], _MARKERS[i % len(_MARKERS)]
         handles += ax.plot(*zip(*found.best), color=colour, marker=marker, markersize=5)
-        handles[-1].set_linestyle("-" if i < len(_LINES) else "--")
+        handles[-1].set_linestyle("none" if found.scattered else "-" if i < len(_LINES) else "--")
         ax.plot(*found.chosen, color=colour, marker="o", markersize=14, fillstyle="none", markeredgewidth=1.5)
     values = sorted({x for found in curves.values() for x, _ in found.best})
     if is_logarithmic(parameter, values):

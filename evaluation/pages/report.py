@@ -17,6 +17,7 @@ from mergeline.evaluation.pages.figures import (
     curve,
     extent,
     half_width,
+    is_chosen,
     is_logarithmic,
     places,
     ranked,
@@ -317,19 +318,26 @@ class Chart(NamedTuple):
     chosen: tuple[float, float]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
+    scattered: bool = False
     width: int = WIDTH
     height: int = HEIGHT
 
 
 def _searches(searches: dict[str, Json], measure: Measure) -> list[Json]:
-    """Of every merge that searched: points, charts, where the choice lies on the edge of the grid, and the grid."""
+    """Of every merge that searched: points, charts, where the choice lies on the edge of the grid, and the grid.
+
+    how: what a search with a budget says of itself. front: of such a one over all tasks, the points that no other beats
+    on every task.
+    """
     return [
         {
             "name": name,
-            "points": search["points"],
+            "points": _points(search, range(len(search["points"]))),
             "chosen": search["chosen"],
-            "mean": (min if measure.lower else max)(point["mean"] for point in search["points"]),
-            "columns": list(search["points"][0]["params"]),
+            "mean": next(point["mean"] for point in search["points"] if is_chosen(point, search)),
+            "columns": _columns(search),
+            "how": _how(search),
+            "front": _front(search),
             "charts": [chart for key in searched(search) if (chart := _chart(search, key, measure))],
             "edges": list(_edges(search)),
             "grid": _grid(search, measure),
@@ -337,6 +345,57 @@ def _searches(searches: dict[str, Json], measure: Measure) -> list[Json]:
         for name, search in searches.items()
         if search["points"]
     ]
+
+
+def _columns(search: Json) -> list[str]:
+    """The parameters of any point."""
+    return list(dict.fromkeys(key for point in search["points"] for key in point["params"]))
+
+
+def _points(search: Json, chosen: Iterable[int]) -> list[Json]:
+    """Rows of a table of points: their values by columns, mean, and what is to be said of them."""
+    rows = []
+    for i in chosen:
+        point = search["points"][i]
+        note = " (chosen)" if is_chosen(point, search) else ""
+        if point.get("dropped"):
+            note = f" (estimated from {counted(point['examples'], 'example')})"
+        params = point["params"]
+        cells = [as_text(params[key]) if key in params else "" for key in _columns(search)]
+        rows.append(
+            {
+                "method": point.get("method"),
+                "cells": cells,
+                "mean": point["mean"],
+                "tasks": point["tasks"],
+                "note": note,
+            }
+        )
+    return rows
+
+
+def _how(search: Json) -> str:
+    """How the points of a search with a budget were found, and what it cost beside measuring all of them."""
+    if "search" not in search:
+        return ""
+    told = search["search"]
+    text = f"Proposed by {told['sampler']} with seed {told['seed']} within {told['budget']}"
+    if told["dropped"]:
+        text += f"; {told['dropped']} dropped early in a race"
+    whole = len(search["points"]) * told["examples_of_a_point"]
+    text += f"; {told['examples']} examples measured, {told['examples'] / whole:.0%} of those of its points"
+    if told["points_of_space"]:
+        grid = told["points_of_space"] * told["examples_of_a_point"]
+        text += f" and {told['examples'] / grid:.2g} times those of all {told['points_of_space']} points of the space"
+    return text + ("." if told["reproducible"] else "; not reproducible, for the budget is in minutes.")
+
+
+def _front(search: Json) -> Json | None:
+    if "front" not in search:
+        return None
+    rows = _points(search, sorted(search["front"], key=lambda i: -search["points"][i]["mean"]))
+    tasks = list(rows[0]["tasks"])
+    return {"tasks": tasks, "rows": rows, "columns": _columns(search)}
 
 
 def _chart(search: Json, parameter: str, measure: Measure) -> Chart | None:
@@ -368,6 +427,7 @@ def _chart(search: Json, parameter: str, measure: Measure) -> Chart | None:
         chosen=placed([found.chosen])[0],
         x_ticks=horizontal.ticks(values, room=30),
         y_ticks=vertical.ticks(grid, room=20, form="{:.2f}".format),
+        scattered=found.scattered,
     )
 
 
@@ -384,7 +444,7 @@ def _edges(search: Json) -> Iterable[str]:
 def _grid(search: Json, measure: Measure) -> Json | None:
     """The points of a search that varied two parameters: a row for each value of the first; the chosen is the best."""
     varied = searched(search)
-    if len(varied) != 2:
+    if len(varied) != 2 or "search" in search:
         return None
     means = {tuple(as_text(p["params"][key]) for key in varied): p["mean"] for p in search["points"]}
     rows, columns = (list(dict.fromkeys(values)) for values in zip(*means))

@@ -217,13 +217,14 @@ def notify(args: argparse.Namespace) -> None:
 def _workspace(args: argparse.Namespace, extras: Sequence[str] = ("pipeline",)) -> Workspace:
     """The workspace of --params, which becomes the current folder: paths in params.yaml are seen from there.
 
-    extras: what must be installed besides what its kind of models needs.
+    extras: what must be installed besides what its kind of models and its searches need.
     """
     from mergeline.tasks.extras import require
     from mergeline.tasks.workspace import Workspace
 
     workspace = Workspace(args.params)
-    _ = workspace.params  # blame params.yaml before anything else happens
-    require(*extras, workspace.modality.name)
+    params = workspace.params  # blame params.yaml before anything else happens
+    proposed = any(merge.within for merge in params.all_merges.values())
+    require(*extras, workspace.modality.name, *(["search"] if proposed else []))
     os.chdir(workspace.root)
     return workspace

@@ -56,6 +56,25 @@ class ClipEvaluator:
             scores["at_use"] = {"task": "known", "how": ", ".join(kinds), "passes": 1, "bytes": nbytes}
         return Evaluation(_answers(found), scores)
 
+    def count(self, split: str, task: str) -> int:
+        return len(self._evaluator.data[task].split(split)[1])
+
+    def evaluate_part(self, model: Model, split: str, part: Mapping[str, np.ndarray]) -> Evaluation:
+        import numpy as np
+
+        from mergeline.merging.checkpoints.task_adapters import task_adapters
+        from mergeline.merging.compress import is_store
+
+        if isinstance(model, Path) and (is_store(model) or task_adapters(model)):
+            return self.evaluate(model, [split], [*part])
+        state = load_state(model) if isinstance(model, Path) else model
+        with adding("examples", sum(map(len, part.values()))) as more:
+            found = self._evaluator.predict(state, split, [*part], more, part=part)
+        answers = {task: np.full(self.count(split, task), -1, np.int32) for task in part}
+        for task, where in part.items():
+            answers[task][where] = found[task]
+        return Evaluation(_answers({split: answers}), {})
+
     def _of_upscaled(
         self,
         state: Mapping[str, Tensor],

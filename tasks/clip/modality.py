@@ -54,6 +54,7 @@ class Clip(Modality):
     )
     compare_deps = ("build/data", "${code}/tasks/clip")
     in_memory = True
+    in_parts = True
     steps = (
         data_step(
             "datasets",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from datetime import datetime, timezone
@@ -223,3 +224,24 @@ def test_statistics_are_waited_for_and_what_reads_them_alone_follows_them(
     for stages in run():
         assert {"statistics@gram", "fit@regmean", "search@regmean", "merge@regmean"} <= stages
         assert not {"search@average", "merge@average", "evaluate@average"} & stages
+
+
+def test_a_search_with_a_budget_is_the_same_study_by_every_way(
+    clone: SmallWorkspace, team: Team, tmp_path: Path
+) -> None:
+    """By Prefect, by DVC, and by a sweep: the same points, and the same choice."""
+    search = {
+        "sampler": "tpe",
+        "budget": 6,
+        "race": True,
+        "space": {"rank": {"low": 0.05, "high": 0.5, "log": True}, "scale": {"low": 0.5, "high": 3}},
+    }
+    found = []
+    for way in (["mergeline", "run"], ["dvc", "repro"], ["mergeline", "sweep", "--params", "params.yaml"]):
+        workspace = clone.copy(tmp_path / way[1])
+        workspace.edit(lambda params: params.update(merges={"cart": {"method": "cart", "search": search}}))
+        out = ["--out", "table.md"] if way[1] == "sweep" else []
+        workspace.check(*way, *out, **team.settings)
+        found.append(workspace.outputs())
+    assert len(json.loads((workspace.root / "build/search/cart.json").read_text())["points"]) == 6
+    assert found[0] == found[1] == found[2]

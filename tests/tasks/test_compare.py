@@ -62,7 +62,7 @@ def board(tmp_path: Path) -> dict[str, Any]:
     (build / "extract" / "description.json").write_text(json.dumps({"experts": norms}))
     scores = {"perplexity": {}, "lm_eval": {"test": {}}}
     for name, counts in MERGED.items():
-        (build / "search" / f"{name}.json").write_text('{"points": [], "chosen": {}}')
+        (build / "search" / f"{name}.json").write_text('{"method": "average", "points": [], "chosen": {}}')
         experts = {expert: build / "checkpoints" / expert for expert in params.experts_of(name)}
         merge({"method": params.merges[name].method, "experts": experts}, build / "merges" / name)
         write_evaluation(build / "evaluations" / name, scores, right(counts))

@@ -326,3 +326,88 @@ def test_what_is_kept_how_long_is_said_in_numbers(tmp_path):
     for wrong in ("{days: 0}", "{gigabytes: -1}", "{weeks: 2}"):
         with refused("params.yaml:26: retention."):
             load_params(write(tmp_path, "seed: 7", f"retention: {wrong}\nseed: 7"))
+
+
+BUDGET = """\
+    search:
+      sampler: tpe
+      budget: 40
+      race: {error: 0.1}
+      space:
+        rank: {low: 0.01, high: 1, log: true}
+        keys: [matrices, block_linear]
+      first: {rank: [0.16]}
+"""
+GRID = """\
+    search:
+      rank: [0.1, 0.5]
+      keys: [matrices, block_linear]
+"""
+
+
+def with_budget(folder: Path, old: str = "", new: str = "") -> Path:
+    assert old in BUDGET
+    return write(folder, GRID, BUDGET.replace(old, new, 1))
+
+
+def test_a_search_with_a_budget_is_read(tmp_path):
+    merge = load_params(with_budget(tmp_path)).merges["grid"]
+    assert merge.within and merge.grid == {} and merge.within.budget.words == "40 points"
+    assert merge.within.race and (merge.within.race.error, merge.within.race.looks) == (0.1, 5)
+    [branch] = merge.branches
+    assert (branch.method, branch.params) == ("cart", {"scale": 1.0})
+    settings = [setting.params for setting in branch.settings(2)]
+    assert settings == [{"scale": 1.0, "rank": 0.01, "keys": key} for key in ("matrices", "block_linear")]
+    usual = load_params(with_budget(tmp_path, "race: {error: 0.1}", "race: true")).merges["grid"]
+    assert usual.within and usual.within.race and usual.within.race.error == 0.05
+
+
+def test_several_methods_stand_under_the_search_alone(tmp_path):
+    search = (
+        "search: {sampler: tpe, budget: {minutes: 2}, methods: [{method: lines(ties)}, {method: average}]}"
+    )
+    params = load_params(write(tmp_path, "method: average", search))
+    assert [branch.method for branch in params.merges["soup"].branches] == ["lines", "average"]
+    assert params.merges["soup"].method == "lines"
+    assert [s.params for s in params.settings_of("soup")] == [{"inner": "ties"}, {}]
+    path = write(tmp_path, "method: average", f"method: average\n    {search}")
+    with refused(f"{path}:", "name one method, or several under search"):
+        load_params(path)
+
+
+@pytest.mark.parametrize(
+    "old, new, parts",
+    [
+        ("sampler: tpe", "sampler: tpo", ["sampler", "'tpe', 'cmaes', 'nsga2' or 'random'"]),
+        ("budget: 40", "budget: 0", ["budget", "must be more than 0"]),
+        ("budget: 40", "budget: {minutes: 0}", ["budget.minutes", "must be more than 0"]),
+        ("budget: 40", "budget: {minutes: 1, points: 2}", ["write a number of points, {minutes: M}"]),
+        ("      budget: 40\n", "", ["budget"]),
+        ("sampler: tpe", "sample: tpe", ["sample: unknown key; did you mean 'sampler'?"]),
+        (
+            BUDGET[BUDGET.index("      space") :],
+            "      space: {}\n",
+            ["the space is empty; name a parameter"],
+        ),
+        ("rank: {", "rnk: {", ["unknown parameter 'rnk'; did you mean 'rank'?"]),
+        ("rank: {", "scale: [1.0]\n        rank: {", ["'scale' is fixed in params and varied in space"]),
+        ("high: 1,", "high: 0.001,", ["low 0.01 must be less than high 0.001"]),
+        ("high: 1,", "hihg: 1,", ["hihg: unknown key; did you mean 'high'?"]),
+        ("low: 0.01", "low: 0", ["a logarithmic range begins above 0"]),
+        ("log: true", "step: 0", ["step", "must be more than 0"]),
+        ("high: 1,", "high: 7,", ["rank", "7"]),
+        ("[matrices, block_linear]", "matrices", ["must be a list of choices, or a range"]),
+        ("[matrices, block_linear]", "[]", ["keys"]),
+        ("[matrices, block_linear]", "[matrices, blocks]", ["keys"]),
+        ("first: {rank: [0.16]}", "first: {rank: [3]}", ["'rank' is 3, which is not in its space"]),
+        ("first: {rank: [0.16]}", "first: [{rnk: 0.1}]", ["'rnk' is not in the space; did you mean 'rank'?"]),
+        ("first: {rank: [0.16]}", "first: 3", ["must be a list of points, or a grid"]),
+        ("sampler: tpe", "sampler: cmaes", ["cmaes proposes numbers alone, not 'keys'"]),
+        ("sampler: tpe", "sampler: nsga2", ["a race drops points by their mean"]),
+        ("error: 0.1", "error: 0.7", ["error", "less than 0.5"]),
+    ],
+)
+def test_what_is_wrong_with_a_search_is_blamed_in_one_line(old, new, parts, tmp_path):
+    path = with_budget(tmp_path, old, new)
+    with refused(f"{path}:", *parts):
+        load_params(path)
