@@ -85,9 +85,9 @@ def describe(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | No
     tensors = _with_fused({name: reader.read(name) for name in all_shapes})
     layers = _counts((tensor.tower, tensor.layer) for tensor in tensors.values())
     permutes = rows[0].permutes if rows else frozenset()
-    if rows and config.get("model_type") not in rows[0].model_types:
+    if rows and rows[0].model_types and config.get("model_type") not in rows[0].model_types:
         permutes -= {"heads"}  # names do not tell how many there are in each layer
-    axes, units = label_axes(tensors, layers, permutes, config)
+    axes, units = label_axes(tensors, permutes, rows[0].towers if rows else {}, config)
     for name, tensor in tensors.items():
         object.__setattr__(tensor, "axes", axes[name])  # nobody has it yet; thousands of copies take long
     listed = config.get("architectures")
