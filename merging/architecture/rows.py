@@ -93,7 +93,8 @@ class Row:
     telling: regular expressions for names of tensors; of a pair, the second is what the tensor's second dimension is
         as a multiple of its first.
     permutes: what keeps the model's function when it is permuted, beside the hidden units of an MLP: `heads` (whole
-        groups of heads: no positions that are added head by head), `residual` (one width from embedding to output: no
+        groups of heads: no positions that are added head by head), `dimensions` (of the queries and keys of a head: no
+        positions that rotate them, no norm of each head), `residual` (one width from embedding to output: no
         positions that are computed and added), `channels` (of ResNets: convolution, batch norm, activation).
     towers: of models with several: key of its own configuration -> regular expression for the beginnings of its names.
     """
@@ -265,7 +266,7 @@ ROWS: list[Row] = [
             Pattern(r"c_fc", Role.MLP_UP, inside=r"h\.\d+\.mlp", transposed=True),
             Pattern(r"c_proj", Role.MLP_DOWN, inside=r"h\.\d+\.mlp", transposed=True),
         ),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row(
         "gpt_bigcode",
@@ -275,19 +276,19 @@ ROWS: list[Row] = [
     Row(
         "opt",
         model_types=("opt",),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row("t5", model_types=("t5", "mt5", "umt5"), telling=(r"\.SelfAttention\.q\.weight$",)),
     Row(
         "bert",
         model_types=("bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert"),
         telling=(r"attention\.self\.query\.weight$", r"attention\.output\.LayerNorm\.(weight|gamma)$"),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row(
         "vit",
         model_types=("vit", "deit", "dinov2"),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row(
         "timm_vit",
@@ -304,14 +305,14 @@ ROWS: list[Row] = [
     Row(
         "clip",
         model_types=("clip", "clip_vision_model", "clip_text_model", "siglip"),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
         towers={"text_config": r"text_", "vision_config": r"vision_|visual_"},
     ),
     Row(
         "open_clip",
         telling=(r"^visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight$",),
         patterns=(Pattern(r"visual\.conv1", Role.PATCH_EMBEDDING),),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
         towers={"text_cfg": r"(?!visual\.)", "vision_cfg": r"visual\."},
     ),
     Row(
