@@ -51,7 +51,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Group:
-    """Units that move together. places: where they are whole; splits: where they have parts with an order of their own."""
+    """Units that move together. places: where they are whole; splits: where their parts have orders of their own."""
 
     name: str
     units: int
