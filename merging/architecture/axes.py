@@ -246,11 +246,11 @@ def _streams(tensors: Mapping[str, TensorRole]) -> dict[str, list[_Place]]:
     blocks: dict[str, _Block] = defaultdict(_Block)
     stem, readers = list[TensorRole](), list[TensorRole]()
     for tensor in tensors.values():
-        block = re.match(r"(?:.*\.)?(?:layer\d+\.\d+|stages\.\d+\.layers\.\d+)(?=\.)", tensor.name)
+        inside = re.match(r"(?:.*\.)?(?:layer\d+\.\d+|stages\.\d+\.layers\.\d+)(?=\.)", tensor.name)
         if tensor.role is Role.COUNTER or Role.CLASSIFIER is tensor.of:
             continue
-        if block:
-            blocks[block.group()].add(tensor, tensor.name[block.end() + 1 :])
+        if inside:
+            blocks[inside.group()].add(tensor, tensor.name[inside.end() + 1 :])
         else:
             (readers if tensor.role is Role.CLASSIFIER else stem).append(tensor)
     convolutions = [tensor for tensor in stem if len(tensor.shape) == 4]
