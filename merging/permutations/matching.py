@@ -29,7 +29,7 @@ _GAIN = 1e-7  # of the size of the sum: less is rounding of float32
 class Match:
     """What was found. similarity: the sum of the products of all weights that are put beside one another.
 
-    sweeps: over all groups, until none gained; gains: of each group, what its last order added, by name.
+    sweeps: over all groups, until none gained.
     """
 
     orders: Orders
@@ -141,10 +141,10 @@ def _counts(group: Group) -> list[int]:
 def assigned(group: Group, alike: Alike) -> Order:
     """The order of a group's units, and of their parts, of which the sum of `alike` is largest."""
     values_UU, chosen = alike.units.clone(), []
-    for split, parts in zip(group.splits, alike.parts):
-        inner = parts.reshape(group.units, split.size, group.units, split.size).transpose(1, 2)
-        best_UUR = torch.stack([torch.stack([_assignment(pair_RR) for pair_RR in row]) for row in inner])
-        values_UU += inner.gather(3, best_UUR[..., None]).sum((2, 3))
+    for split, alike_LL in zip(group.splits, alike.parts):
+        pairs_UURR = alike_LL.reshape(group.units, split.size, group.units, split.size).transpose(1, 2)
+        best_UUR = torch.stack([torch.stack([_assignment(pair_RR) for pair_RR in row]) for row in pairs_UURR])
+        values_UU += pairs_UURR.gather(3, best_UUR[..., None]).sum((2, 3))
         chosen.append(best_UUR)
     units_U = _assignment(values_UU)
     at_U = torch.arange(group.units)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Iterator, Mapping
 
+from mergeline.merging.engine.work import Count
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 from mergeline.merging.learning.activation_statistics import begun
 from mergeline.merging.learning.contract import Job, learned
 from mergeline.merging.learning.directions import Inputs
 from mergeline.merging.learning.least_squares import minimum
-from mergeline.merging.learning.network import Batch, mask_of
+from mergeline.merging.learning.network import Batch, batch_size, mask_of
 from mergeline.merging.learning.spaces import SOLVED, replacing
 from mergeline.merging.learning.squares import ROWS
 from mergeline.merging.learning.watching import Applied, watched
@@ -79,9 +80,9 @@ def pleas(job: Job, *, inner: str = "average", ridge: NotNegative = 0.01, **para
             seen = _seen(job, weights, experts, batch)
             for key, x_RN in seen.inputs.items():
                 sums.setdefault(key[0], _Sums()).add(x_RN / len(experts), seen.outputs[key] / len(experts))
-            done += len(next(iter(batch.values())))
+            done += batch_size(batch)
             if job.progress:
-                job.progress(done, total)
+                job.progress(Count.of(done, 0), Count.of(total, 0))
     if not sums:
         raise UserError(f"pleas: no linear map of these models is seen; merge by {inner} alone")
     assert inputs.plan.model is not None
