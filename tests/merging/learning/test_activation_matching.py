@@ -21,20 +21,15 @@ from mergeline.merging.permutations.groups import random_order, reordered
 from mergeline.merging.verify import verify
 
 
-def pair(name, folder):
+def pair(name, folder, seed=1):
     """A model of the zoo in `a`, the same in another order in `b`; its network, and inputs."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build(name).requires_grad_(False)
     model.save_pretrained(folder / "a")
     state = load_file(folder / "a/model.safetensors")
-    state = {
-        k: 1 + torch.rand_like(t)
-        if "running_var" in k
-        else t + torch.randn_like(t) / 3
-        if t.is_floating_point()
-        else t
-        for k, t in state.items()
-    }
+    for key, t in state.items():
+        if t.is_floating_point():
+            t += torch.randn_like(t) / 3 + 2.0 * key.endswith("running_var")
     save_file(state, folder / "a/model.safetensors", {"format": "pt"})
     family = family_of(folder / "a", {"b": folder / "a"})
     generator = torch.Generator().manual_seed(1)
