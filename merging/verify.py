@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import tempfile
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, Callable, Iterator, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mergeline.merging.align import align
 from mergeline.merging.api import merge
 from mergeline.merging.canonical import canonical_json
 from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
@@ -287,6 +289,53 @@ class _Transplant(_Written):
         )
 
 
+class _Aligned(BaseModel):
+    """How a model was aligned with a reference."""
+
+    reference: _Origin
+    models: dict[str, _Origin]
+    model: str
+    statistics: _Origin | None
+    seed: int
+    restarts: int
+    heads: int | None
+    leave: list[str]
+    singular_vectors: bool
+    shard_size: int | None
+
+    @property
+    def origins(self) -> list[tuple[str, _Origin]]:
+        statistics = [("statistics", self.statistics)] if self.statistics else []
+        return [("reference", self.reference), *self.models.items(), *statistics]
+
+
+class _Align(_Written):
+    """Of a model in the order of another."""
+
+    aligned: _Aligned
+
+    def make_again(self, folder: Path, inputs: _Inputs, place: Path) -> Manifest:
+        """Align into `place`; the manifest lies in `folder`."""
+        asked = self.aligned
+        several = len(asked.models) > 1
+        made = align(
+            inputs.at(asked.reference),
+            {name: inputs.at(origin) for name, origin in asked.models.items()},
+            place.parent / "several" if several else place,
+            only=asked.model if several else None,
+            statistics=inputs.at(asked.statistics) if asked.statistics else None,
+            seed=asked.seed,
+            restarts=asked.restarts,
+            heads=asked.heads,
+            leave=asked.leave,
+            singular_vectors=asked.singular_vectors,
+            shard_size=asked.shard_size,
+        )
+        if several:
+            os.replace(place.parent / "several" / asked.model, place)
+        return made[asked.model]
+
+
 def verify(out: Path, public_key: Path | None = None, again: bool = True, bring: Bring | None = None) -> str:
     """Check the files of `out` against its manifest, its inputs against their digests, and merge once more; or, for an
     expert of a store, extract it once more.
@@ -320,6 +369,8 @@ def verify(out: Path, public_key: Path | None = None, again: bool = True, bring:
         origins, what = manifest.exported.origins, "what its merge exports"
     elif isinstance(manifest, _Transplant):
         origins, what = manifest.transplanted.origins, "a new transplant of its inputs"
+    elif isinstance(manifest, _Align):
+        origins, what = manifest.aligned.origins, "a new alignment of its inputs"
     else:
         origins, what = manifest.extracted.origins, "what its store gives back"
     _check_output(out, manifest)
@@ -351,16 +402,17 @@ def _other_input(where: str, name: str, origin: _Origin) -> UserError:
     return UserError(f"{where}: is no longer the '{name}' that was read for it ({origin.digest})")
 
 
-def _read(path: Path) -> tuple[Manifest, _Manifest | _Expert | _Export | _Transplant]:
+def _read(path: Path) -> tuple[Manifest, _Manifest | _Expert | _Export | _Transplant | _Align]:
     """A manifest as it is written, and what is needed of it, checked."""
     try:
         with open_regular(path) as file:
             text = file.read().decode()
         written = parsed_json(text)
-        kinds: dict[str, type[_Manifest | _Expert | _Export | _Transplant]] = {
+        kinds: dict[str, type[_Manifest | _Expert | _Export | _Transplant | _Align]] = {
             "extracted": _Expert,
             "exported": _Export,
             "transplanted": _Transplant,
+            "aligned": _Align,
         }
         kind = next((key for key in kinds if isinstance(written, dict) and key in written), "")
         manifest = kinds.get(kind, _Manifest).model_validate(written)
@@ -529,6 +581,10 @@ def _origins(manifest: Manifest) -> list[dict[str, Any]]:
         return [manifest["exported"]["merge"]]
     if "transplanted" in manifest:
         return [manifest["transplanted"][key] for key in ("model", "donor")]
+    if "aligned" in manifest:
+        asked = manifest["aligned"]
+        statistics = [asked["statistics"]] if asked["statistics"] else []
+        return [asked["reference"], *asked["models"].values(), *statistics]
     recipe = manifest["recipe"]
     statistics = [origin for files in recipe["statistics"].values() for origin in files]
     models = [*recipe["experts"].values(), *recipe.get("onto", {}).values()]

@@ -162,6 +162,12 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         _transplant,
     )
     add(
+        "align",
+        merge_commands.align,
+        "models that were trained independently, in the order of one of them, so that they can be merged",
+        _align,
+    )
+    add(
         "extract-lora",
         merge_commands.extract_lora,
         "what a merge, or one fine-tune, adds to its base, as a LoRA adapter",
@@ -564,6 +570,42 @@ def _transplant(command: argparse.ArgumentParser) -> None:
     _out(command)
     _shard_size(command)
     _resources(command)
+
+
+def _align(command: argparse.ArgumentParser) -> None:
+    command.add_argument("reference", metavar="REFERENCE", help="whose order the others get")
+    command.add_argument(
+        "models", nargs="+", metavar="[NAME=]MODEL", help="several are matched to one another, by MergeMany"
+    )
+    command.add_argument(
+        "--statistics",
+        metavar="P",
+        help="match by these activations, of `mergeline collect-activations`, in place of the weights",
+    )
+    command.add_argument(
+        "--restarts", type=values.count, default=1, metavar="N", help="descents, of which the best counts (1)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the order of the descents (default: 0)")
+    command.add_argument(
+        "--attention-heads",
+        type=values.count,
+        metavar="N",
+        help="where no configuration says how many there are",
+    )
+    command.add_argument(
+        "--leave",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="groups that stay as they are: hidden, heads, residual, conv1 (repeat)",
+    )
+    command.add_argument(
+        "--singular-vectors", action="store_true", help="say how far the leading ones point the same way"
+    )
+    command.add_argument("--memory", type=values.size, metavar="SIZE", help="an upper bound, such as 2GiB")
+    _shard_size(command)
+    _out(command)
+    _json(command)
 
 
 def _adapter(command: argparse.ArgumentParser) -> None:

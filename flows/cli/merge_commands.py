@@ -145,6 +145,34 @@ def transplant(args: argparse.Namespace) -> None:
     print(f"{tokens['same']} tokens keep their rows, {tokens['new']} new ones are approximated")
 
 
+def align(args: argparse.Namespace) -> None:
+    from mergeline.merging.align import align, summary
+    from mergeline.tasks.fetch import local_checkpoint
+
+    options = {
+        key: getattr(args, key)
+        for key in ("seed", "restarts", "leave", "singular_vectors", "shard_size", "memory", "force")
+    }
+    models = {name: local_checkpoint(where) for name, where in values.experts(args.models).items()}
+    targets = [args.out] if len(models) == 1 else [args.out / name for name in models]
+    with _replacing(args, targets):
+        made = align(
+            local_checkpoint(args.reference),
+            models,
+            args.out,
+            statistics=args.statistics and local_checkpoint(args.statistics),
+            heads=args.attention_heads,
+            progress=text.progress("sweeps"),
+            **options,
+        )
+    if args.json:
+        print(text.as_json({"models": [{"out": str(t), **m} for t, m in zip(targets, made.values())]}))
+        return
+    for target, manifest in zip(targets, made.values()):
+        print(f"{target}  {manifest['output']['digest']}")
+        print(*summary(manifest), sep="\n")
+
+
 def extract_lora(args: argparse.Namespace) -> None:
     from mergeline.merging.extract_lora import extract_lora
 

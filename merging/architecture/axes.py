@@ -6,6 +6,7 @@ of the same size, takes the label from the whole module.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -17,6 +18,8 @@ _SEPARATE = (Role.QUERY, Role.KEY, Role.VALUE)
 # How ResNet blocks number their convolutions and norms.
 _CHAINS = (("conv{}", "bn{}"), ("layer.{}.convolution", "layer.{}.normalization"))
 _NORM_VECTORS = ("weight", "bias", "running_mean", "running_var")
+_SHORTCUTS = ("downsample.", "shortcut.")
+_READERS = (Role.CLASSIFIER, Role.HEAD, Role.PROJECTION)  # of what the last layer gives
 
 
 class _Place(NamedTuple):
@@ -45,25 +48,41 @@ class _Labels:
 
 def label_axes(
     tensors: Mapping[str, TensorRole],
-    layers: Mapping[str, int],
     permutes: Collection[str],
+    towers: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[str | None, ...]], dict[str, int]]:
-    """The labels of all tensors' dimensions, and how many units each counts. permutes: as of a row (`rows.Row`)."""
+    """The labels of all tensors' dimensions, and how many units each counts. permutes, towers: as of a `rows.Row`."""
     labels = _Labels()
-    members = _members(tensors)
-    _label_vocabulary(labels, tensors.values())
-    for module, inside in members.items():
-        _label_hidden(labels, module, inside)
-    if "heads" in permutes and len(layers) == 1:
-        groups = config.get("num_key_value_heads") or _heads(config)
+    if not _label_chain(labels, tensors):
+        members = _members(tensors)
+        _label_vocabulary(labels, tensors.values())
         for module, inside in members.items():
-            _label_heads(labels, module, inside, groups, _heads(config))
-    if "channels" in permutes:
-        _label_channels(labels, tensors)
-    if "residual" in permutes and len(layers) == 1:
-        _label_residual(labels, tensors.values())
+            _label_hidden(labels, module, inside)
+        if "channels" in permutes:
+            _label_channels(labels, tensors)
+        for name, own, settings in _towers(tensors, towers, config):
+            if "heads" in permutes:
+                groups = settings.get("num_key_value_heads") or _heads(settings)
+                for module, inside in members.items():
+                    if module in own:
+                        _label_heads(labels, module, inside, groups, _heads(settings))
+            if "residual" in permutes:
+                _label_residual(labels, name, [tensors[n] for n in own if n in tensors], settings)
     return {name: labels.of(tensor) for name, tensor in tensors.items()}, labels.units
+
+
+def _towers(
+    tensors: Mapping[str, TensorRole], towers: Mapping[str, str], config: Mapping[str, Any]
+) -> Iterator[tuple[str, set[str], Mapping[str, Any]]]:
+    """Of the parts of a model that have layers of one kind: a name, its tensors and modules, its own configuration."""
+    for key, pattern in (towers or {"": ""}).items():
+        own = [tensor for tensor in tensors.values() if re.match(pattern, tensor.name)]
+        if len({tensor.tower for tensor in own if tensor.layer is not None}) == 1:
+            part = config.get(key)
+            settings = part if isinstance(part, Mapping) else config
+            modules = {tensor.module for tensor in own if tensor.module is not None}
+            yield re.sub("_(config|cfg)$", "", key), {tensor.name for tensor in own} | modules, settings
 
 
 def _members(tensors: Mapping[str, TensorRole]) -> dict[str, list[TensorRole]]:
@@ -133,10 +152,41 @@ def _label_heads(
 
 
 def _heads(config: Mapping[str, Any]) -> int | None:
-    found = next(
-        (config[k] for k in ("num_attention_heads", "n_head", "n_heads", "num_heads") if k in config), None
-    )
+    """How many heads an attention has, in the words of transformers, timm and open_clip."""
+    if isinstance(config.get("model_args"), Mapping):  # of timm
+        config = {**config, **config["model_args"]}
+    keys = ("num_attention_heads", "n_head", "n_heads", "num_heads", "heads")
+    found = next((config[k] for k in keys if k in config), None)
+    if found is None and "head_width" in config and isinstance(config.get("width"), int):
+        found = config["width"] // max(1, int(config["head_width"]))
     return found if isinstance(found, int) else None
+
+
+def _label_chain(labels: _Labels, tensors: Mapping[str, TensorRole]) -> bool:
+    """The hidden units of a model that is linear layers alone, numbered, each as wide as the next takes in."""
+    weights = {name.removesuffix(".weight"): t for name, t in tensors.items() if name.endswith(".weight")}
+    biases = {name.removesuffix(".bias"): t for name, t in tensors.items() if name.endswith(".bias")}
+    found = {module: re.fullmatch(r"(.*?)(\d+)", module) for module in weights}
+    names = {match.group(1) for match in found.values() if match}
+    if (
+        len(weights) < 2
+        or len(names) != 1
+        or len(weights) + len(biases) != len(tensors)
+        or not biases.keys() <= weights.keys()
+        or any(len(t.shape) != 2 or t.transposed for t in weights.values())
+        or any(t.shape != weights[module].shape[:1] for module, t in biases.items())
+        or not all(found.values())
+        or any(t.module for t in weights.values())
+    ):
+        return False
+    order = sorted(weights, key=lambda module: int(found[module].group(2)))  # type: ignore[union-attr]
+    pairs = list(zip(order, order[1:]))
+    if any(weights[a].shape[0] != weights[b].shape[1] for a, b in pairs):
+        return False
+    for a, b in pairs:
+        places = [_Place(t, 0) for t in (weights[a], biases.get(a)) if t]
+        labels.add(f"{a}.hidden", weights[a].shape[0], [*places, _Place(weights[b], 1)])
+    return True
 
 
 def _label_channels(labels: _Labels, tensors: Mapping[str, TensorRole]) -> None:
@@ -152,6 +202,74 @@ def _label_channels(labels: _Labels, tensors: Mapping[str, TensorRole]) -> None:
             continue
         places = [_Place(link.first, 0), *(_Place(vector, 0) for vector in link.norm), _Place(link.second, 1)]
         labels.add(link.first.name.removesuffix(".weight"), link.first.shape[0], places)
+    for label, places in _streams(tensors).items():
+        labels.add(label, places[0].tensor.shape[places[0].axis], places)
+
+
+class _Block:
+    """A block of a ResNet: its convolutions and norms in their order, those of its shortcut, and what else is in it."""
+
+    def __init__(self) -> None:
+        self.main: dict[int, TensorRole] = {}
+        self.norms: dict[int, list[TensorRole]] = defaultdict(list)
+        self.shortcut: list[TensorRole] = []
+        self.shortcut_norm: list[TensorRole] = []
+        self.is_understood = True
+
+    def add(self, tensor: TensorRole, inside: str) -> None:
+        """Take in a tensor by its name in the block."""
+        found = re.fullmatch(r"(?:(conv|bn)|layer\.)(\d+)\.(?:(convolution|normalization)\.)?(\w+)", inside)
+        if inside.startswith(_SHORTCUTS):
+            (self.shortcut if tensor.role is Role.CONVOLUTION else self.shortcut_norm).append(tensor)
+        elif found and tensor.role is Role.CONVOLUTION:
+            self.main[int(found.group(2))] = tensor
+        elif found and found.group(4) in _NORM_VECTORS and len(tensor.shape) == 1:
+            self.norms[int(found.group(2))].append(tensor)
+        else:
+            self.is_understood = False
+
+    def inputs(self) -> list[_Place]:
+        return [_Place(t, 1) for t in (self.main[min(self.main)], *self.shortcut)]
+
+    def outputs(self) -> list[_Place]:
+        last = max(self.main)
+        return [
+            _Place(t, 0) for t in (self.main[last], *self.norms[last], *self.shortcut, *self.shortcut_norm)
+        ]
+
+
+def _streams(tensors: Mapping[str, TensorRole]) -> dict[str, list[_Place]]:
+    """What the blocks of a ResNet read from and add to, a stream until a shortcut has a convolution of its own.
+
+    Nothing of models in which anything is not understood.
+    """
+    blocks: dict[str, _Block] = defaultdict(_Block)
+    stem, readers = list[TensorRole](), list[TensorRole]()
+    for tensor in tensors.values():
+        inside = re.match(r"(?:.*\.)?(?:layer\d+\.\d+|stages\.\d+\.layers\.\d+)(?=\.)", tensor.name)
+        if tensor.role is Role.COUNTER or Role.CLASSIFIER is tensor.of:
+            continue
+        if inside:
+            blocks[inside.group()].add(tensor, tensor.name[inside.end() + 1 :])
+        else:
+            (readers if tensor.role is Role.CLASSIFIER else stem).append(tensor)
+    convolutions = [tensor for tensor in stem if len(tensor.shape) == 4]
+    known = all(block.is_understood and block.main for block in blocks.values())
+    if not known or not blocks or len(convolutions) != 1 or len(stem) != 5 or len(readers) != 1:
+        return {}
+    name = f"{convolutions[0].name.removesuffix('.weight')}.residual"
+    found = {name: [_Place(tensor, 0) for tensor in stem]}
+    for prefix in sorted(blocks, key=lambda p: [int(n) for n in re.findall(r"\d+", p)]):
+        block = blocks[prefix]
+        found[name] += block.inputs()
+        if block.shortcut:
+            name = f"{prefix}.residual"
+            found[name] = block.outputs()
+        else:
+            found[name] += block.outputs()
+    found[name].append(_Place(readers[0], 1))
+    alike = all(len({t.shape[axis] for t, axis in places}) == 1 for places in found.values())
+    return found if alike else {}
 
 
 class _Link(NamedTuple):
@@ -180,9 +298,18 @@ def _links(tensors: Mapping[str, TensorRole]) -> Iterator[_Link]:
                     yield _Link(first, found, second, grouped)
 
 
-def _label_residual(labels: _Labels, tensors: Iterable[TensorRole]) -> None:
-    """The one width that all layers read from and add to; of models of which every tensor is understood."""
-    everything = list(tensors)
+def _label_residual(
+    labels: _Labels, name: str, everything: Sequence[TensorRole], config: Mapping[str, Any]
+) -> None:
+    """The one width that all layers of a tower read from and add to; of towers of which every tensor is understood.
+
+    What the last layer gives must be read by one of the tensors: else the order of the outputs would change.
+    """
+    tied = any(
+        str(kind).endswith(("ForCausalLM", "LMHeadModel")) for kind in config.get("architectures") or ()
+    )
+    if not tied and not any(tensor.role in _READERS for tensor in everything):
+        return
     places = [place for tensor in everything for place in _residual_places(tensor)]
     widths = {place.tensor.shape[place.axis] for place in places}
     if len(widths) != 1:
@@ -197,12 +324,11 @@ def _label_residual(labels: _Labels, tensors: Iterable[TensorRole]) -> None:
         ]
         if free and (tensor.role in _NOT_UNDERSTOOD or tensor.role is Role.BIAS and tensor.of is None):
             return
-    labels.add("residual", width, places)
+    labels.add(f"{name}.residual".lstrip("."), width, places)
 
 
 _NOT_UNDERSTOOD = (
-    Role.OTHER, Role.LINEAR, Role.CONVOLUTION, Role.PROJECTION, Role.STEM, Role.EXPERTS, Role.MLP_GATE_UP,
-    Role.QKV_GROUPED,
+    Role.OTHER, Role.LINEAR, Role.CONVOLUTION, Role.STEM, Role.EXPERTS, Role.MLP_GATE_UP, Role.QKV_GROUPED,
 )  # fmt: skip
 _READ = (
     *_UP, *_QKV, *_SEPARATE, Role.QKV_GROUPED, Role.HEAD, Role.CLASSIFIER, Role.ROUTER,
@@ -215,6 +341,8 @@ def _residual_places(tensor: TensorRole) -> Iterator[_Place]:
     """The dimensions of a tensor that are the residual stream's."""
     if tensor.role in _READ:
         yield _Place(tensor, tensor.inputs)
+    elif tensor.role is Role.PROJECTION:
+        yield _Place(tensor, 0 if tensor.multiplied_from_left else tensor.inputs)
     elif tensor.role in _WRITTEN or tensor.of in _WRITTEN:
         yield _Place(tensor, tensor.outputs)
     elif tensor.role in _VECTORS and tensor.shape:

@@ -32,6 +32,7 @@ class Model:
     architecture: the id of the first row that was used, `unknown` if none was.
     layers: how many layers each tower has.
     units: how many things the dimensions of a label count: heads of several indices are one unit each.
+    permutes: what keeps its function when it is permuted, as of a `rows.Row`.
     causal: whether the configuration names a causal language model.
     """
 
@@ -40,6 +41,7 @@ class Model:
     layers: dict[str, int]
     units: dict[str, int] = field(default_factory=dict)
     causal: bool = False
+    permutes: frozenset[str] = frozenset()
 
     def depth(self, name: str) -> float | None:
         """Where a tensor stands between the first layer of its tower (0) and the last (1); None outside of layers."""
@@ -85,9 +87,9 @@ def describe(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | No
     tensors = _with_fused({name: reader.read(name) for name in all_shapes})
     layers = _counts((tensor.tower, tensor.layer) for tensor in tensors.values())
     permutes = rows[0].permutes if rows else frozenset()
-    if rows and config.get("model_type") not in rows[0].model_types:
+    if rows and rows[0].model_types and config.get("model_type") not in rows[0].model_types:
         permutes -= {"heads"}  # names do not tell how many there are in each layer
-    axes, units = label_axes(tensors, layers, permutes, config)
+    axes, units = label_axes(tensors, permutes, rows[0].towers if rows else {}, config)
     for name, tensor in tensors.items():
         object.__setattr__(tensor, "axes", axes[name])  # nobody has it yet; thousands of copies take long
     listed = config.get("architectures")
@@ -98,6 +100,7 @@ def describe(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | No
         layers=layers,
         units=units,
         causal=any(_CAUSAL.search(str(name)) for name in named),
+        permutes=permutes,
     )
 
 

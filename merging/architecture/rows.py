@@ -24,7 +24,7 @@ Then add a tiny model to tests/helpers/model_zoo.py: tests/merging/test_architec
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -93,8 +93,10 @@ class Row:
     telling: regular expressions for names of tensors; of a pair, the second is what the tensor's second dimension is
         as a multiple of its first.
     permutes: what keeps the model's function when it is permuted, beside the hidden units of an MLP: `heads` (whole
-        groups of heads: no positions that are added head by head), `residual` (one width from embedding to output: no
-        positions that are computed and added), `channels` (of ResNet blocks: convolution, batch norm, activation).
+        groups of heads: no positions that are added head by head), `dimensions` (of the queries and keys of a head: no
+        positions that rotate them, no norm of each head), `residual` (one width from embedding to output: no
+        positions that are computed and added), `channels` (of ResNets: convolution, batch norm, activation).
+    towers: of models with several: key of its own configuration -> regular expression for the beginnings of its names.
     """
 
     id: str
@@ -102,6 +104,7 @@ class Row:
     telling: tuple[str | tuple[str, int], ...] = ()
     patterns: tuple[Pattern, ...] = ()
     permutes: frozenset[str] = frozenset()
+    towers: Mapping[str, str] = field(default_factory=dict)
 
 
 def _experts(
@@ -263,7 +266,7 @@ ROWS: list[Row] = [
             Pattern(r"c_fc", Role.MLP_UP, inside=r"h\.\d+\.mlp", transposed=True),
             Pattern(r"c_proj", Role.MLP_DOWN, inside=r"h\.\d+\.mlp", transposed=True),
         ),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row(
         "gpt_bigcode",
@@ -273,24 +276,24 @@ ROWS: list[Row] = [
     Row(
         "opt",
         model_types=("opt",),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row("t5", model_types=("t5", "mt5", "umt5"), telling=(r"\.SelfAttention\.q\.weight$",)),
     Row(
         "bert",
         model_types=("bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert"),
         telling=(r"attention\.self\.query\.weight$", r"attention\.output\.LayerNorm\.(weight|gamma)$"),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row(
         "vit",
         model_types=("vit", "deit", "dinov2"),
-        permutes=frozenset({"heads", "residual"}),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
     ),
     Row(
         "timm_vit",
         telling=(r"^blocks\.\d+\.attn\.qkv\.weight$", r"^patch_embed\.proj\.weight$", r"^pos_embed$"),
-        permutes=frozenset({"residual"}),
+        permutes=frozenset({"heads", "residual"}),
     ),
     Row(
         "whisper",
@@ -299,11 +302,18 @@ ROWS: list[Row] = [
         patterns=(Pattern(r"^proj_out", Role.HEAD),),
     ),
     Row("llava", model_types=("llava", "llava_next", "llava_onevision", "vipllava", "mistral3", "paligemma", "gemma3")),
-    Row("clip", model_types=("clip", "clip_vision_model", "clip_text_model", "siglip")),
+    Row(
+        "clip",
+        model_types=("clip", "clip_vision_model", "clip_text_model", "siglip"),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
+        towers={"text_config": r"text_", "vision_config": r"vision_|visual_"},
+    ),
     Row(
         "open_clip",
         telling=(r"^visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight$",),
         patterns=(Pattern(r"visual\.conv1", Role.PATCH_EMBEDDING),),
+        permutes=frozenset({"heads", "dimensions", "residual"}),
+        towers={"text_cfg": r"(?!visual\.)", "vision_cfg": r"visual\."},
     ),
     Row(
         "resnet",  # of torchvision, timm and open_clip

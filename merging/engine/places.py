@@ -26,8 +26,8 @@ from mergeline.merging.errors import UserError
 from mergeline.merging.files import staging_of, user_errors
 
 # What a checkpoint was written as: by merge or sweep, compress, extract-lora, merge-experts, moe, extract-expert,
-# export, transplant.
-Kind = Literal["merge", "store", "adapter", "mixture", "moe", "expert", "export", "transplant"]
+# export, transplant, align.
+Kind = Literal["merge", "store", "adapter", "mixture", "moe", "expert", "export", "transplant", "aligned"]
 
 _MARK = "mergeline."  # how keys of the metadata of files begin that Mergeline wrote
 _STAGING = re.compile(r"\..*\.partial")
@@ -43,6 +43,8 @@ def kind_of(manifest: Mapping[str, Any]) -> Kind | None:
         return "export"
     if isinstance(manifest.get("transplanted"), dict):
         return "transplant"
+    if isinstance(manifest.get("aligned"), dict):
+        return "aligned"
     if not isinstance(manifest.get("recipe"), dict):
         return None
     kinds: tuple[Kind, ...] = ("store", "adapter", "mixture", "moe")
@@ -68,6 +70,10 @@ def replaced(out: Path) -> str | None:
         if kind == "transplant":
             names = [Path(manifest["transplanted"][key]["path"]).name for key in ("model", "donor")]
             return f"{names[0]} with the vocabulary of {names[1]}"
+        if kind == "aligned":
+            aligned = manifest["aligned"]
+            paths = [aligned["models"][aligned["model"]]["path"], aligned["reference"]["path"]]
+            return "{} in the order of {}".format(*(Path(path).name for path in paths))
         recipe = manifest["recipe"]
         base = [Path(recipe["base"]["path"]).name] if recipe["base"] else []
         return f"the {kind} by {recipe['method']} of {', '.join([*base, *recipe['experts']])}"

@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Mapping
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 _TEXT: dict[str, Any] = {
@@ -247,3 +248,23 @@ def described(name: str) -> tuple[Mapping[str, tuple[int, ...]], Mapping[str, An
     """Shapes and configuration of a model of the zoo, of which no weights are made."""
     model = build(name, device="meta")
     return shapes_of(model), config_of(model)
+
+
+def run_on(name: str, model: nn.Module) -> torch.Tensor:
+    """What a model of the zoo makes of a few fixed inputs: logits, or the likeness of images and texts."""
+    import torch
+
+    size = 224 if name.startswith("timm/vit") else 32
+    if name in OPEN_CLIP or name in ("clip", "siglip", "vit"):
+        size = 8
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    tokens_BL = torch.arange(3, 19).reshape(2, 8)
+    if name in OPEN_CLIP:
+        image_BD, text_BD, _ = model(images, tokens_BL)
+        return image_BD @ text_BD.T
+    if name in ("clip", "siglip"):
+        return model(input_ids=tokens_BL, pixel_values=images).logits_per_image
+    if "/" in name or name in ("resnet_hf", "vit", "dinov2"):
+        found = model(images)
+        return found if isinstance(found, torch.Tensor) else found.logits
+    return model(input_ids=tokens_BL % 40).logits

@@ -565,6 +565,16 @@ def pictures(size: int) -> Callable[[Any], torch.Tensor]:
     return run
 
 
+def both_towers(model: Any) -> torch.Tensor:
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens_BL = torch.arange(3, 19).reshape(2, 8)
+    if not hasattr(model, "config"):
+        image_BD, text_BD, _ = model(images, tokens_BL)
+        return image_BD @ text_BD.T
+    found = model(input_ids=tokens_BL, pixel_values=images)
+    return found.logits_per_image
+
+
 def noise(model: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     x_BCHW, text_BTD = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 3, 8, generator=generator)
@@ -588,13 +598,27 @@ PERMUTED: dict[str, tuple[Callable[[Any], torch.Tensor], set[str]]] = {
     "deepseek_v3": (tokens, {"hidden"}),
     "vit": (pictures(8), {"hidden", "heads", "residual"}),
     "dinov2": (pictures(8), {"hidden", "heads"}),
-    "timm/vit_tiny_patch16_224": (pictures(224), {"hidden", "residual"}),
+    "clip": (both_towers, {"hidden", "heads", "residual"}),
+    "siglip": (both_towers, {"hidden", "heads", "residual"}),
+    "open_clip_vit": (both_towers, {"hidden", "heads", "residual"}),
+    "timm/vit_tiny_patch16_224": (pictures(224), {"hidden", "heads", "residual"}),
     "timm/swin_tiny_patch4_window7_224": (pictures(224), {"hidden"}),
-    "torchvision/resnet18": (pictures(64), {"conv1"}),
-    "torchvision/resnet50": (pictures(64), {"conv1", "conv2"}),
-    "torchvision/resnext50_32x4d": (pictures(64), set()),
-    "resnet_hf": (pictures(32), {"convolution"}),
+    "timm/resnet18": (pictures(64), {"conv1", "residual"}),
+    "torchvision/resnet18": (pictures(64), {"conv1", "residual"}),
+    "torchvision/resnet50": (pictures(64), {"conv1", "conv2", "residual"}),
+    "torchvision/resnext50_32x4d": (pictures(64), {"residual"}),
+    "resnet_hf": (pictures(32), {"convolution", "residual"}),
     "unet": (noise, {"hidden"}),
+}
+
+
+# What a folder's configuration says of models whose library has none in the model.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "open_clip_vit": {
+        "vision_cfg": {"layers": 2, "width": 16, "head_width": 4},
+        "text_cfg": {"width": 16, "heads": 4, "layers": 2},
+    },
+    "timm/vit_tiny_patch16_224": {"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 3}},
 }
 
 
@@ -612,7 +636,7 @@ def test_what_has_one_label_moves_together(name):
             )
     model.load_state_dict(state)
     shapes = {tensor_name: tuple(tensor.shape) for tensor_name, tensor in state.items()}
-    found = describe(shapes, config_of(model))
+    found = describe(shapes, CONFIGS.get(name) or config_of(model))
     labels = [label for label in found.units if label != "vocabulary"]
     assert {label.rpartition(".")[2] for label in labels} == expected
     with torch.no_grad():
@@ -632,6 +656,25 @@ def test_what_has_one_label_moves_together(name):
             assert any(not torch.equal(moved[n], state[n]) for n in state)
             model.load_state_dict(moved)
             torch.testing.assert_close(run(model), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+
+
+def test_an_mlp_of_numbered_layers_is_a_chain():
+    shapes = {"net.0.weight": (5, 3), "net.0.bias": (5,), "net.2.weight": (7, 5), "net.4.weight": (2, 7)}
+    model = describe(shapes)
+    assert model.units == {"net.0.hidden": 5, "net.2.hidden": 7}
+    assert model.tensors["net.2.weight"].axes == ("net.2.hidden", "net.0.hidden")
+    assert model.tensors["net.4.weight"].axes == (None, "net.2.hidden")
+    for other in ({"net.4.weight": (2, 6)}, {"tail.weight": (4, 2)}, {"net.3.running_mean": (7,)}):
+        assert not describe(shapes | other).units
+
+
+def test_what_no_tensor_reads_keeps_its_order():
+    siglip = describe(*described("siglip")).units
+    assert "text.residual" in siglip and "vision.residual" not in siglip
+    shapes, config = described("llama")
+    headless = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    assert "residual" not in describe(headless, config).units
+    assert "residual" in describe(headless, {**config, "architectures": ["LlamaForCausalLM"]}).units
 
 
 def test_a_norm_inside_of_an_mlp_takes_its_label():

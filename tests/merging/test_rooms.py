@@ -20,7 +20,7 @@ from places import REPOSITORY
 LAYERS = [
     ["ground"],
     ["algebra", "checkpoints"],
-    ["methods"],
+    ["methods", "permutations"],
     ["recipes"],
     ["engine"],
     ["verbs"],

@@ -1,0 +1,1 @@
+"""Models that were trained independently, brought to one order of their hidden units."""
