@@ -160,17 +160,18 @@ def _run_name() -> str:
         return file.parent.name
 
 
-def _tell_of_failure(flow: Flow[..., Any], run: FlowRun, state: State) -> None:
-    """Called by Prefect at the end of a run that failed, and by who runs it if its process was killed."""
-    file = _opened.get(run.id) or Path(run.parameters["params"])
-    say = _said(flow_run_logger(run, flow).info)
+def _tell_of_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State) -> None:
+    """Called by Prefect, by these names, when a run has failed, and by who runs it when its process was killed."""
+    file = _opened.get(flow_run.id) or Path(flow_run.parameters["params"])
+    say = _said(flow_run_logger(flow_run, flow).info)
     try:
         raw = raw_params(file)
         to = Alerts.model_validate(raw.get("alerts") or {})  # the rest of the file may be what is wrong
     except (UserError, ValidationError, AttributeError) as error:
         say(f"no alerts of this failure: {str(error).splitlines()[0]}")
         return
-    alerts.tell_of_failure(str(raw.get("name", file.parent.name)), to, state.message or state.name or "", say)
+    name = str(raw.get("name", file.parent.name))
+    alerts.tell_of_failure(name, to, state.message or state.name or "", say)
 
 
 _opened: dict[UUID, Path] = {}  # the params.yaml of flow runs of this process

@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     from mergeline.tasks.serving.contract import Served
 
 
+SCORE_TAG = "score"  # of a version: the mean of its tasks on the test split, and its interval
+_MODEL = (
+    "The best merges of a pipeline: `candidate` is that of its last run, `champion` passed the gates. What they found "
+    "stands in the description of each version."
+)
+
 Serving = Callable[[dict[str, Any]], "Served | str"]
 
 
@@ -293,7 +299,7 @@ def _register(
     place = place_of(name, md5)
     with turn(client, candidate.experiment_id):
         if not client.search_registered_models(f"name = '{model}'"):
-            client.create_registered_model(model)
+            client.create_registered_model(model, description=_MODEL)
         found = [v for v in versions(client, model) if candidate.is_version(v)]
         version = found[0] if found else _create_version(client, model, candidate, md5, place)
         client.set_registered_model_alias(model, CANDIDATE, version.version)
@@ -303,9 +309,11 @@ def _register(
 def _create_version(
     client: MlflowClient, model: str, candidate: _Candidate, md5: str, files: Path
 ) -> Version:
+    row = candidate.row
     tags = {
-        URI_TAG: files.as_posix(),
         MERGE_TAG: candidate.name,
+        SCORE_TAG: f"{row['mean']:.3f} ({row['lower']:.3f} - {row['upper']:.3f})",
+        URI_TAG: files.as_posix(),
         tracking.MODEL_TAG: candidate.digest,
         MD5_TAG: md5,
     }

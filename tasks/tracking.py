@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
 from mergeline.evaluation.measures import Measures, measures_of
-from mergeline.evaluation.pages.figures import at_use
+from mergeline.evaluation.pages.figures import at_use, ranked
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object, sync, sync_tree
@@ -50,6 +50,9 @@ MODEL_TAG = "lineage.model"
 AT_USE_TAG = "task.at_use"  # of merges to which the task of an input is known, or found, when they are used
 
 PARENT_TAG = "mlflow.parentRunId"
+_SOURCE = {"mlflow.source.name": "mergeline", "mlflow.source.type": "LOCAL"}
+_NOTE_TAG = "mlflow.note.content"  # shown as the description of a run
+_LONGEST_NOTE = 5000  # characters; MLflow refuses longer tags
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages then open on the table of runs
 _PUBLISHER = "mergeline.publisher"
 _UNNAMEABLE = re.compile(r"[^\w. /-]", re.ASCII)  # what MLflow allows in no name of a metric
@@ -108,7 +111,7 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
     with locked(workspace):
         client = connect(workspace)
         experiment_id = experiment(client, workspace, params["name"])
-        common = {_PUBLISHER: _publisher(workspace), **_git_commit(workspace)}
+        common = {**_git_commit(workspace), **_SOURCE, _PUBLISHER: _publisher(workspace)}
         children = {
             merge.name: _publish_merge(client, experiment_id, merge, keys[merge.name], common)
             for merge in merges
@@ -121,6 +124,7 @@ def publish(workspace: Path, params: dict[str, Any], figures: Sequence[Path] = (
             client.log_artifact(run_id, workspace / LEADERBOARD)
 
         tags = {"mergeline.candidate": best.name, "merge.method": best.method, **best.words, **common}
+        tags[_NOTE_TAG] = _as_markdown(board)
         name = f"{params['name']}: {best.name} {best.metrics['mean']:.3f}"
         seconds = _seconds(workspace, "*")
         run_id = _run(client, experiment_id, _pipeline_key(board, merges), name, tags, seconds, fill)
@@ -263,16 +267,17 @@ def _read_merge(
         lineage[AT_USE_TAG] = at_use(row)
     told = ("method", "seed", "dtype", "layout", "requantise")
     scalars = {key: recipe[key] for key in told if recipe.get(key) is not None}
+    words = {
+        "merge.data": found["data"],
+        "merge.seen": found["words"],
+        "merge.base": board["lineage"]["base"]["name"],
+        "merge.experts": ", ".join(row.get("experts") or board["lineage"]["experts"]),
+        "merge.settings": ", ".join(f"{key} {value}" for key, value in row.get("params", {}).items()),
+    }
     return _Merge(
         name=name,
         method=found.get("method", recipe["method"]),
-        words={
-            "merge.data": found["data"],
-            "merge.seen": found["words"],
-            "merge.base": board["lineage"]["base"]["name"],
-            "merge.experts": ", ".join(row.get("experts") or board["lineage"]["experts"]),
-            "merge.settings": ", ".join(f"{key} {value}" for key, value in row.get("params", {}).items()),
-        },
+        words={tag: text for tag, text in words.items() if text},
         params=scalars | _flat(recipe["params"]),
         metrics=_row_metrics(modality, measures, row) | _gain(board, measures, row),
         lineage=lineage,
@@ -280,6 +285,19 @@ def _read_merge(
         seconds=_seconds(workspace, f"*@{name}"),
         files=[present(evaluation / SCORES), present(evaluation / PREDICTIONS), search],
     )
+
+
+def _as_markdown(board: dict[str, Any]) -> str:
+    """The leaderboard as a table, best first; as many rows as MLflow takes."""
+    title = measures_of(board).mean.title
+    lines = [f"| model | mean {title} | interval | worst task |", "|---|---|---|---|"]
+    for row in ranked(board):
+        name = f"**{row['name']}**" if row["name"] == board["candidate"] else row["name"]
+        worst = "" if row["worst_task"] is None else f"{row['worst_task']:.3f}"
+        lines.append(f"| {name} | {row['mean']:.3f} | {row['lower']:.3f} - {row['upper']:.3f} | {worst} |")
+    while len("\n".join(lines)) > _LONGEST_NOTE:
+        lines.pop()
+    return "\n".join(lines)
 
 
 def _point(point: dict[str, Any]) -> dict[str, float]:
@@ -363,7 +381,7 @@ def _run(
     started = int(
         (time.time() - seconds) * 1000
     )  # so that what it shows as its duration is that of the stages
-    run_id = client.create_run(experiment_id, started, {RUN_KEY: key, **tags}, name).info.run_id
+    run_id = client.create_run(experiment_id, started, {**tags, RUN_KEY: key}, name).info.run_id
     try:
         fill(run_id)
         _sync_artifacts(client, run_id)
@@ -398,7 +416,7 @@ def _publish_merge(
         for file in merge.files:
             client.log_artifact(run_id, file)
 
-    tags = {"merge.method": merge.method, **merge.words, **merge.lineage, **common}
+    tags = {"merge.method": merge.method, **merge.words, **common, **merge.lineage}  # names before digests
     return _run(client, experiment_id, key, merge.name, tags, merge.seconds, fill)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_a_version_refers_to_its_files_and_to_its_run(workspace):
     digest = tracking.digests(workspace.root).of(workspace.root / "build/merges/cart")
     assert version.tags["dvc.md5"] == digest == f"{Path(version.tags['uri']).name}.dir"
     assert version.tags["lineage.model"] == run.data.tags["lineage.model"]
+    assert re.fullmatch(r"0\.\d{3} \(0\.\d{3} - 0\.\d{3}\)", version.tags["score"])
     (output,) = run.outputs.model_outputs
     model = client.get_logged_model(output.model_id)
     assert version.source == model.artifact_location

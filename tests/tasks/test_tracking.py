@@ -106,6 +106,7 @@ def test_the_pipeline_run_holds_the_pictures_also_when_they_are_drawn_later(work
     assert artifacts(workspace, first.run_id, "figures") == {"figures/heatmap.svg"}
     run = runs(workspace)[first.run_id]
     assert run.data.tags["mergeline.candidate"] == "cart" and run.data.metrics["accuracy.shapes"] == 0.8
+    assert "| **cart** | 0." in run.data.tags["mlflow.note.content"]  # its description, the leaderboard
 
 
 def test_publishing_twice_or_from_a_copy_leaves_the_same_runs(workspace, tmp_path, monkeypatch):
