@@ -63,7 +63,7 @@ def search(
     modality.check(base)
     fits = build / "fits" / name
     if grid.within:
-        merged = _merging(modality, params, name, build, factors, scratch)
+        merged = merging_of(modality, params, name, build, factors, scratch)
         write_json(out, search_within(modality, params, name, build, merged))
         return
     measures = Measures(modality.measures(params))
@@ -75,7 +75,7 @@ def search(
         if grid.is_learned:
             models = _fitted(fits, points, factors, scratch, params)
         else:
-            models = _merging(modality, params, name, build, factors, scratch)(grid.method, points)
+            models = merging_of(modality, params, name, build, factors, scratch)(grid.method, points)
         with counting("points") as count:
             for i, model in models:
                 with one_thread():
@@ -91,7 +91,7 @@ def search(
     write_json(out, {"method": grid.method, "points": scored, "chosen": best})
 
 
-def _merging(
+def merging_of(
     modality: Modality, params: Params, name: str, build: Path, factors: Path, scratch: Path
 ) -> Merging:
     """What merges points of a method in the place of a merge: gives each one's index and merged model."""
