@@ -300,10 +300,11 @@ def document() -> str:
         "![Accuracy by bytes of the stores](plots/stores.png)",
         table(STORES, [[row.get(key) for key in STORES] for row in load("stores")]),
         "## Searches within a budget",
-        "The sample family: the best of a grid by validation, and what searches of ten seeds find with a share of its\n"
-        "evaluations (`search.py`). `evaluations`, `points`, `median`: medians over seeds; `least`: of the worst seed;\n"
-        "`level`: seeds whose choice is no worse than the grid's best by the 95 % interval of the paired difference;\n"
-        "`wrongly`: of the points that races dropped, those as good on all examples as the best was then.",
+        "The sample family: the best of a grid by validation, and what searches of ten seeds find with a share of\n"
+        "its evaluations (`search.py`). Evaluations, points and `median` are medians over seeds, `least` is the worst\n"
+        "seed's. `found`: seeds with the grid's best; `level`: seeds whose choice is no worse than it, by the 95 %\n"
+        "interval of the paired difference. `wrongly`: of the points that races dropped, those as good on all\n"
+        "examples as the best was then.",
         table(SEARCHES, [[row[key] for key in SEARCH_KEYS] for row in load("search")]),
         "## On an accelerator",
         accelerator(),
