@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _CACHES = {
     "factors": "factors/*/*.factors",
     "evaluations": "evaluations/*/*.safetensors",
+    "searches": "studies/*.jsonl",
     "unfinished downloads": "downloads/*",
     "results of Prefect's tasks": "prefect/storage/*",
 }

@@ -68,7 +68,7 @@ def search(
     base = build / "checkpoints" / params.base
     modality.check(base)
     if grid.within:
-        merged = _merging(modality, params, name, build, factors, scratch)
+        merged = merging_of(modality, params, name, build, factors, scratch)
         write_json(out, search_within(modality, params, name, build, merged))
         return
     scores: dict[int, dict[str, Any]] = {}
@@ -110,7 +110,7 @@ def _scored(
     if grid.is_learned:
         models = _fitted(build / "fits" / name, own, factors, scratch, params)
     else:
-        models = _merging(modality, params, name, build, factors, scratch)(grid.method, own)
+        models = merging_of(modality, params, name, build, factors, scratch)(grid.method, own)
     for i, model in models:
         with one_thread():
             found = evaluator.evaluate(model, ("val",), params.tasks)
@@ -148,7 +148,7 @@ def _score_unit(
         return [*_scored(modality, own, points, chosen, evaluator)], evaluator.before
 
 
-def _merging(
+def merging_of(
     modality: Modality, params: Params, name: str, build: Path, factors: Path, scratch: Path
 ) -> Merging:
     """What merges points of a method in the place of a merge: gives each one's index and merged model."""

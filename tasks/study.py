@@ -205,7 +205,8 @@ def _sampler(search: Search, branches: int, seed: int) -> optuna.samplers.BaseSa
     from optuna import samplers
 
     if search.sampler == "tpe":
-        return samplers.TPESampler(seed=seed, multivariate=True, group=branches > 1)
+        # Of several methods each has parameters of its own, of which few points tell nothing jointly.
+        return samplers.TPESampler(seed=seed, multivariate=branches == 1)
     if search.sampler == "cmaes":
         return samplers.CmaEsSampler(seed=seed)
     if search.sampler == "nsga2":
@@ -247,6 +248,7 @@ def _read(file: Path) -> list[Point]:
     """The points of a record. What was half written when its process was killed is cut off."""
     if not file.exists():
         return []
+    os.utime(file)  # what is not used for long may be removed
     points, end = [], 0
     for line in file.read_bytes().splitlines(keepends=True):
         try:
@@ -260,9 +262,8 @@ def _read(file: Path) -> list[Point]:
 
 
 def _append(file: Path, point: Point) -> None:
-    row = point._asdict() | {
-        "outcomes": point.outcomes and {task: _packed(own_N) for task, own_N in point.outcomes.items()}
-    }
+    packed = {task: _packed(outcome_N) for task, outcome_N in (point.outcomes or {}).items()}
+    row = point._asdict() | {"outcomes": packed or None}
     with open(file, "ab") as opened:
         opened.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         opened.flush()
@@ -270,10 +271,9 @@ def _append(file: Path, point: Point) -> None:
 
 
 def _point(row: Mapping[str, Any]) -> Point:
-    outcomes = row["outcomes"]
-    return Point(
-        **{**row, "outcomes": outcomes and {task: _unpacked(text) for task, text in outcomes.items()}}
-    )
+    texts = row["outcomes"]
+    outcomes = {task: _unpacked(text) for task, text in texts.items()} if texts else None
+    return Point(**{**row, "outcomes": outcomes})
 
 
 def _packed(outcome_N: np.ndarray) -> str:
