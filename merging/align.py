@@ -182,7 +182,7 @@ def family_of(
         _refuse_other(base, checkpoint)
     config = config_of(base.path)
     if heads is not None:
-        config = {"model_type": config.get("model_type"), **config, "num_attention_heads": heads}
+        config = {**config, "num_attention_heads": heads}
     model = describe({name: info.shape for name, info in base.tensors.items()}, config)
     groups = groups_of(model)
     kinds = sorted({kind_of(group) for group in groups})

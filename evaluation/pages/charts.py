@@ -33,7 +33,7 @@ class Chart(NamedTuple):
     height: int = HEIGHT
 
 
-def chart(
+def line_chart(
     title: str, across: str, values: Sequence[float], lines: Mapping[str, Sequence[float | None]]
 ) -> Chart | None:
     """A chart of lines over `values`, on an axis with 0; None where there is nothing to draw."""

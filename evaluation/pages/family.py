@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Callable
 
-from mergeline.evaluation.pages.charts import Chart, chart
+from mergeline.evaluation.pages.charts import Chart, line_chart
 from mergeline.evaluation.pages.figures import as_text
 from mergeline.evaluation.pages.page import (
     Table,
@@ -71,7 +71,7 @@ def _rank_charts(found: Json) -> list[Chart]:
 
     def chart(title: str, key: str) -> Chart | None:
         lines = {_ORIGINS[name]: origin[key] for name, origin in found["origins"].items()}
-        return chart(title, across, found["ranks"], lines)
+        return line_chart(title, across, found["ranks"], lines)
 
     charts = [
         chart("Reconstruction error R(k), share of R(0)", "error_share"),
@@ -83,7 +83,7 @@ def _rank_charts(found: Json) -> list[Chart]:
 def _energy_charts(found: Json) -> list[Chart]:
     names = list(found["experts"])
     charts = [
-        chart(
+        line_chart(
             f"Energy in leading directions, {_ORIGINS[name]}",
             "rank, as a share of full rank",
             found["ranks"],
@@ -118,15 +118,17 @@ def _layer_charts(found: Json) -> list[Chart]:
         rank = as_text(found["typical_rank"])
         blocks = [layer["block"] for layer in layers]
         charts += [
-            chart(
+            line_chart(
                 "Norm of task vectors, relative to the base",
                 across,
                 blocks,
                 dict(zip(found["experts"], norms)),
             ),
-            chart(f"Error and interference at rank {rank}", across, blocks, around),
-            chart("Conflict, mean over pairs", across, blocks, pairs if len(found["experts"]) > 1 else {}),
-            chart("Effective rank, share of full rank", across, blocks, spread),
+            line_chart(f"Error and interference at rank {rank}", across, blocks, around),
+            line_chart(
+                "Conflict, mean over pairs", across, blocks, pairs if len(found["experts"]) > 1 else {}
+            ),
+            line_chart("Effective rank, share of full rank", across, blocks, spread),
         ]
     return [c for c in charts if c]
 

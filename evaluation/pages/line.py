@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mergeline.evaluation.pages.charts import chart
+from mergeline.evaluation.pages.charts import line_chart
 from mergeline.evaluation.pages.page import counted, write_page
 
 Json = dict[str, Any]
@@ -21,10 +21,10 @@ def render_line(path: Path, found: Json) -> None:
     """
     shares, lines = found["shares"], found["lines"]
     across = "share of the other model"
-    charts = [chart("All tasks", across, shares, {name: line["means"] for name, line in lines.items()})]
+    charts = [line_chart("All tasks", across, shares, {name: line["means"] for name, line in lines.items()})]
     if len(found["tasks"]) > 1:
         charts += [
-            chart(
+            line_chart(
                 task,
                 across,
                 shares,
