@@ -147,6 +147,8 @@ def test_what_cannot_be_aligned_is_refused_and_nothing_is_written(tmp_path):
         align(tmp_path / "llama", {"b": tmp_path / "llama"}, tmp_path / "out", leave=["hiden"])
     with refused("several models are written"):
         align(a, {"b": b, "c": b}, out)
+    with refused("is no name of a folder"):
+        align(a, {"../b": b}, out)
     with refused("holds the input"):
         align(tmp_path / "llama", {"b": tmp_path / "llama"}, tmp_path / "llama")
     with refused("memory"):
