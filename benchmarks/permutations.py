@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samples"))
-from make.independent_models import KINDS, TASK, TEXTS, logits_of, loss_of, test_batches
+from make.independent_models import KINDS, TASK, TEXTS, logits_of, test_batches
 from make.model import channels_first, normalised
 
 from mergeline.merging.align import align
@@ -33,7 +33,7 @@ from mergeline.merging.learning.activation_matching import collect_activations
 from mergeline.merging.learning.network import Examples, Network
 
 _POINTS = [i / 10 for i in range(11)]
-_SEEN = 256  # training examples: of activations, and of BatchNorm
+_SEEN = 128  # training examples: of activations, and of BatchNorm
 
 
 def main() -> None:
@@ -107,7 +107,7 @@ def _seen(kind: str, data: Path) -> Tensor:
 def _line(
     kind: str, network: Network, a: dict[str, Tensor], b: dict[str, Tensor], data: Path, seen: Tensor | None
 ) -> dict[str, Any]:
-    """Losses, and of images accuracies, at the points of the line from a to b. seen: for BatchNorm's statistics."""
+    """Losses and accuracies at the points of the line from a to b. seen: for BatchNorm's statistics."""
     losses, right = [], []
     for share in _POINTS:
         mixed = {k: torch.lerp(t, b[k], share) if t.is_floating_point() else t for k, t in a.items()}
@@ -116,15 +116,18 @@ def _line(
             _reset(kind, network.module, seen)
         each, hits, count = [], 0, 0
         for x, y in test_batches(kind, data):
-            each.append(float(loss_of(kind, network.module, x, y)) * len(x))
+            logits = _run(kind, network.module, x)
+            next_or_class = x[:, 1:].flatten() if y is None else y
+            if y is None:
+                logits = logits.unflatten(0, x.shape)[:, :-1].flatten(0, 1)
+            each.append(float(nn.functional.cross_entropy(logits, next_or_class)) * len(x))
+            hits += int((logits.argmax(1) == next_or_class).sum()) / (len(next_or_class) / len(x))
             count += len(x)
-            if y is not None:
-                hits += int((_run(kind, network.module, x).argmax(1) == y).sum())
         losses.append(sum(each) / count)
         right.append(hits / count)
     straight = [losses[0] + share * (losses[-1] - losses[0]) for share in _POINTS]
-    found: dict[str, Any] = {"losses": losses, "barrier": max(x - y for x, y in zip(losses, straight))}
-    return found if kind == "llama" else {**found, "accuracies": right}
+    barrier = max(loss - line for loss, line in zip(losses, straight))
+    return {"losses": losses, "accuracies": right, "barrier": barrier}
 
 
 def _reset(kind: str, module: nn.Module, seen: Tensor) -> None:
