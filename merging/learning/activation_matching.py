@@ -158,6 +158,8 @@ def _collected(
     ]
     moments: dict[tuple[_Seen, int], _Moments] = defaultdict(_Moments)
     done, total = 0, sum(map(examples.count, examples.counts))
+    if progress:
+        progress(0, total)
     for task in examples.counts:
         for batch in examples.of(task):
             both = [_values(network, state, watch, wanted, batch) for state in states]

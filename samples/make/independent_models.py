@@ -120,7 +120,7 @@ def write_model(kind: str, name: str, out: Path, share: float = 1.0) -> str:
     x = held["train_x"]
     y = None if kind == "llama" else torch.from_numpy(held["train_y"])
     classes = 0 if y is None else int(y.max()) + 1
-    model, steps = KINDS[kind](classes), max(2, round(share * _STEPS[kind]))
+    model, steps = KINDS[kind](classes), max(5, round(share * _STEPS[kind]))
     optimiser = torch.optim.AdamW(model.parameters(), lr=_RATES[kind], weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, _RATES[kind], total_steps=steps, pct_start=max(0.1, 2 / steps)
