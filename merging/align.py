@@ -118,6 +118,8 @@ def align(
         raise UserError(f"restarts: {restarts} is no whole number above 0")
     if not models:
         raise UserError("name at least one model to align with the reference")
+    if wrong := next((name for name in models if name in ("", ".", "..") or Path(name).name != name), None):
+        raise UserError(f"'{wrong}': is no name of a folder; name the model, such as b=PATH")
     if len(models) > 1 and (statistics or is_single(out)):
         raise UserError(
             "statistics are of one model: align one after the other"
@@ -182,7 +184,7 @@ def family_of(
         _refuse_other(base, checkpoint)
     config = config_of(base.path)
     if heads is not None:
-        config = {"model_type": config.get("model_type"), **config, "num_attention_heads": heads}
+        config = {**config, "num_attention_heads": heads}
     model = describe({name: info.shape for name, info in base.tensors.items()}, config)
     groups = groups_of(model)
     kinds = sorted({kind_of(group) for group in groups})

@@ -6,47 +6,21 @@ This module turns results into what the page shows; family.html.jinja says how i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from typing import Any, Callable
 
-from mergeline.evaluation.pages.figures import as_text, is_logarithmic
+from mergeline.evaluation.pages.charts import Chart, line_chart
+from mergeline.evaluation.pages.figures import as_text
 from mergeline.evaluation.pages.page import (
-    HEIGHT,
-    WIDTH,
-    Axis,
     Table,
     counted,
-    round_values,
     square,
     table,
     write_page,
 )
 
 Json = dict[str, Any]
-Points = list[tuple[float, float]]
 
-_COLOURS = 8  # of lines; further ones are dashed
 _ORIGINS = {"base": "around the base", "mean": "around the mean"}
-
-
-class Line(NamedTuple):
-    """`points` as SVG writes them."""
-
-    label: str
-    points: Points
-    colour: int
-    dashed: bool
-
-
-class Chart(NamedTuple):
-    """Lines over one axis, in the coordinates of a picture of `width` x `height`."""
-
-    title: str
-    across: str
-    lines: list[Line]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    width: int = WIDTH
-    height: int = HEIGHT
 
 
 def render_family(path: Path, found: Json) -> None:
@@ -92,36 +66,12 @@ def _text(value: float | None, form: str = ".3f") -> str:
 # ------------------------------------------------------------ charts
 
 
-def _chart(
-    title: str, across: str, values: Sequence[float], lines: Mapping[str, Sequence[float | None]]
-) -> Chart | None:
-    """A chart of lines over `values`, on an axis with 0; None where there is nothing to draw."""
-    known = [y for line in lines.values() for y in line if y is not None]
-    if len(values) < 2 or not known:
-        return None
-    grid = round_values([min(0.0, *known), max(0.0, *known) or 1.0])
-    logarithmic = across.startswith("rank") and is_logarithmic("rank", values)
-    horizontal = Axis(values[0], values[-1], start=52, end=WIDTH - 14, logarithmic=logarithmic)
-    vertical = Axis(grid[0], grid[-1], start=HEIGHT - 38, end=10)
-    drawn = [
-        Line(
-            label,
-            [(horizontal.at(x), vertical.at(y)) for x, y in zip(values, line) if y is not None],
-            i % _COLOURS,
-            i >= _COLOURS,
-        )
-        for i, (label, line) in enumerate(lines.items())
-    ]
-    x_ticks = horizontal.ticks(values, room=30)
-    return Chart(title, across, drawn, x_ticks, vertical.ticks(grid, room=20))
-
-
 def _rank_charts(found: Json) -> list[Chart]:
     across = "rank, as a share of full rank"
 
     def chart(title: str, key: str) -> Chart | None:
         lines = {_ORIGINS[name]: origin[key] for name, origin in found["origins"].items()}
-        return _chart(title, across, found["ranks"], lines)
+        return line_chart(title, across, found["ranks"], lines)
 
     charts = [
         chart("Reconstruction error R(k), share of R(0)", "error_share"),
@@ -133,7 +83,7 @@ def _rank_charts(found: Json) -> list[Chart]:
 def _energy_charts(found: Json) -> list[Chart]:
     names = list(found["experts"])
     charts = [
-        _chart(
+        line_chart(
             f"Energy in leading directions, {_ORIGINS[name]}",
             "rank, as a share of full rank",
             found["ranks"],
@@ -168,15 +118,17 @@ def _layer_charts(found: Json) -> list[Chart]:
         rank = as_text(found["typical_rank"])
         blocks = [layer["block"] for layer in layers]
         charts += [
-            _chart(
+            line_chart(
                 "Norm of task vectors, relative to the base",
                 across,
                 blocks,
                 dict(zip(found["experts"], norms)),
             ),
-            _chart(f"Error and interference at rank {rank}", across, blocks, around),
-            _chart("Conflict, mean over pairs", across, blocks, pairs if len(found["experts"]) > 1 else {}),
-            _chart("Effective rank, share of full rank", across, blocks, spread),
+            line_chart(f"Error and interference at rank {rank}", across, blocks, around),
+            line_chart(
+                "Conflict, mean over pairs", across, blocks, pairs if len(found["experts"]) > 1 else {}
+            ),
+            line_chart("Effective rank, share of full rank", across, blocks, spread),
         ]
     return [c for c in charts if c]
 

@@ -133,6 +133,20 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         "what is in a checkpoint, or in the task vectors of a family",
         _inspect,
     )
+    add(
+        "line",
+        pipeline_commands.line,
+        "how well what lies between two models does on a pipeline's tasks, and the barrier",
+        _params,
+        _line,
+    )
+    add(
+        "collect-activations",
+        pipeline_commands.collect_activations,
+        "how alike the units of two models are on a pipeline's examples, for align",
+        _params,
+        _collect_activations,
+    )
     add("diff", inspect_commands.diff, "how two checkpoints differ", _diff)
     add(
         "compress",
@@ -778,6 +792,36 @@ def _inspect(command: argparse.ArgumentParser) -> None:
 def _remote(command: argparse.ArgumentParser) -> None:
     _allow_pickle(command)
     _no_cache(command)
+
+
+def _line(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", metavar="A", help="where the lines begin")
+    command.add_argument(
+        "others", nargs="+", metavar="[NAME=]B", help="where they end (several for one picture)"
+    )
+    command.add_argument("--points", type=values.count, default=11, metavar="N", help="on each line (11)")
+    command.add_argument("--split", choices=["val", "test"], default="val", help="default: val")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves")
+    _force(command)
+    _json(command)
+
+
+def _collect_activations(command: argparse.ArgumentParser) -> None:
+    command.add_argument("reference", metavar="REFERENCE", help="whose order the other gets")
+    command.add_argument("model", metavar="MODEL")
+    command.add_argument(
+        "--examples", type=values.count, metavar="N", help="of each task (default: as fits take)"
+    )
+    command.add_argument(
+        "--attention-heads",
+        type=values.count,
+        metavar="N",
+        help="where no configuration says how many there are",
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="P", help="a safetensors file, for align --statistics"
+    )
+    _force(command)
 
 
 def _diff(command: argparse.ArgumentParser) -> None:

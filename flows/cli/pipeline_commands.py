@@ -86,12 +86,9 @@ def _fit_recipe(args: argparse.Namespace) -> None:
         args.recipe.absolute(), lambda where: local_checkpoint(where).absolute(), any_method
     )
     out = args.out.absolute()
-    workspace = _workspace(args, extras=())
+    workspace = _built(args)
     build, modality = workspace.root / "build", workspace.modality
     with workspace.lock():
-        for name in (*modality.deps, f"build/checkpoints/{workspace.params.base}"):
-            if name.startswith("build/") and not workspace.path(name).exists():
-                raise UserError(f"{name} is missing; run `mergeline run --only baselines` first")
         found = fit_recipe(
             modality, workspace.params, build, written, out, args.examples, progress=text.progress("steps")
         )
@@ -212,6 +209,61 @@ def notify(args: argparse.Namespace) -> None:
     from mergeline.flows.deployments import notify
 
     notify(workspace, args.name)
+
+
+def line(args: argparse.Namespace) -> None:
+    from mergeline.flows.cli import text, values
+    from mergeline.tasks.fetch import local_checkpoint
+    from mergeline.tasks.line import measured_line
+
+    a = local_checkpoint(args.a).absolute()
+    others = {n: local_checkpoint(where).absolute() for n, where in values.experts(args.others).items()}
+    page = args.html and args.html.absolute()
+    workspace = _built(args)
+    found = measured_line(
+        workspace.modality,
+        workspace.params,
+        workspace.root / "build",
+        a,
+        others,
+        points=args.points,
+        split=args.split,
+        page=page,
+        force=args.force,
+        progress=text.progress("measured"),
+    )
+    print(as_json(found) if args.json else "\n".join(text.line(found)))
+
+
+def collect_activations(args: argparse.Namespace) -> None:
+    from mergeline.flows.cli import text
+    from mergeline.merging.learning.activation_matching import collect_activations
+    from mergeline.tasks.fetch import local_checkpoint
+    from mergeline.tasks.fit import examples_of
+
+    reference, model = (local_checkpoint(where).absolute() for where in (args.reference, args.model))
+    out = args.out.absolute()
+    workspace = _built(args)
+    modality, params, build = workspace.modality, workspace.params, workspace.root / "build"
+    examples = examples_of(modality, params, build, args.examples)
+    if modality.network is None:
+        raise UserError(f"{modality.models} are not run on examples; align them by their weights")
+    network = modality.network(params, build, reference)
+    print(
+        collect_activations(
+            reference, model, network, examples, out, heads=args.attention_heads, force=args.force,
+            progress=text.progress("examples"),
+        )
+    )  # fmt: skip
+
+
+def _built(args: argparse.Namespace) -> Workspace:
+    """The workspace of --params, of which the data are there (raises UserError)."""
+    workspace = _workspace(args, extras=())
+    for name in (*workspace.modality.deps, f"build/checkpoints/{workspace.params.base}"):
+        if name.startswith("build/") and not workspace.path(name).exists():
+            raise UserError(f"{name} is missing; run `mergeline run --only baselines` first")
+    return workspace
 
 
 def _workspace(args: argparse.Namespace, extras: Sequence[str] = ("pipeline",)) -> Workspace:

@@ -150,6 +150,14 @@ def adapter(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"left out: {left['tensors']} tensors with {share}"
 
 
+def line(found: Mapping[str, Any]) -> Iterator[str]:
+    """What lies on the lines from a model to others."""
+    yield f"mean {found['measure']} on {found['split']}, from {found['a']} to:"
+    for name, one in found["lines"].items():
+        values = " ".join(f"{mean:.3f}" for mean in one["means"])
+        yield f"{name}  barrier {one['barrier']:.3f}, distance {one['distance']:.4g}:  {values}"
+
+
 def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
     """How many experts of a mixture are left, in how many layers, and which are in no group."""
     made = manifest["mixture"]

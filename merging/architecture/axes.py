@@ -137,6 +137,9 @@ def _label_heads(
     queries = next(t for t in found if t.of is None and t.role in (*_QKV, Role.QUERY))
     if queries.shape[queries.outputs] != (width if queries.role is Role.QUERY else 3 * width):
         return
+    keys = next((t for t in found if t.of is None and t.role is Role.KEY), None)
+    if keys and heads and keys.shape[keys.outputs] * heads != queries.shape[queries.outputs] * groups:
+        return
     # Norms of all heads at once, and a number for each head; a norm of one head's width is the same for all.
     heights = {tensor.shape[tensor.outputs] for tensor in found}
     vectors = [t for t in inside if t.module is None and len(t.shape) == 1]

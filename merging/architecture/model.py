@@ -87,7 +87,8 @@ def describe(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | No
     tensors = _with_fused({name: reader.read(name) for name in all_shapes})
     layers = _counts((tensor.tower, tensor.layer) for tensor in tensors.values())
     permutes = rows[0].permutes if rows else frozenset()
-    if rows and rows[0].model_types and config.get("model_type") not in rows[0].model_types:
+    types = rows[0].model_types if rows else ()
+    if types and config.get("model_type", types[0]) not in types:
         permutes -= {"heads"}  # names do not tell how many there are in each layer
     axes, units = label_axes(tensors, permutes, rows[0].towers if rows else {}, config)
     for name, tensor in tensors.items():

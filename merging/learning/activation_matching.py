@@ -38,10 +38,13 @@ _FLAT = 1e-12  # a variance below it, of the mean of all, is of a unit that does
 
 
 class _Seen(NamedTuple):
-    """Where the things of a group are seen. key: of what is written; place: the stretch of a dimension."""
+    """Where the things of a group are seen.
+
+    key: of what is written. things: how many there are. place: the stretch of a dimension.
+    """
 
     key: str
-    count: int
+    things: int
     place: Place
     is_input: bool
 
@@ -155,11 +158,13 @@ def _collected(
     ]
     moments: dict[tuple[_Seen, int], _Moments] = defaultdict(_Moments)
     done, total = 0, sum(map(examples.count, examples.counts))
+    if progress:
+        progress(0, total)
     for task in examples.counts:
         for batch in examples.of(task):
             both = [_values(network, state, watch, wanted, batch) for state in states]
-            for key in both[0]:
-                moments[key].add([values[key] for values in both])
+            for at in both[0]:
+                moments[at].add([values[at] for values in both])
             done += batch_size(batch)
             if progress:
                 progress(done, total)
@@ -207,7 +212,7 @@ def _values(
                 window = watch[applied.tensor].shape[2:].numel()
                 rows = rows[:, window // 2 :: window]
             rows = rows[:, seen.place.start : seen.place.start + seen.place.length]
-            found[seen, uses[applied.tensor]] = rows.reshape(len(rows), seen.count, -1).clone()
+            found[seen, uses[applied.tensor]] = rows.reshape(len(rows), seen.things, -1).clone()
 
     with network.lent(state), watched(watch, see):
         network.features(batch)

@@ -27,6 +27,7 @@ NAMES = ("a", "b")
 _STEPS = {"mlp": 1000, "resnet": 300, "vit": 500, "llama": 300}
 _RATES = {"mlp": 1e-3, "resnet": 2e-3, "vit": 1e-3, "llama": 2e-3}
 _BATCH, _TEXTS, _CONTEXT = 64, 32, 64  # images, and texts of so many bytes
+_TESTED = 400  # images
 _SIDE = 12  # of the images that the MLP is shown
 
 
@@ -94,12 +95,12 @@ def test_batches(kind: str, data: Path) -> list[tuple[Tensor, Tensor | None]]:
     """What models are measured on."""
     if kind == "llama":
         bytes_N = np.load(data / f"{TEXTS}.npz")["test_x"].astype(np.int64)
-        count = min(256, len(bytes_N) // _CONTEXT)
+        count = min(128, len(bytes_N) // _CONTEXT)
         rows = torch.from_numpy(bytes_N[: count * _CONTEXT].reshape(count, _CONTEXT))
         return [(part, None) for part in rows.split(64)]
     held = np.load(data / f"{TASK}.npz")
-    x, y = normalised(channels_first(held["test_x"])), torch.from_numpy(held["test_y"])
-    return list(zip(x.split(200), y.split(200)))
+    x, y = normalised(channels_first(held["test_x"][:_TESTED])), torch.from_numpy(held["test_y"][:_TESTED])
+    return list(zip(x.split(100), y.split(100)))
 
 
 def write_data(out: Path, documents: Path) -> None:
@@ -119,7 +120,7 @@ def write_model(kind: str, name: str, out: Path, share: float = 1.0) -> str:
     x = held["train_x"]
     y = None if kind == "llama" else torch.from_numpy(held["train_y"])
     classes = 0 if y is None else int(y.max()) + 1
-    model, steps = KINDS[kind](classes), max(2, round(share * _STEPS[kind]))
+    model, steps = KINDS[kind](classes), max(5, round(share * _STEPS[kind]))
     optimiser = torch.optim.AdamW(model.parameters(), lr=_RATES[kind], weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, _RATES[kind], total_steps=steps, pct_start=max(0.1, 2 / steps)

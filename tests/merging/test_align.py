@@ -147,11 +147,24 @@ def test_what_cannot_be_aligned_is_refused_and_nothing_is_written(tmp_path):
         align(tmp_path / "llama", {"b": tmp_path / "llama"}, tmp_path / "out", leave=["hiden"])
     with refused("several models are written"):
         align(a, {"b": b, "c": b}, out)
+    with refused("is no name of a folder"):
+        align(a, {"../b": b}, out)
     with refused("holds the input"):
         align(tmp_path / "llama", {"b": tmp_path / "llama"}, tmp_path / "llama")
     with refused("memory"):
         align(tmp_path / "llama", {"b": tmp_path / "llama"}, tmp_path / "out", memory=1000)
     assert not out.exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "known"), [("gpt2", True), ("llama", False)])
+def test_the_number_of_heads_can_be_told(name, known, tmp_path):
+    """Of a bare file; where heads share keys, how many do is not known, and they stay."""
+    save(name, tmp_path / "a", 0)
+    bare = tmp_path / "bare.safetensors"
+    bare.write_bytes((tmp_path / "a/model.safetensors").read_bytes())
+    found = {group.name.rpartition(".")[2] for group in family_of(bare, {"b": bare}, 4).groups}
+    assert "heads" not in {g.name.rpartition(".")[2] for g in family_of(bare, {"b": bare}).groups}
+    assert ("heads" in found) == known
 
 
 def test_a_damaged_output_is_not_verified(tmp_path):

@@ -75,6 +75,8 @@ def pleas(job: Job, *, inner: str = "average", ridge: NotNegative = 0.01, **para
     weights = {name: t for name, t in own.items() if name in merged and t.ndim > 1}
     sums: dict[str, _Sums] = {}
     done, total = 0, sum(map(job.examples.count, job.examples.counts))
+    if job.progress:
+        job.progress(Count.of(0, 0), Count.of(total, 0))
     with torch.no_grad():
         for batch in _batches(job):
             seen = _seen(job, weights, experts, batch)
