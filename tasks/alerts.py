@@ -44,8 +44,8 @@ def tell_of_verdict(workspace: Workspace, say: Say) -> None:
     Who could not be told is told again the next time. say: is told who was, and who was not.
     """
     verdict = load_verdict(workspace.state)
-    event = verdict and _event(verdict)
-    if not verdict or not event:
+    event = _event(verdict) if verdict else None
+    if verdict is None or event is None:
         return
     alerts, pipeline = workspace.params.alerts, workspace.params.name
     digest = text_digest(verdict)
