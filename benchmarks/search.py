@@ -5,7 +5,7 @@
 
 WORKSPACE has the params.yaml of a CLIP family; its checkpoints, data and heads are made where they are missing. A table
 holds whether each example of the validation split was right, of every point: it is made once, and searches replay from
-it in seconds what they would merge and measure. Merges that a table has already stay. An evaluation is as many examples
+it what they would merge and measure. Merges that a table has already stay. An evaluation is as many examples
 as the validation split has; a race measures some of them.
 """
 
