@@ -5,7 +5,7 @@
 
 WORKSPACE has the params.yaml of a CLIP family; its checkpoints, data and heads are made where they are missing. A table
 holds whether each example of the validation split was right, of every point: it is made once, and searches replay from
-it in seconds what they would merge and measure. Merges that a table has already stay. An evaluation is as many examples
+it what they would merge and measure. Merges that a table has already stay. An evaluation is as many examples
 as the validation split has; a race measures some of them.
 """
 
@@ -32,7 +32,7 @@ from mergeline.tasks.study import Point, study
 SEEDS = range(10)
 SHARES = (0.025, 0.05, 0.1)  # of the evaluations of all points
 RACE = {"error": 0.05, "looks": 5}
-ALONE = "cart_grid"  # a merge of 14 ranks and 8 scales, which is searched by itself
+SAMPLERS = ("random", "tpe")
 MERGE = "merge"  # the parameter that says whose row a setting is
 
 
@@ -105,15 +105,14 @@ def measure(workspace: Path, file: Path, merges: list[str]) -> None:
 
 
 class Replay:
-    """Searches over the points of some merges of a table, which are chosen among as methods are."""
+    """Searches over the points of a table, whose merges are chosen among as methods are."""
 
-    def __init__(self, table: Table, merges: list[str]):
+    def __init__(self, table: Table):
         self.table, self.rows = table, {}
         grids: dict[str, list[dict[str, Any]]] = {}
         for row, (merge, params) in enumerate(table.points):
-            if merge in merges:
-                self.rows[canonical_json({**params, MERGE: merge})] = row
-                grids.setdefault(merge, []).append(params)
+            self.rows[canonical_json({**params, MERGE: merge})] = row
+            grids.setdefault(merge, []).append(params)
         self.branches = [_branch(merge, points) for merge, points in grids.items()]
         self.best = max(self.rows.values(), key=table.mean)
 
@@ -161,11 +160,7 @@ def figures(replay: Replay, sampler: str, raced: bool, share: float) -> dict[str
         {
             "sampler": sampler,
             "budget": {"evaluations": share * total - 1},  # the last point may exceed it, by one at most
-            **(
-                {"methods": replay.branches}
-                if len(replay.branches) > 1
-                else {"space": replay.branches[0].space}
-            ),
+            "methods": replay.branches,
             "race": RACE if raced else None,
         }
     )
@@ -225,15 +220,13 @@ def main() -> None:
         measure(args.workspace, args.table, args.merges)
         return
     table = read(args.table)
-    merges = list(dict.fromkeys(merge for merge, _ in table.points))
-    for among, own in ((ALONE, [ALONE]), ("all others", [merge for merge in merges if merge != ALONE])):
-        replay = Replay(table, own)
-        for sampler in ("random", "tpe", "cmaes") if among == ALONE else ("random", "tpe"):
-            for raced in (False, True):
-                for share in SHARES:
-                    row = {"among": among, **figures(replay, sampler, raced, share)}
-                    save("search", [row], ["among", "sampler", "race", "budget"])
-                    print(json.dumps(row), flush=True)
+    replay = Replay(table)
+    for sampler in SAMPLERS:
+        for raced in (False, True):
+            for share in SHARES:
+                row = figures(replay, sampler, raced, share)
+                save("search", [row], ["sampler", "race", "budget"])
+                print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ LARGE = ["shape", "layers", "job", "workers", "gb_read", "mb_per_s", "cpu_s", "w
 PLANS = ["shape", "job", "billions", "bytes_read", "bytes_written", "peak_bytes", "seconds"]
 SEARCHES = [
     "grid",
-    "points",
     "best",
     "sampler",
     "race",
@@ -32,7 +31,6 @@ SEARCHES = [
     "wrongly",
 ]
 SEARCH_KEYS = [
-    "among",
     "points_of_grid",
     "best_of_grid",
     "sampler",
