@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from concurrent.futures import Executor
 from functools import partial
 from importlib.util import find_spec
@@ -196,9 +197,21 @@ def test_what_is_wrong_elsewhere_is_said_here_and_stops_all(executor, recipe, tm
 
 @pytest.mark.slow
 def test_workers_that_are_lost_again_and_again(engine):
-    with refused(f"{engine}:1", "workers were lost", "4 times"), opened(f"{engine}:1") as executor:
-        assert executor is not None
-        executor.submit(os._exit, 1).result()
+    """In a process of its own, where no other executor of the engine is open."""
+    code = f"""
+import os
+from mergeline.merging.errors import UserError
+from mergeline.tasks.executors import opened
+if __name__ == "__main__":
+    try:
+        with opened("{engine}:1") as executor:
+            executor.submit(os._exit, 1).result()
+    except UserError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.startswith(f"{engine}:1: workers were lost"), ran.stdout + ran.stderr
+    assert "4 times" in ran.stdout and ran.stdout.count("\n") == 1
 
 
 @pytest.mark.slow
