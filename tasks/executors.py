@@ -12,9 +12,12 @@ import re
 import secrets
 import socket
 import sys
+import warnings
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple
+from functools import partial
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, TypeVar
 
 from mergeline.merging.errors import UserError
 from mergeline.tasks.credentials import without_credentials
@@ -34,9 +37,13 @@ _MISSING = re.compile(
 # Says what a process has that knows nothing of Mergeline, or what it lacks.
 _VERSIONS = "__import__('mergeline.merging.engine.elsewhere', fromlist=['versions']).versions()"
 _SECONDS_TO_ANSWER = 10
+_SECONDS_TO_SPEAK = 30  # as Dask does: another server may answer, and say nothing that Dask waits for
 _SECONDS_FOR_WORKERS = 30
 _STARTS = 3  # of Ray on this machine, which waits 30 seconds for itself, and longer where all cores are busy
 _ATTEMPTS = 3  # of a unit of work whose worker is lost, besides the first
+
+
+T = TypeVar("T")
 
 
 class Place(NamedTuple):
@@ -146,7 +153,8 @@ def _dask(place: Place) -> Iterator[Executor]:
             certified = dask.config.get("distributed.comm.tls.client.cert", None)
             address = f"{'tls' if certified else 'tcp'}://{place.host}:{place.port}"
             try:
-                client = stack.enter_context(Client(address, timeout=_SECONDS_TO_ANSWER))
+                connect = partial(Client, address, timeout=_SECONDS_TO_ANSWER)
+                client = stack.enter_context(_within(_SECONDS_TO_SPEAK, connect))
             except (OSError, ValueError, TypeError) as error:  # a TimeoutError is an OSError
                 raise UserError(
                     f"{place.text} is no Dask scheduler, or another version ({_first_line(error)})"
@@ -177,6 +185,20 @@ def _dask(place: Place) -> Iterator[Executor]:
             )
             client = stack.enter_context(Client(cluster))
         yield client.get_executor(pure=False)
+
+
+def _within(seconds: float, make: Callable[[], T]) -> T:
+    """What `make` gives; the thread that it is asked in is left alone if it takes longer (raises TimeoutError)."""
+    made: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return made.result(seconds)
 
 
 def _refuse_other_code(client: Client, place: Place) -> None:
@@ -219,7 +241,8 @@ def _ray(place: Place) -> Iterator[Executor]:
         options["address"] = place.text
     else:
         options |= {"address": "local", "num_cpus": place.processes, "include_dashboard": False}
-    with _environment({} if place.host else _alone()):
+    # Ray writes of workers that were lost to stdout, where results are.
+    with _environment({"RAY_DEDUP_LOGS_SKIP_REGEX": ".", **({} if place.host else _alone())}):
         import ray
 
         if ray.is_initialized():
@@ -227,7 +250,8 @@ def _ray(place: Place) -> Iterator[Executor]:
         try:
             for left in reversed(range(1 if place.host else _STARTS)):
                 try:
-                    ray.init(**options)
+                    with warnings.catch_warnings(action="ignore"):
+                        ray.init(**options)
                     break
                 except Exception as error:  # some of Ray's have no class of their own
                     ray.shutdown()
