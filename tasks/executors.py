@@ -168,7 +168,9 @@ def _dask(place: Place) -> Iterator[Executor]:
             _refuse_other_code(client, place)
         else:
             # Pages that any local user could read.
-            pages = {f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker", "nanny")}
+            pages: dict[str, list[str]] = {
+                f"distributed.{who}.http.routes": [] for who in ("scheduler", "worker", "nanny")
+            }
             stack.enter_context(
                 dask.config.set({**pages, "distributed.scheduler.allowed-failures": _ATTEMPTS})
             )
