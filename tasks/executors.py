@@ -20,7 +20,6 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, TypeVar
 
 from mergeline.merging.errors import UserError
-from mergeline.tasks.credentials import without_credentials
 from mergeline.tasks.extras import require
 
 if TYPE_CHECKING:
@@ -69,9 +68,8 @@ def place_of(text: str) -> Place:
     found = _CLUSTER.fullmatch(text)
     if found and 0 < int(found[3]) < 1 << 16:
         return Place(found[1], None, found[2], int(found[3]))
-    if "@" in text or "?" in text:
-        what = re.sub("//.*@", "//", without_credentials(text))
-        raise UserError(f"executor '{what}': leave logins and options out of the address; write {FORMS}")
+    if "@" in text or "?" in text:  # of which nothing is shown
+        raise UserError(f"executor: leave logins and options out of the address; write {FORMS}")
     raise UserError(f"executor '{text}' is not known; write {FORMS}")
 
 

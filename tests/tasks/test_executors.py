@@ -74,10 +74,16 @@ def test_other_texts_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["dask://me:hunter2@host:8786", "ray://hunter2@host:10001", "ray://host:10001?token=hunter2"]
+    "text",
+    [
+        "dask://me:hunter2@host:8786",
+        "ray://hunter2@host:10001",
+        "ray://host:10001?token=a@hunter2",
+        "me:hunter2@dask",
+    ],
 )
 def test_no_password_is_shown(text):
-    with pytest.raises(UserError, match="host.*leave logins and options out") as found:
+    with pytest.raises(UserError, match="leave logins and options out") as found:
         place_of(text)
     assert "hunter2" not in str(found.value)
     words = ["merge", "--method", "average", "--expert", "a=a", "--out", "b", "--executor", text]
