@@ -10,13 +10,14 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
 import warnings
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import TYPE_CHECKING, Any, Callable, Iterator, NamedTuple, TypeVar
 
 from mergeline.merging.errors import UserError
@@ -250,7 +251,7 @@ def _ray(place: Place) -> Iterator[Executor]:
         try:
             for left in reversed(range(1 if place.host else _STARTS)):
                 try:
-                    with warnings.catch_warnings(action="ignore"):
+                    with warnings.catch_warnings(action="ignore"), _own_sigterm():
                         ray.init(**options)
                     break
                 except Exception as error:  # some of Ray's have no class of their own
@@ -260,6 +261,17 @@ def _ray(place: Place) -> Iterator[Executor]:
             yield RayExecutor()
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What SIGTERM does stays as it is, whatever the block sets."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if current_thread() is main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 _own: dict[str, str] = {}  # of this process, in which Ray reads its environment once, when it is imported
