@@ -153,11 +153,12 @@ def _dask(place: Place) -> Iterator[Executor]:
             address = f"{'tls' if certified else 'tcp'}://{place.host}:{place.port}"
             try:
                 connect = partial(Client, address, timeout=_SECONDS_TO_ANSWER)
-                client = stack.enter_context(_within(_SECONDS_TO_SPEAK, connect))
+                client = _within(_SECONDS_TO_SPEAK, connect)
             except (OSError, ValueError, TypeError) as error:  # a TimeoutError is an OSError
                 raise UserError(
                     f"{place.text} is no Dask scheduler, or another version ({_first_line(error)})"
                 ) from None
+            stack.callback(client.close)  # a client's own block must end in the thread that began it
             try:
                 client.wait_for_workers(1, timeout=_SECONDS_FOR_WORKERS)
             except TimeoutError:
@@ -184,7 +185,8 @@ def _dask(place: Place) -> Iterator[Executor]:
                     silence_logs=logging.CRITICAL,
                 )
             )
-            client = stack.enter_context(Client(cluster))
+            client = Client(cluster)
+            stack.callback(client.close)
         yield client.get_executor(pure=False)
 
 

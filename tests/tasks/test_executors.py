@@ -221,6 +221,20 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+def test_a_pipeline_opens_it_in_the_thread_that_asks_first(engine):
+    """In a process of its own, as above."""
+    code = f"""
+from concurrent.futures import ThreadPoolExecutor
+from mergeline.tasks import spread
+if __name__ == "__main__":
+    with spread.over("{engine}:2"), ThreadPoolExecutor(2) as threads:
+        print(list(threads.map(lambda i: spread.executor().submit(pow, i, 2).result(), range(5))))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "[0, 1, 4, 9, 16]\n"), ran.stderr
+
+
+@pytest.mark.slow
 def test_the_command_line(engine, tmp_path):
     """From another folder, with relative paths; nothing but the result is told, and nobody is left running."""
     save_family(tmp_path / "in", shapes=SEVERAL_UNITS)
