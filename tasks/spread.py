@@ -8,24 +8,37 @@ from __future__ import annotations
 import os
 import platform
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import TYPE_CHECKING, Iterator, NamedTuple
 
 from mergeline.merging.engine.elsewhere import refuse_other_versions
 from mergeline.merging.engine.manifest import versions
 from mergeline.merging.errors import UserError
 from mergeline.merging.methods.contract import load_methods
-from mergeline.tasks import progress
 from mergeline.tasks.evaluations import afresh, is_afresh
 from mergeline.tasks.executors import opened
 
 if TYPE_CHECKING:
     from mergeline.tasks.schema import Params
-    from mergeline.tasks.step import Stage
 
-_open: list[Executor] = []  # of this process, which runs one pipeline at a time
+
+class _Wanted:
+    """An executor that is opened when it is first asked for: where nothing is stale, no cluster is needed."""
+
+    def __init__(self, name: str, stack: ExitStack):
+        self._name, self._stack, self._lock = name, stack, Lock()
+        self._opened: Executor | None = None
+
+    def executor(self) -> Executor | None:
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._stack.enter_context(opened(self._name))
+            return self._opened
+
+
+_wanted: list[_Wanted] = []  # of this process, which runs one pipeline at a time
 
 
 @contextmanager
@@ -35,17 +48,17 @@ def over(name: str | None) -> Iterator[None]:
     Raises:
         UserError: as `opened`.
     """
-    with opened(name) as executor:
-        _open.extend([executor] if executor else [])
+    with ExitStack() as stack:
+        _wanted.extend([_Wanted(name, stack)] if name else [])
         try:
             yield
         finally:
-            _open.clear()
+            _wanted.clear()
 
 
 def executor() -> Executor | None:
-    """The executor that the stages of this process are spread over."""
-    return _open[-1] if _open else None
+    """The executor that the stages of this process are spread over (raises UserError as `opened`)."""
+    return _wanted[-1].executor() if _wanted else None
 
 
 class Scene(NamedTuple):
@@ -77,18 +90,3 @@ def at(scene: Scene) -> Iterator[None]:
         load_methods(Path(file))
     with afresh(scene.afresh):
         yield
-
-
-def run_there(executor: Executor, params: Params, stage: Stage) -> str:
-    """Run a whole stage on a worker; returns what it says of itself."""
-    return executor.submit(_run_whole, scene_of(params), stage).result()
-
-
-def _run_whole(scene: Scene, stage: Stage) -> str:
-    from mergeline.tasks.modalities import modality_of
-    from mergeline.tasks.steps import steps
-
-    with at(scene), TemporaryDirectory() as folder, progress.told(Path(folder), "stage") as told:
-        step = next(step for step in steps(modality_of(scene.params)) if step.name == stage.step)
-        step.run(scene.params, stage)
-    return told.said

@@ -24,6 +24,7 @@ from mergeline.tasks.params import checked_params, lookup
 from mergeline.tasks.places import CODE_LINK, PACKAGE, SOURCES
 from mergeline.tasks.private import private_folder
 from mergeline.tasks.schema import Params
+from mergeline.tasks.stage_there import run_there
 from mergeline.tasks.step import Stage, Step
 from mergeline.tasks.steps import steps
 
@@ -170,9 +171,10 @@ class Workspace:
                 raise UserError(f"{stage.name}: {dep} is missing; {hint}")
         wall, cpu = time.perf_counter(), time.thread_time()
         with progress.told(self.progress, stage.name) as told:
-            step, executor = self.steps[stage.step], spread.executor()
-            if executor and step.on_device and not step.spreads:
-                progress.said_of_stage(spread.run_there(executor, self.params, stage))
+            step = self.steps[stage.step]
+            whole = step.on_device and not step.spreads
+            if whole and (executor := spread.executor()):
+                progress.said_of_stage(run_there(executor, self.params, stage))
             else:
                 step.run(self.params, stage)
         cost = {

@@ -66,7 +66,7 @@ def step(args: argparse.Namespace) -> None:
         workspace.tidy()
         stages = workspace.select(args.step, names)
         refuse_missing(workspace, stages)
-        with spread.over(workspace.params.executor if workspace.steps[args.step].on_device else None):
+        with spread.over(workspace.params.executor):
             for stage in stages:
                 workspace.run(stage)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from concurrent.futures import Executor
 from functools import partial
 from importlib.util import find_spec
@@ -73,10 +74,16 @@ def test_other_texts_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["dask://me:hunter2@host:8786", "ray://hunter2@host:10001", "ray://host:10001?token=hunter2"]
+    "text",
+    [
+        "dask://me:hunter2@host:8786",
+        "ray://hunter2@host:10001",
+        "ray://host:10001?token=a@hunter2",
+        "me:hunter2@dask",
+    ],
 )
 def test_no_password_is_shown(text):
-    with pytest.raises(UserError, match="host.*leave logins and options out") as found:
+    with pytest.raises(UserError, match="leave logins and options out") as found:
         place_of(text)
     assert "hunter2" not in str(found.value)
     words = ["merge", "--method", "average", "--expert", "a=a", "--out", "b", "--executor", text]
@@ -196,9 +203,35 @@ def test_what_is_wrong_elsewhere_is_said_here_and_stops_all(executor, recipe, tm
 
 @pytest.mark.slow
 def test_workers_that_are_lost_again_and_again(engine):
-    with refused(f"{engine}:1", "workers were lost", "4 times"), opened(f"{engine}:1") as executor:
-        assert executor is not None
-        executor.submit(os._exit, 1).result()
+    """In a process of its own, where no other executor of the engine is open."""
+    code = f"""
+import os
+from mergeline.merging.errors import UserError
+from mergeline.tasks.executors import opened
+if __name__ == "__main__":
+    try:
+        with opened("{engine}:1") as executor:
+            executor.submit(os._exit, 1).result()
+    except UserError as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.stdout.startswith(f"{engine}:1: workers were lost"), ran.stdout + ran.stderr
+    assert "4 times" in ran.stdout and ran.stdout.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_pipeline_opens_it_in_the_thread_that_asks_first(engine):
+    """In a process of its own, as above."""
+    code = f"""
+from concurrent.futures import ThreadPoolExecutor
+from mergeline.tasks import spread
+if __name__ == "__main__":
+    with spread.over("{engine}:2"), ThreadPoolExecutor(2) as threads:
+        print(list(threads.map(lambda i: spread.executor().submit(pow, i, 2).result(), range(5))))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "[0, 1, 4, 9, 16]\n"), ran.stderr
 
 
 @pytest.mark.slow
