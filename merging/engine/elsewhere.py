@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.algebra.slots import Runner, View, integer_sum
-from mergeline.merging.canonical import canonical_json
 from mergeline.merging.engine.blocks import look_at_model
 from mergeline.merging.engine.cache import FolderStore, store_at
 from mergeline.merging.engine.machine import keep_freed_memory, one_thread
@@ -30,10 +29,8 @@ from mergeline.merging.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_UNIT_BYTES = (
-    1 << 28
-)  # what another process reads for one unit of work, at most and at least, if there is so much
-_LEAST_BYTES = 1 << 23
+# What another process reads for one unit of work, at most and at least, if there is so much.
+_UNIT_BYTES, _LEAST_BYTES = 1 << 28, 1 << 23
 _UNITS = 64  # so that workers are busy to the end
 _ITEM_BYTES = 4  # about
 Hashes = dict[tuple[str, str], str]  # of what was read, by origin and tensor
@@ -79,7 +76,7 @@ def plan_at(address: Address) -> Plan:
         UserError: this process has other versions of what merges, or does not see the same files.
     """
     refuse_other_versions(address.versions)
-    return _made(canonical_json(address.recipe), address.identity)
+    return _made(json.dumps(address.recipe), address.identity)  # experts have an order
 
 
 def refuse_other_versions(wanted: Mapping[str, str]) -> None:

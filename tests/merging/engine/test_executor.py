@@ -58,6 +58,11 @@ def test_two_processes(processes, recipe, tmp_path):
     check_same_bytes(recipe, tmp_path, partial(merge, executor=processes))
 
 
+def test_experts_keep_their_order(processes, recipe, tmp_path):
+    reversed_experts = dict(sorted(recipe["experts"].items(), reverse=True))
+    check_same_bytes({**recipe, "experts": reversed_experts}, tmp_path, partial(merge, executor=processes))
+
+
 def test_two_processes_go_on(processes, recipe, tmp_path):
     merge(recipe, tmp_path / "expected" / "out")
 
