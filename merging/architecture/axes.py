@@ -308,9 +308,9 @@ def _label_residual(
 
     What the last layer gives must be read by one of the tensors: else the order of the outputs would change.
     """
-    tied = any(
-        str(kind).endswith(("ForCausalLM", "LMHeadModel")) for kind in config.get("architectures") or ()
-    )
+    kinds = config.get("architectures")
+    listed = kinds if isinstance(kinds, list) else []
+    tied = any(str(kind).endswith(("ForCausalLM", "LMHeadModel")) for kind in listed)
     if not tied and not any(tensor.role in _READERS for tensor in everything):
         return
     places = [place for tensor in everything for place in _residual_places(tensor)]
