@@ -412,7 +412,8 @@ def _publish_merge(
 ) -> str:
     def fill(run_id: str) -> None:
         _log(client, run_id, merge.params, merge.metrics, merge.curve)
-        client.log_inputs(run_id, _inputs(merge.lineage))
+        with turn(client, experiment_id):  # MLflow fails where two write the same data set for the first time
+            client.log_inputs(run_id, _inputs(merge.lineage))
         for file in merge.files:
             client.log_artifact(run_id, file)
 
