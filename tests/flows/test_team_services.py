@@ -144,9 +144,10 @@ def test_a_worker_runs_the_pipeline_and_the_second_run_does_nothing(team: Team) 
         stored, outputs, lock = team.stored(), team.outputs(), team.lock()
         print(stored)
         second = team.run_deployment()
+        # Before the worker ends, and with it the process that may not have sent all of its logs.
+        wait_for(lambda: any("nothing to publish" in line for line in logs(team.prefect, second)), END_SECONDS)
     tasks = task_runs(team.prefect, second)
     assert tasks.pop("publish") == "Completed" and set(tasks.values()) == {"Cached"}
-    wait_for(lambda: any("nothing to publish" in line for line in logs(team.prefect, second)), END_SECONDS)
     assert (team.stored(), team.outputs(), team.lock()) == (stored, outputs, lock)
 
     # What each server has stored.
