@@ -16,6 +16,7 @@ from functools import cache
 from importlib.metadata import distributions
 from inspect import getfile
 from pathlib import Path
+from sysconfig import get_path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence, cast
 
 from mergeline.merging.canonical import text_digest
@@ -203,8 +204,13 @@ def _code(paths: tuple[Path, ...], memo: Path) -> list[str | None]:
 
 @cache
 def _packages() -> list[str]:
-    """What is installed, and its versions."""
-    return sorted(f"{found.name} {found.version}" for found in distributions())
+    """What is installed, and its versions; but what a package has inside of it, and shows once imported, as Ray does."""
+    sites = {Path(get_path("purelib")), Path(get_path("platlib"))}
+    return sorted(
+        f"{found.name} {found.version}"
+        for found in distributions()
+        if sites.isdisjoint(Path(str(found.locate_file(""))).parents)
+    )
 
 
 def _machine(device: str) -> list[str]:
