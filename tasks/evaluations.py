@@ -204,7 +204,7 @@ def _code(paths: tuple[Path, ...], memo: Path) -> list[str | None]:
 
 @cache
 def _packages() -> list[str]:
-    """What is installed, and its versions; not what a package has inside of it, and shows once imported, as Ray does."""
+    """What is installed, and its versions; not what a package has inside, and shows once imported, as Ray does."""
     sites = {Path(get_path("purelib")), Path(get_path("platlib"))}
     return sorted(
         f"{found.name} {found.version}"

@@ -145,7 +145,9 @@ def test_a_worker_runs_the_pipeline_and_the_second_run_does_nothing(team: Team) 
         print(stored)
         second = team.run_deployment()
         # Before the worker ends, and with it the process that may not have sent all of its logs.
-        wait_for(lambda: any("nothing to publish" in line for line in logs(team.prefect, second)), END_SECONDS)
+        wait_for(
+            lambda: any("nothing to publish" in line for line in logs(team.prefect, second)), END_SECONDS
+        )
     tasks = task_runs(team.prefect, second)
     assert tasks.pop("publish") == "Completed" and set(tasks.values()) == {"Cached"}
     assert (team.stored(), team.outputs(), team.lock()) == (stored, outputs, lock)
