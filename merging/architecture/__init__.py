@@ -3,9 +3,11 @@
 from mergeline.merging.architecture import describe
 
 `tensors` says what can be said of a tensor, `rows` how architectures name theirs, `model` reads a model with both,
-`axes` finds the dimensions that move together, and `renames` knows what names on disk become in memory.
+`axes` finds the dimensions that move together, `classes` the classes that a configuration names, and `renames` knows
+what names on disk become in memory.
 """
 
+from mergeline.merging.architecture.classes import classes_of
 from mergeline.merging.architecture.model import Model, describe, describe_all, layer_counts, layer_of
 from mergeline.merging.architecture.renames import InMemory, disk_name, in_memory, memory_name, on_disk
 from mergeline.merging.architecture.rows import Pattern, Row, prompt_role, register
@@ -33,6 +35,7 @@ __all__ = [
     "Role",
     "Row",
     "TensorRole",
+    "classes_of",
     "describe",
     "describe_all",
     "disk_name",

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from typing import Any, Collection, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
+from mergeline.merging.architecture.classes import is_causal
 from mergeline.merging.architecture.tensors import Role, TensorRole
 
 _UP = (Role.MLP_UP, Role.MLP_GATE, Role.MLP_GATE_UP)
@@ -308,10 +309,7 @@ def _label_residual(
 
     What the last layer gives must be read by one of the tensors: else the order of the outputs would change.
     """
-    kinds = config.get("architectures")
-    listed = kinds if isinstance(kinds, list) else []
-    tied = any(str(kind).endswith(("ForCausalLM", "LMHeadModel")) for kind in listed)
-    if not tied and not any(tensor.role in _READERS for tensor in everything):
+    if not is_causal(config) and not any(tensor.role in _READERS for tensor in everything):
         return
     places = [place for tensor in everything for place in _residual_places(tensor)]
     widths = {place.tensor.shape[place.axis] for place in places}

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Iterable, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.architecture.axes import label_axes
+from mergeline.merging.architecture.classes import is_causal
 from mergeline.merging.architecture.rows import COMMON, Pattern, rows_for
 from mergeline.merging.architecture.tensors import PackedExperts, Role, TensorRole, kind_of
 
 _LAYER = re.compile(r"^(.*?(?:^|\.))(\d+)\.")
 _EXPERT = re.compile(r"(?<![^.])(experts\.(?:expert_)?)(\d+)(?=\.)")
-_CAUSAL = re.compile(r"ForCausalLM$|LMHeadModel$")
 _BUFFERS = {
     "running_mean": Role.RUNNING_MEAN,
     "running_var": Role.RUNNING_VARIANCE,
@@ -93,14 +93,12 @@ def describe(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any] | No
     axes, units = label_axes(tensors, permutes, rows[0].towers if rows else {}, config)
     for name, tensor in tensors.items():
         object.__setattr__(tensor, "axes", axes[name])  # nobody has it yet; thousands of copies take long
-    listed = config.get("architectures")
-    named = listed if isinstance(listed, list) else []
     return Model(
         architecture=rows[0].id if rows else "unknown",
         tensors=tensors,
         layers=layers,
         units=units,
-        causal=any(_CAUSAL.search(str(name)) for name in named),
+        causal=is_causal(config),
         permutes=permutes,
     )
 

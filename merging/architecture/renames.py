@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Iterable, Mapping, NamedTuple
 
+from mergeline.merging.architecture.classes import classes_of
+
 Patterns = tuple[tuple[str, str], ...]
 
 
@@ -360,8 +362,7 @@ def _placed(name: str, config: Mapping[str, Any], inside: bool) -> InMemory:
 
 def _row(config: Mapping[str, Any], inside: bool) -> Renaming | None:
     """The row of a configuration: that of its class, or of its type."""
-    listed = config.get("architectures")
-    keys = [*(listed if isinstance(listed, list) and not inside else ()), config.get("model_type")]
+    keys = [*(() if inside else classes_of(config)), config.get("model_type")]
     found = (_rows().get((key, inside)) for key in keys if isinstance(key, str))
     return next((row for row in found if row is not None), None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Mapping
 
-from mergeline.merging.architecture import Role, describe, memory_name
+from mergeline.merging.architecture import Role, classes_of, describe, memory_name
 from mergeline.merging.checkpoints.checkpoint import Checkpoint
 from mergeline.merging.checkpoints.companions import read_config
 
@@ -60,9 +60,10 @@ def tied_head(checkpoint: Checkpoint) -> TiedHead | None:
         UserError: a configuration that is no JSON object.
     """
     config = read_config(checkpoint.folder)
-    listed = config.get("architectures")
-    classes = [str(name) for name in listed] if isinstance(listed, list) else []
-    if not any(name.endswith(_WITH_HEAD) for name in classes) or config.get("tie_word_embeddings") is False:
+    if (
+        not any(name.endswith(_WITH_HEAD) for name in classes_of(config))
+        or config.get("tie_word_embeddings") is False
+    ):
         return None
     tensors = describe({name: info.shape for name, info in checkpoint.tensors.items()}, config).tensors
     found = [
@@ -77,11 +78,11 @@ def tied_head(checkpoint: Checkpoint) -> TiedHead | None:
 def shares_embedding(checkpoint: Checkpoint, name: str) -> bool:
     """Whether several modules have an embedding in a way that `tied_head` does not know, as of T5 or masked LMs."""
     config = read_config(checkpoint.folder)
-    listed = config.get("architectures")
-    classes = [str(kind) for kind in listed] if isinstance(listed, list) else []
     if name.endswith("shared.weight"):
         return True
-    if config.get("tie_word_embeddings") is False or not any(c.endswith(_WITH_MATRIX) for c in classes):
+    if config.get("tie_word_embeddings") is False or not any(
+        kind.endswith(_WITH_MATRIX) for kind in classes_of(config)
+    ):
         return False
     tensors = describe({n: info.shape for n, info in checkpoint.tensors.items()}, config).tensors
     return not any(tensor.role is Role.HEAD for tensor in tensors.values())

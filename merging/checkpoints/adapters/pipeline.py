@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Mapping, NamedTuple
 
+from mergeline.merging.architecture import classes_of
 from mergeline.merging.checkpoints.adapters.config import (
     AdapterConfig,
     read_adapter_config,
@@ -162,6 +163,5 @@ def _changed(name: str, component: Checkpoint, adapted: Checkpoint) -> dict[str,
 def _classes(component: Checkpoint) -> list[str]:
     """The classes that the configuration of a component names."""
     config: dict[str, Any] = read_config(component.folder)
-    listed = config.get("architectures")
-    named = [config.get("_class_name"), *(listed if isinstance(listed, list) else [])]
+    named = [config.get("_class_name"), *classes_of(config)]
     return [kind for kind in named if isinstance(kind, str)]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from math import prod
 from typing import Any, Mapping, NamedTuple
 
+from mergeline.merging.architecture.classes import classes_of
 from mergeline.merging.architecture.diffusion import LayerNames
 from mergeline.merging.checkpoints.adapters.config import AdapterConfig, checked_config
 from mergeline.merging.checkpoints.adapters.names import BaseNames
@@ -138,8 +139,7 @@ def _component_of(base: Checkpoint, config: Mapping[str, Any], file: Checkpoint)
         return "transformer"
     if name in _DOTTED:
         return name
-    listed = config.get("architectures")
-    classes = listed if isinstance(listed, list) else []
+    classes = classes_of(config)
     if "CLIPTextModelWithProjection" in classes:
         return "text_encoder_2"
     if "CLIPTextModel" in classes:
