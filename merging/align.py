@@ -9,7 +9,7 @@ Git Re-Basin's weight matching; several: MergeMany), or by activations that were
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +40,14 @@ from mergeline.merging.engine.places import refuse_place
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import read_object, staged
 from mergeline.merging.permutations import matching, spectra
-from mergeline.merging.permutations.groups import Group, Orders, groups_of, reordered
+from mergeline.merging.permutations.groups import (
+    Group,
+    Orders,
+    activation_keys,
+    groups_of,
+    kind_of,
+    reordered,
+)
 from mergeline.merging.permutations.matching import Alike, Match
 
 if TYPE_CHECKING:
@@ -187,22 +194,17 @@ def family_of(
         config = {**config, "num_attention_heads": heads}
     model = describe({name: info.shape for name, info in base.tensors.items()}, config)
     groups = groups_of(model)
-    kinds = sorted({kind_of(group) for group in groups})
+    kinds = sorted({group.kind for group in groups})
     for kind in leave:
         if kind not in kinds:
             raise UserError(f"leave '{kind}': there are no such groups{did_you_mean(kind, kinds)}")
-    groups = [group for group in groups if kind_of(group) not in leave]
+    groups = [group for group in groups if group.kind not in leave]
     if not groups:
         raise UserError(
             f"{base.path}: it is not known what may be permuted in a model of this kind ({model.architecture}); see "
             "docs/permutations.md for those that are known"
         )
     return Family(checkpoints, model, [_shared(group, checkpoints) for group in groups])
-
-
-def kind_of(group: Group) -> str:
-    """The last part of a group's name."""
-    return group.name.rpartition(".")[2]
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -302,7 +304,7 @@ def _matched(
 def _by_activations(groups: Sequence[Group], collected: Checkpoint) -> Orders:
     orders = {}
     for group in groups:
-        keys = [f"{group.name}/{part}" for part in ("units", *map(str, range(len(group.splits))))]
+        keys = activation_keys(group)
         if missing := [key for key in keys if key not in collected.tensors]:
             raise UserError(
                 f"{collected.path}: has nothing on '{missing[0]}'; collect the activations of these models"
@@ -389,19 +391,16 @@ def _described(told: dict[str, Any], family: Family, writer: CheckpointWriter, s
 def summary(manifest: Manifest) -> list[str]:
     """What moved and what did not, in lines."""
     told = manifest["aligned"]
-    counts: Counter[str] = Counter(name.rpartition(".")[2] for name in told["groups"])
-    moved = {
-        kind: [
-            sum(g[key] for name, g in told["groups"].items() if name.rpartition(".")[2] == kind)
-            for key in ("moved", "units")
-        ]
-        for kind in counts
-    }
+    by_kind: dict[str, list[dict[str, int]]] = defaultdict(list)
+    for name, group in told["groups"].items():
+        by_kind[kind_of(name)].append(group)
     far = told["distance"]
-    lines = [
-        f"{kind}: {some} of {all_} units moved, in {counts[kind]} group{'s' if counts[kind] > 1 else ''}"
-        for kind, (some, all_) in sorted(moved.items())
-    ]
+    lines = []
+    for kind, groups in sorted(by_kind.items()):
+        moved, units = (sum(group[key] for group in groups) for key in ("moved", "units"))
+        lines.append(
+            f"{kind}: {moved} of {units} units moved, in {len(groups)} group{'s'[: len(groups) > 1]}"
+        )
     if told["kept"]:
         first = ", ".join(told["kept"][:3]) + (", ..." if len(told["kept"]) > 3 else "")
         lines.append(f"kept as they are: {len(told['kept'])} tensors ({first})")

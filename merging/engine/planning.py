@@ -108,7 +108,7 @@ def _stack_layers(plan: Plan, headers: Headers) -> None:
             )
         else:
             plan.entries.append(make_entry(plan, "merge", name, tensor.sources, tensor.base, bound))
-    for name, info in sorted(made.rest.items()):
+    for name, info in made.rest.items():
         plan.entries.append(make_entry(plan, "copy", name, {}, info))
     if made.rest:
         plan.warnings.append(

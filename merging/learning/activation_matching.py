@@ -28,7 +28,7 @@ from mergeline.merging.files import publish, staged
 from mergeline.merging.lazy import torch
 from mergeline.merging.learning.network import Batch, Examples, Network, batch_size, mask_of
 from mergeline.merging.learning.watching import Applied, watched
-from mergeline.merging.permutations.groups import Place
+from mergeline.merging.permutations.groups import Place, activation_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,8 +113,8 @@ def collect_activations(
     if missing:
         raise UserError(f"'{missing[0]}': nothing of it is seen on the examples; match by weights")
     for group in family.groups:  # where all is in parts, or in none
-        for which, count in enumerate([group.units, *(group.units * split.size for split in group.splits)]):
-            found.setdefault(_key(group.name, which), torch.zeros(count, count))
+        for key, count in zip(activation_keys(group), group.counts):
+            found.setdefault(key, torch.zeros(count, count))
     specs = [TensorSpec(key, "F32", tuple(t.shape), 4 * t.numel()) for key, t in sorted(found.items())]
     told = {"split": examples.split, "data": dict(examples.digests)}
     with staged(out) as folder:
@@ -136,10 +136,6 @@ def _is_own(path: Path) -> bool:
         return False
 
 
-def _key(group: str, which: int) -> str:
-    return f"{group}/{'units' if which == 0 else which - 1}"
-
-
 def _collected(
     family: Family, network: Network, examples: Examples, progress: Callable[[int, int], None] | None
 ) -> dict[str, Tensor]:
@@ -147,10 +143,11 @@ def _collected(
     own = network.tensors()
     wanted: dict[str, list[_Seen]] = defaultdict(list)
     for group in family.groups:
+        keys = activation_keys(group)
         for place, count, which in group.counted:
             role = family.model.tensors[place.name]
             if place.name in own and len(role.shape) > 1:
-                seen = _Seen(_key(group.name, which), count, place, place.axis == _inputs(role))
+                seen = _Seen(keys[which], count, place, place.axis == _inputs(role))
                 wanted[place.name].append(seen)
     watch = {name: own[name] for name in wanted}
     states = [

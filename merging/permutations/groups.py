@@ -23,6 +23,16 @@ _VALUES = (Role.VALUE, Role.ATTENTION_OUTPUT)
 _SCORES = (Role.QUERY, Role.KEY)
 
 
+def kind_of(group: str) -> str:
+    """The last part of a group's name."""
+    return group.rpartition(".")[2]
+
+
+def activation_keys(group: Group) -> list[str]:
+    """What the tensors are called that say how alike the units, and the parts of each split, are on examples."""
+    return [f"{group.name}/{part}" for part in ("units", *range(len(group.splits)))]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the things of a group are counted: a stretch of a dimension of a tensor, as wide for each of them.
@@ -59,11 +69,21 @@ class Group:
     splits: tuple[Split, ...] = ()
 
     @property
+    def kind(self) -> str:
+        """The last part of its name: hidden, heads, residual, conv1 ..."""
+        return kind_of(self.name)
+
+    @property
     def counted(self) -> Iterator[tuple[Place, int, int]]:
         """All places: how many things are counted there, and by which of an `Order`'s tensors."""
         yield from ((place, self.units, 0) for place in self.places)
         for i, split in enumerate(self.splits, 1):
             yield from ((place, self.units * split.size, i) for place in split.places)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many things each of an `Order`'s tensors is of: the units, and the parts of each split."""
+        return [self.units, *(self.units * split.size for split in self.splits)]
 
     @property
     def tensors(self) -> list[str]:

@@ -126,16 +126,12 @@ def match_many(
 
 def weights_alike(reference: State, other: State, group: Group) -> Alike:
     """The sums of products of the weights of any two units of a group."""
-    sums = [torch.zeros(n, n, dtype=torch.float64) for n in _counts(group)]
+    sums = [torch.zeros(n, n, dtype=torch.float64) for n in group.counts]
     for place, count, which in group.counted:
         if place.weighs:
             a, b = (place.rows(state[place.name].float(), count) for state in (reference, other))
             sums[which] += (a @ b.T).double().cpu()
     return Alike(sums[0], tuple(sums[1:]))
-
-
-def _counts(group: Group) -> list[int]:
-    return [group.units, *(group.units * split.size for split in group.splits)]
 
 
 def assigned(group: Group, alike: Alike) -> Order:
