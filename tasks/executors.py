@@ -146,7 +146,7 @@ def _dask(place: Place) -> Iterator[Executor]:
     from distributed import Client, LocalCluster
 
     with ExitStack() as stack:
-        stack.enter_context(_only_errors("distributed"))
+        stack.enter_context(_quiet("distributed"))
         if place.host:
             _refuse_silent(place)
             certified = dask.config.get("distributed.comm.tls.client.cert", None)
@@ -222,8 +222,8 @@ def _refuse_other_code(client: Client, place: Place) -> None:
 
 
 @contextmanager
-def _only_errors(name: str) -> Iterator[None]:
-    """Of a library's messages, none below errors."""
+def _quiet(name: str) -> Iterator[None]:
+    """Of a library's messages only critical ones are shown: errors are raised, and told by who catches them."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.CRITICAL)
