@@ -39,6 +39,20 @@ def save_weights(root: Path) -> None:
         save_file({"w": weight}, root / "in" / f"{name}.safetensors")
 
 
+# What params.yaml says of models that are measured by what `save_with_score` saved.
+SCORED: dict[str, Any] = {
+    "name": "own",
+    "evaluate": {"folder": "measure", "function": "score:score", "suites": {task: [task] for task in TASKS}},
+}
+
+
+def save_with_score(root: Path, code: str) -> None:
+    """The checkpoints of the family, and the code of a function `score` that measures them."""
+    save_weights(root)
+    (root / "measure").mkdir()
+    (root / "measure/score.py").write_text(code)
+
+
 def run_all(root: Path) -> Workspace:
     """Every stage of a workspace, one after the other."""
     workspace = Workspace(root / "params.yaml")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
-from toy_workspace import FAMILY, TASKS, run_all, save_weights
+from toy_workspace import FAMILY, SCORED, run_all, save_with_score
 
 from mergeline.evaluation.state import load_state
 from mergeline.tasks.budget_search import FOLDER
@@ -65,12 +65,8 @@ MERGES: dict[str, Any] = {
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace of models of one weight, in which nothing has run, as the current folder."""
     monkeypatch.chdir(tmp_path)
-    save_weights(tmp_path)
-    (tmp_path / "measure").mkdir()
-    (tmp_path / "measure/score.py").write_text(SCORE)
-    suites = {task: [task] for task in TASKS}
-    own = {"name": "own", "evaluate": {"folder": "measure", "function": "score:score", "suites": suites}}
-    YAML().dump({**FAMILY, **own, "merges": MERGES}, tmp_path / "params.yaml")
+    save_with_score(tmp_path, SCORE)
+    YAML().dump({**FAMILY, **SCORED, "merges": MERGES}, tmp_path / "params.yaml")
     return tmp_path
 
 

@@ -16,7 +16,7 @@ import pytest
 from checkpoints import refused
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file
-from toy_workspace import FAMILY, TASKS, run_all, save_weights
+from toy_workspace import FAMILY, TASKS, run_all, save_with_score
 
 from mergeline.evaluation.custom.runner import run
 from mergeline.evaluation.custom.settings import Evaluate
@@ -87,9 +87,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace in which nothing has run, as the current folder."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
-    save_weights(tmp_path)
-    (tmp_path / "measure").mkdir()
-    (tmp_path / "measure/score.py").write_text(SCORE)
+    save_with_score(tmp_path, SCORE)
     (tmp_path / "measure/program.py").write_text(PROGRAM)
     write(tmp_path)
     return tmp_path

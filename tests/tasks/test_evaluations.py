@@ -15,7 +15,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file
-from toy_workspace import FAMILY, TASKS, run_all, save_weights
+from toy_workspace import FAMILY, SCORED, TASKS, run_all, save_with_score
 
 from mergeline.flows.pipeline import run_stage
 from mergeline.merging.files import write_bytes
@@ -45,17 +45,13 @@ def score(model, split, tasks, device):
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace in which nothing has run, as the current folder; `calls` has a line a process that measured."""
     monkeypatch.chdir(tmp_path)
-    save_weights(tmp_path)
-    (tmp_path / "measure").mkdir()
-    (tmp_path / "measure/score.py").write_text(SCORE)
+    save_with_score(tmp_path, SCORE)
     write(tmp_path)
     return tmp_path
 
 
 def write(root: Path, **changes: Any) -> None:
-    suites = {task: [task] for task in TASKS}
-    own = {"name": "own", "evaluate": {"folder": "measure", "function": "score:score", "suites": suites}}
-    YAML().dump({**FAMILY, **own, **changes}, root / "params.yaml")
+    YAML().dump({**FAMILY, **SCORED, **changes}, root / "params.yaml")
 
 
 def calls(root: Path) -> int:

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import refused
 from ruamel.yaml import YAML
 from safetensors.numpy import load_file, save_file
-from toy_workspace import FAMILY, TASKS, run_all, save_weights
+from toy_workspace import FAMILY, SCORED, TASKS, run_all, save_with_score
 
 from mergeline.merging.verify import verify
 from mergeline.tasks.params import load_params
@@ -35,8 +35,8 @@ def score(model, split, tasks, device):
 OUTER = {"method": "slerp", "experts": ["merge:average", "right"], "search": {"t": [0.2, 0.7]}}
 PARAMS: dict[str, Any] = {
     **FAMILY,
+    **SCORED,
     "name": "chained",
-    "evaluate": {"folder": "measure", "function": "score:score", "suites": {task: [task] for task in TASKS}},
     "merges": {**FAMILY["merges"], "left_only": {"method": "task_arithmetic", "experts": ["left"]}},
     "merges_of_merges": {
         "outer": OUTER,
@@ -53,9 +53,7 @@ PARAMS: dict[str, Any] = {
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    save_weights(tmp_path)
-    (tmp_path / "measure").mkdir()
-    (tmp_path / "measure/score.py").write_text(SCORE)
+    save_with_score(tmp_path, SCORE)
     write(tmp_path)
     return tmp_path
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_zoo import build, config_of, run_on
+from model_zoo import build, config_of, run_on, shaken_state
 
 from mergeline.merging.architecture import describe
 from mergeline.merging.permutations.groups import (
@@ -50,11 +50,7 @@ def shaken(name: str) -> tuple[Any, dict[str, torch.Tensor], list[Group]]:
     """A model of the zoo with weights that nothing hides, these, and its groups."""
     torch.manual_seed(0)
     model = build(name)
-    state = model.state_dict()
-    for key, tensor in state.items():  # norms of ones and biases of zeros would hide a mistake
-        if tensor.is_floating_point():
-            noise_X = torch.randn_like(tensor)
-            state[key] = 1 + noise_X.abs() / 2 if key.endswith("running_var") else tensor + noise_X / 9
+    state = shaken_state(model)
     model.load_state_dict(state)
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     return model, dict(state), groups_of(describe(shapes, CONFIGS.get(name) or config_of(model)))
