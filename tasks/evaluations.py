@@ -204,13 +204,16 @@ def _code(paths: tuple[Path, ...], memo: Path) -> list[str | None]:
 
 @cache
 def _packages() -> list[str]:
-    """What is installed, and its versions; not what a package has inside, and shows once imported, as Ray does."""
+    """What is installed, and its versions: of two of one name that which is imported.
+
+    Not what a package has inside, and shows once imported, as Ray does.
+    """
     sites = {Path(get_path("purelib")), Path(get_path("platlib"))}
-    return sorted(
-        f"{found.name} {found.version}"
-        for found in distributions()
-        if sites.isdisjoint(Path(str(found.locate_file(""))).parents)
-    )
+    versions: dict[str, str] = {}
+    for found in distributions():  # in the order in which places are searched
+        if sites.isdisjoint(Path(str(found.locate_file(""))).parents):
+            versions.setdefault(found.name, found.version)
+    return sorted(f"{name} {version}" for name, version in versions.items())
 
 
 def _machine(device: str) -> list[str]:

@@ -35,6 +35,6 @@ def test_each_pair_is_trained_and_aligned(kind, kinds, tmp_path):
     for name in NAMES:
         assert "loss" in write_model(kind, name, tmp_path, share=0.005)
     a, b = (tmp_path / kind / name for name in NAMES)
-    assert {kind_of(group) for group in family_of(a, {"b": b}).groups} == kinds
+    assert {kind_of(group.name) for group in family_of(a, {"b": b}).groups} == kinds
     told = align(a, {"b": b}, tmp_path / "out")["b"]["aligned"]
     assert told["distance"]["after"] < told["distance"]["before"]
