@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Mapping
 
 from mergeline.evaluation.dense_prediction.metrics import Target
 from mergeline.evaluation.state import fill, load_state
+from mergeline.merging.architecture.classes import classes_of
 from mergeline.merging.checkpoints.companions import CONFIG
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import read_object
@@ -87,9 +88,9 @@ def open_predictor(folder: Path, model: str, head: Mapping[str, Tensor], device:
 
 
 def _kind(folder: Path) -> str:
-    named = read_object(folder / CONFIG).get("architectures") or ["none"]
+    named = classes_of(read_object(folder / CONFIG)) or ["none"]
     for ending, kind in _KINDS.items():
-        if str(named[0]).endswith(ending):
+        if named[0].endswith(ending):
             return kind
     raise UserError(
         f"{folder}: its {CONFIG} names the class {named[0]}, which predicts nothing of every pixel; expected are "

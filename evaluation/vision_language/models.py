@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from mergeline.evaluation.pretrained import load_pretrained, load_processor, opening, refuse_corrections
 from mergeline.evaluation.vision_language.images import open_image
+from mergeline.merging.architecture.classes import classes_of
 from mergeline.merging.checkpoints.companions import CONFIG
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import read_object
@@ -115,7 +116,7 @@ def refuse_other_kinds(folder: Path) -> None:
 
 
 def _where_it_belongs(config: dict[str, Any]) -> str:
-    made_for = " ".join(map(str, config.get("architectures") or ()))
+    made_for = " ".join(classes_of(config))
     if config.get("is_encoder_decoder"):
         return "for encoders with a decoder write `text2text:`"
     if "ForImageClassification" in made_for:

@@ -34,10 +34,10 @@ LAYER = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
 GROUND = {"architecture", "canonical", "errors", "files", "keys", "lazy", "reading", "strict_yaml"}
 # What evaluation may know of merging: nothing of how merges are made.
 LEAVES = {
-    "checkpoints.checkpoint", "checkpoints.companions", "checkpoints.components", "checkpoints.dcp",
-    "checkpoints.gguf_header", "checkpoints.heads", "checkpoints.modules", "checkpoints.pickled", "checkpoints.remote",
-    "checkpoints.router", "checkpoints.shards", "checkpoints.task_adapters", "checkpoints.upscaling", "errors", "files",
-    "reading", "strict_yaml",
+    "architecture.classes", "checkpoints.checkpoint", "checkpoints.companions", "checkpoints.components",
+    "checkpoints.dcp", "checkpoints.gguf_header", "checkpoints.heads", "checkpoints.modules",
+    "checkpoints.pickled", "checkpoints.remote", "checkpoints.router", "checkpoints.shards",
+    "checkpoints.task_adapters", "checkpoints.upscaling", "errors", "files", "reading", "strict_yaml",
 }  # fmt: skip
 
 PIPELINE = {"prefect", "dvc", "mlflow"}

@@ -225,11 +225,10 @@ def test_models_of_another_kind_or_without_a_processor_are_refused(tmp_path, mon
     root = workspace(tmp_path / "work")
     monkeypatch.chdir(root)
     config = json.loads((root / "in/depth/config.json").read_text())
-    (root / "in/depth/config.json").write_text(
-        json.dumps({**config, "architectures": ["SegformerForImages"]})
-    )
-    with refused("names the class SegformerForImages", "predicts nothing of every pixel"):
-        run_all(root)
+    for named, told in ((["SegformerForImages"], "SegformerForImages"), (True, "none")):
+        (root / "in/depth/config.json").write_text(json.dumps({**config, "architectures": named}))
+        with refused(f"names the class {told}", "predicts nothing of every pixel"):
+            run_all(root)
     (root / "in/depth/config.json").write_text(json.dumps(config))
     (root / "in/base/preprocessor_config.json").unlink()
     with refused("has no preprocessor_config.json", "say mean and std"):

@@ -286,7 +286,7 @@ def prepare(root: Path) -> None:
             {"model_type": "vit", "architectures": ["ViTForImageClassification"]},
             "write `image_classification:`",
         ),
-        ({"model_type": "clip"}, "write `datasets:` and `suite:`"),
+        ({"model_type": "clip", "architectures": True}, "write `datasets:` and `suite:`"),
     ],
 )
 def test_other_kinds_of_models_are_told_where_they_belong(root, changes, said):
