@@ -96,3 +96,17 @@ def test_deployments_of_prefect_yaml_can_be_deployed_also_those_in_comments():
     [trigger] = found[0]["deployments"][0]["triggers"]
     assert trigger["expect"] == [EVENT]
     assert trigger["match"] == {"prefect.resource.id": "mergeline.checkpoint.sample-clip.*"}
+
+
+def test_automations_are_prefects_and_outlast_what_is_expected_between_two_heartbeats():
+    pytest.importorskip("prefect")
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.schemas.automations import AutomationCore
+
+    [entry] = YAML(typ="safe").load(DEPLOY / "automations.yaml")["automations"]
+    automation = AutomationCore.model_validate(entry)
+    every = 180  # seconds, unless deploy/start.py started the worker
+    assert automation.trigger.within.total_seconds() > 2 * every
+    assert automation.trigger.expect >= {"prefect.flow-run.heartbeat", "prefect.flow-run.Completed"}
+    [action] = automation.actions
+    assert action.type == "change-flow-run-state" and action.state == StateType.CRASHED
