@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Callable, Iterable, Sequence
 
 from mergeline.merging.algebra.device import on_cpu
@@ -11,6 +12,8 @@ from mergeline.merging.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_HALF = 1 << 16  # numbers that half of the bits can be
+_SIGN = -1 << 31  # the bit of the sign
 Total = Callable[[Callable[["View"], "Tensor"]], "Tensor"]  # the sum of what a function counts in every view
 
 
@@ -46,7 +49,7 @@ def kth_smallest_of(
 
     # One less than the bits, so that zero has a bin of its own.
     def upper(view: View) -> Tensor:
-        return _histograms(view, unit, rows, (1 << 15) + 1, lambda less, _: [(less >> 16).add_(1)])
+        return _histograms(view, unit, rows, _HALF // 2 + 1, lambda row, _: [(_less(row) >> 16).add_(1)])
 
     counts_T1B = total(upper)
     places = kth(counts_T1B[:, 0, 1:].sum(1).tolist())
@@ -58,9 +61,25 @@ def kth_smallest_of(
 
     def lower(view: View) -> Tensor:
         bins = upper_TK.tolist()
-        return _histograms(view, unit, rows, 1 << 16, lambda less, t: _inside(less, bins[t]))
+        return _histograms(view, unit, rows, _HALF, lambda row, t: _inside(_less(row), bins[t]))
 
     lower_TK, _ = _locate(total(lower), kth_TK - before_TK)
+    return _joined(upper_TK, lower_TK)
+
+
+def _less(tau_X: Tensor) -> Tensor:
+    """The bits of the magnitudes, less one: (numel,) int32."""
+    return magnitude_bits(tau_X).sub_(1)
+
+
+def _signed(tau_X: Tensor) -> Tensor:
+    """The same with the sign's bit, but for zeros, which are -1."""
+    bits_X = tau_X.reshape(-1).float().view(torch.int32)
+    return (bits_X & ~_SIGN).sub_(1).bitwise_or_(bits_X & _SIGN)
+
+
+def _joined(upper_TK: Tensor, lower_TK: Tensor) -> list[list[float]]:
+    """The magnitudes whose bits, less one, have these halves."""
     return ((upper_TK << 16) + lower_TK + 1).to(torch.int32).view(torch.float32).tolist()
 
 
@@ -82,11 +101,11 @@ def _histograms(
     bins: int,
     keys: Callable[[Tensor, int], Sequence[Tensor]],
 ) -> Tensor:
-    """How often each of K kinds of keys occurs in the magnitudes, less one, of each row: (T, K, bins)."""
+    """How often each of K kinds of `keys`, which are given a row and its number, occurs in each: (T, K, bins)."""
     histograms: list[list[_Histogram]] = []
     for x in view.blocks(unit):
         for t, row in enumerate(rows(x)):
-            found = keys(magnitude_bits(row).sub_(1), t)
+            found = keys(row, t)
             if t == len(histograms):
                 histograms.append([_Histogram(bins) for _ in found])
             for histogram, values in zip(histograms[t], found):
@@ -140,6 +159,37 @@ def magnitude_thresholds(total: Total, kth_T: Sequence[int]) -> list[float]:
     places = [[max(kth, 1)] for kth in kth_T]
     found = kth_smallest(total, lambda x: x.task_vectors, "element", places)
     return [threshold if kth else 0.0 for kth, [threshold] in zip(kth_T, found)]
+
+
+def thresholds_and_signs(total: Total, kth_T: Sequence[int]) -> tuple[list[float], int]:
+    """The same, and how many more of all entries that reach their threshold are positive than negative.
+
+    Histograms that tell signs apart say both, so that the model is read no third time.
+    """
+    half = _HALF // 2  # the upper halves of negative numbers are less than those of positive ones by so much
+    histograms = partial(_histograms, unit="element", rows=lambda x: x.task_vectors, bins=_HALF)
+
+    def upper(view: View) -> Tensor:
+        return histograms(view, keys=lambda row, _: [(_signed(row) >> 16).add_(half)])
+
+    negative_TB, zero_T1, positive_TB = total(upper)[:, 0].tensor_split([half - 1, half], dim=-1)
+    positive_TB = positive_TB[:, :-1]
+    kth_T1 = torch.tensor(kth_T)[:, None].clamp(min=1)
+    bin_T1, before_T1 = _locate(torch.cat([zero_T1, positive_TB + negative_TB], -1)[:, None], kth_T1)
+    upper_T = (bin_T1[:, 0] - 1).tolist()
+
+    def lower(view: View) -> Tensor:
+        return histograms(view, keys=lambda row, t: _inside(_signed(row), [upper_T[t], upper_T[t] - half]))
+
+    counts_T2B = total(lower)
+    lower_T1, _ = _locate(counts_T2B.sum(1, keepdim=True), kth_T1 - before_T1)
+    threshold_T = [v if kth else 0.0 for kth, [v] in zip(kth_T, _joined(bin_T1 - 1, lower_T1))]
+    more = 0
+    for t, (above, least) in enumerate(zip(bin_T1[:, 0].tolist(), lower_T1[:, 0].tolist())):
+        more += int((positive_TB - negative_TB)[t, above:].sum())
+        if above > 0:  # else what has this upper half is zero
+            more += int((counts_T2B[t, 0] - counts_T2B[t, 1])[least:].sum())
+    return threshold_T, more
 
 
 def place_of_largest(elements: int, density: float) -> int:
