@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _HALF = 1 << 16  # numbers that half of the bits can be
-_SIGN = -1 << 31  # the bit of the sign
+_ZERO = _HALF // 2 - 1  # no finite number has it for the upper half of its bits
 Total = Callable[[Callable[["View"], "Tensor"]], "Tensor"]  # the sum of what a function counts in every view
 
 
@@ -73,9 +73,8 @@ def _less(tau_X: Tensor) -> Tensor:
 
 
 def _signed(tau_X: Tensor) -> Tensor:
-    """The same with the sign's bit, but for zeros, which are -1."""
-    bits_X = tau_X.reshape(-1).float().view(torch.int32)
-    return (bits_X & ~_SIGN).sub_(1).bitwise_or_(bits_X & _SIGN)
+    """The bits less one, with the sign's: (numel,) int32. The upper half of zeros is _ZERO, maybe with a sign's bit."""
+    return tau_X.reshape(-1).float().view(torch.int32).sub(1)
 
 
 def _joined(upper_TK: Tensor, lower_TK: Tensor) -> list[list[float]]:
@@ -92,6 +91,19 @@ def _inside(values: Tensor, uppers: Sequence[int]) -> list[Tensor]:
     array = values.numpy()  # its boolean indexing is eight times faster
     halves = array >> 16
     return [torch.from_numpy(array[halves == upper] & np.int32(0xFFFF)) for upper in uppers]
+
+
+def _inside_by_sign(values: Tensor, upper: int) -> Tensor:
+    """The lower halves of those that have an upper half, whatever the sign's bit, which comes before them."""
+    mask, wanted = _ZERO << 16, (upper & _ZERO) << 16
+    if on_cpu(values):
+        import numpy as np
+
+        array = values.numpy()
+        chosen = torch.from_numpy(array[(array & np.int32(mask)) == np.int32(wanted)])
+    else:
+        chosen = values[(values & mask) == wanted]
+    return ((chosen >> 15) & _HALF).bitwise_or_(chosen & 0xFFFF)
 
 
 def _histograms(
@@ -166,30 +178,39 @@ def thresholds_and_signs(total: Total, kth_T: Sequence[int]) -> tuple[list[float
 
     Histograms that tell signs apart say both, so that the model is read no third time.
     """
-    half = _HALF // 2  # the upper halves of negative numbers are less than those of positive ones by so much
-    histograms = partial(_histograms, unit="element", rows=lambda x: x.task_vectors, bins=_HALF)
+    histograms = partial(_histograms, unit="element", rows=lambda x: x.task_vectors)
 
     def upper(view: View) -> Tensor:
-        return histograms(view, keys=lambda row, _: [(_signed(row) >> 16).add_(half)])
+        return histograms(
+            view, bins=_HALF, keys=lambda row, _: [(_signed(row) >> 16).bitwise_and_(_HALF - 1)]
+        )
 
-    negative_TB, zero_T1, positive_TB = total(upper)[:, 0].tensor_split([half - 1, half], dim=-1)
-    positive_TB = positive_TB[:, :-1]
+    counts_T2B = total(upper)[:, 0].unflatten(1, (2, -1))  # of positive numbers, and of negative ones
+    zero_T1, counts_T2B = counts_T2B[..., _ZERO:].sum(1), counts_T2B[..., :_ZERO]
     kth_T1 = torch.tensor(kth_T)[:, None].clamp(min=1)
-    bin_T1, before_T1 = _locate(torch.cat([zero_T1, positive_TB + negative_TB], -1)[:, None], kth_T1)
-    upper_T = (bin_T1[:, 0] - 1).tolist()
+    bin_T1, before_T1 = _locate(torch.cat([zero_T1, counts_T2B.sum(1)], -1)[:, None], kth_T1)
+    upper_T1 = bin_T1 - 1
 
     def lower(view: View) -> Tensor:
-        return histograms(view, keys=lambda row, t: _inside(_signed(row), [upper_T[t], upper_T[t] - half]))
+        uppers = upper_T1[:, 0].tolist()
+        return histograms(
+            view, bins=2 * _HALF, keys=lambda row, t: [_inside_by_sign(_signed(row), uppers[t])]
+        )
 
-    counts_T2B = total(lower)
-    lower_T1, _ = _locate(counts_T2B.sum(1, keepdim=True), kth_T1 - before_T1)
-    threshold_T = [v if kth else 0.0 for kth, [v] in zip(kth_T, _joined(bin_T1 - 1, lower_T1))]
+    lower_T2B = total(lower)[:, 0].unflatten(1, (2, -1))
+    lower_T1, _ = _locate(lower_T2B.sum(1, keepdim=True), kth_T1 - before_T1)
+    threshold_T = [v if kth else 0.0 for kth, [v] in zip(kth_T, _joined(upper_T1, lower_T1))]
     more = 0
-    for t, (above, least) in enumerate(zip(bin_T1[:, 0].tolist(), lower_T1[:, 0].tolist())):
-        more += int((positive_TB - negative_TB)[t, above:].sum())
-        if above > 0:  # else what has this upper half is zero
-            more += int((counts_T2B[t, 0] - counts_T2B[t, 1])[least:].sum())
+    for t, (bin, least) in enumerate(zip(bin_T1[:, 0].tolist(), lower_T1[:, 0].tolist())):
+        more += _more(counts_T2B[t, :, bin:])
+        if bin > 0:  # else zeros have this upper half
+            more += _more(lower_T2B[t, :, least:])
     return threshold_T, more
+
+
+def _more(counts_2B: Tensor) -> int:
+    positive, negative = counts_2B.sum(1).tolist()
+    return positive - negative
 
 
 def place_of_largest(elements: int, density: float) -> int:
