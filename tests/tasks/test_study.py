@@ -14,7 +14,7 @@ from mergeline.tasks.study import Point, front, study
 
 SPACE = {"x": {"low": 0.01, "high": 1, "log": True}, "y": {"low": 0, "high": 4, "step": 0.5}}
 TASKS = ["b", "a"]  # not in the order of the alphabet
-SAMPLERS = ["tpe", "cmaes", "nsga2", "random"]
+SAMPLERS = ["tpe", "cmaes", "nsga2", "map", "random"]
 
 
 class Stop(Exception):
