@@ -111,12 +111,12 @@ def _surrogate(
 ) -> dict[str, Any] | None:
     """How far the quadratics of a search by MAP are off, by tasks; None where its space had too few points to fit them.
 
-    Root mean squares of what they miss: `bootstrap_error`, of fits to four fifths of the sampled points, at the others;
+    Root mean squares of what they miss: `bootstrap_error`, of fits to most of the sampled points, at the others;
     `front_error`, at points that were measured because they are on the front.
     """
     from mergeline.merging.algebra.surrogate import bootstrap_error
 
-    count = sampled(search, branch.space, experts)
+    count, seed = sampled(search, branch.space, experts), params.seed % 2**32
     if len(found) <= count:
         return None
     inside, outside = found[:count], found[count:]
@@ -128,7 +128,7 @@ def _surrogate(
         "tasks": {
             task: {
                 "activation": one.activation,
-                "bootstrap_error": bootstrap_error(inside_ND, values[task], one.activation, params.seed),
+                "bootstrap_error": bootstrap_error(inside_ND, values[task], one.activation, seed),
                 "front_error": float(((one.at(outside_KD) - measured[task]) ** 2).mean() ** 0.5),
             }
             for task, one in fitted.items()

@@ -37,7 +37,7 @@ def front_of(modality: Modality, params: Params, name: str, build: Path) -> Json
     file = build / "search" / f"{name}.json"
     if not file.is_file():
         raise UserError(f"{name} was not searched yet; run `mergeline run --only search@{name}` first")
-    found = read_object(file)
+    found = read_object(file, mend="search again")
     whole = {i: point for i, point in enumerate(found["points"]) if not point.get("dropped")}
     if not whole:
         raise UserError(f"{name} has no search, and so one point alone; give it one in params.yaml")

@@ -83,7 +83,7 @@ def study(
     seed = seed if search.seed is None else search.seed
     asked: _Asked | _Planned
     if search.sampler == "map":
-        asked = _Planned(search, branches[0], experts, seed)
+        asked = _Planned(search, branches[0], experts, seed % 2**32)
     else:
         asked = _Asked(search, branches, experts, seed, tasks)
     told = _read(record) if record else []

@@ -18,7 +18,7 @@ Scores = Mapping[str, float]  # by task
 Pairs = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 640, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 34, 24, 62  # room around the axes
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 60, 24, 62  # room around the axes
 _LONGEST = 14  # characters of a task's name
 
 
@@ -116,7 +116,7 @@ def _columns(tasks: list[str], front: Sequence[Scores], chosen: int | None, meas
         worst, best = (high, low) if measures.of(task).lower else (low, high)
         axes.append(Axis(worst, best, start=bottom, end=top))
         name = task if len(task) <= _LONGEST else task[: _LONGEST - 1] + "…"
-        columns.append(Column(across.at(i), name, f"{best:.3g}", f"{worst:.3g}"))
+        columns.append(Column(across.at(i), name, *(_short(score) for score in (best, worst))))
     last = max(1, len(front) - 1)
     strands = [
         Strand(
@@ -127,6 +127,10 @@ def _columns(tasks: list[str], front: Sequence[Scores], chosen: int | None, meas
         for i, point in enumerate(front)
     ]
     return Columns(columns, sorted(strands[::-1], key=lambda strand: strand.chosen), top, bottom)
+
+
+def _short(score: float) -> str:
+    return f"{score:.3f}" if abs(score) < 100 else f"{score:.4g}"
 
 
 def render_front(path: Path, found: Json, picked: int | None) -> None:

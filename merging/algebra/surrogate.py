@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Activation = Literal["identity", "sigmoid"]
 
 DRAWS = 30  # of a bootstrap, as MAP has it
-KEPT = 0.8  # of the points of each draw, the same
+LEFT_OUT = 0.2  # of the points, of each draw, the same
 _NEAREST = 1e-3  # to 0 and 1, of values from whose logits a fit begins
 _EVALUATIONS = 500  # of a fit, at most
 
@@ -81,25 +81,25 @@ def activation_of(values_N: Array) -> Activation:
 
 
 def enough(numbers: int) -> int:
-    """The fewest points of which each draw of a bootstrap has as many as a quadratic has coefficients."""
-    least = count(numbers)
-    return next(n for n in range(least, 2 * least + 2) if _kept(n) >= least)
+    """The fewest points that a quadratic is fitted to: a quarter more than it has coefficients."""
+    return -(-5 * count(numbers) // 4)
 
 
 def bootstrap_error(points_ND: Array, values_N: Array, activation: Activation, seed: int) -> float:
-    """The root mean square by which fits to some of the points miss the others, over several draws of them."""
+    """The root mean square by which fits to some of the points miss the others, over several draws of them.
+
+    A draw has four fifths of the points, as MAP has it; or more, where those were hardly more than the coefficients,
+    which would say much of so few points and little of all: half of the surplus at least.
+    """
     rng = np.random.default_rng(seed)
+    points, surplus = len(points_ND), len(points_ND) - count(points_ND.shape[1])
+    left = max(1, min(int(LEFT_OUT * points), surplus // 2))
     squares = []
     for _ in range(DRAWS):
-        order_N = rng.permutation(len(points_ND))
-        inside, outside = order_N[: _kept(len(order_N))], order_N[_kept(len(order_N)) :]
+        outside, inside = np.split(rng.permutation(points), [left])
         fitted = fit(points_ND[inside], values_N[inside], activation)
         squares.append((fitted.at(points_ND[outside]) - values_N[outside]) ** 2)
     return float(np.sqrt(np.concatenate(squares).mean()))
-
-
-def _kept(points: int) -> int:
-    return min(int(KEPT * points), points - 1)
 
 
 def _solved(terms_NC: Array, values_N: Array) -> Array:
