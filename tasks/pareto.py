@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Collection, Mapping
 
@@ -10,6 +11,8 @@ from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import read_object
 from mergeline.tasks.evaluate import PREDICTIONS, read_outcomes
 from mergeline.tasks.merge import recipe_at
+from mergeline.tasks.search_space import holds
+from mergeline.tasks.study import Point, foretold
 
 if TYPE_CHECKING:
     from mergeline.tasks.modality import Modality
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+_FEW = 20  # points that are shown of a front that was foretold
 _NOTE = "by mergeline pareto"  # the end of a note in recipes
 
 
@@ -26,8 +30,8 @@ def front_of(modality: Modality, params: Params, name: str, build: Path) -> Json
     tasks, measures: task -> name, unit and which scores are better. experts: task -> its expert's mean score on the
     same validation examples, where it was measured. points: each with its `index` in the search's file, `method`,
     `params`, `mean`, scores by task (`tasks`), and `shares`, task -> the score over its expert's, where larger scores
-    are better and the expert's is above 0. all: the scores of every point that was measured whole. surrogate: as the
-    search has it.
+    are better and the expert's is above 0. all: parameters and scores of every point that was measured whole.
+    surrogate: as the search has it. foretold: whether the scores are not measured (`foretold_front`).
 
     Raises:
         UserError: there is no finished search of this name.
@@ -45,33 +49,64 @@ def front_of(modality: Modality, params: Params, name: str, build: Path) -> Json
     tasks, experts = list(params.tasks), _experts(modality, params, name, build)
     outcomes = _outcomes(whole.values(), tasks, measures)
     indexes = list(whole)
-    points = []
-    for i in (indexes[k] for k in front(outcomes)):
-        scores = {task: whole[i]["tasks"][task] for task in tasks}
-        shares = {
-            task: scores[task] / experts[task]
-            for task in tasks
-            if experts.get(task, 0) > 0 and not measures.of(task).lower
-        }
-        points.append(
-            {
-                "index": i,
-                "method": whole[i].get("method", found["method"]),
-                "params": whole[i]["params"],
-                "mean": whole[i]["mean"],
-                "tasks": scores,
-                "shares": shares,
-            }
-        )
+    points = [
+        _point(whole[i]["params"], whole[i]["tasks"], experts, measures)
+        | {"index": i, "method": whole[i].get("method", found["method"]), "mean": whole[i]["mean"]}
+        for i in (indexes[k] for k in front(outcomes))
+    ]
     return {
         "merge": name,
         "tasks": tasks,
         **measures.as_json(),
         "experts": experts,
-        "all": [point["tasks"] for point in whole.values()],
+        "all": [{key: point[key] for key in ("params", "tasks")} for point in whole.values()],
         "points": sorted(points, key=lambda point: -measures.mean.turned(point["mean"])),
         "surrogate": found.get("surrogate"),
+        "foretold": False,
     }
+
+
+def foretold_front(params: Params, name: str, found: Json) -> Json:
+    """The front that the quadratics of a search by MAP foretell, in the form of `found`, the measured one.
+
+    They are fitted to all points that were measured; those of the front were not, and have no `index`.
+
+    Raises:
+        UserError: the merge was not searched by MAP, or in another space.
+    """
+    own, experts = params.all_merges[name], len(params.experts_of(name))
+    if not own.within or own.within.sampler != "map" or not found["surrogate"]:
+        raise UserError(f"{name} was not searched by map, so that nothing is foretold; leave out --foretold")
+    [branch] = own.branches
+    measures = measures_of(found)
+    points = []
+    for row in found["all"]:
+        varied = {key: row["params"].get(key) for key in branch.space}
+        if not all(holds(branch.space[key], value, experts) for key, value in varied.items()):
+            raise UserError(f"{name} was searched in another space than params.yaml has; search again first")
+        means = {task: measures.of(task).turned(score) for task, score in row["tasks"].items()}
+        points.append(Point(0, varied, means, 0, 0.0, False, None))
+    front = []
+    for varied, means in foretold(points, branch, experts, params.seed % 2**32):
+        scores = {task: measures.of(task).turned(mean) for task, mean in means.items()}
+        point = _point({**branch.params, **varied}, scores, found["experts"], measures)
+        mean = measures.mean.turned(sum(means.values()) / len(means))
+        front.append(point | {"index": None, "method": branch.method, "mean": mean})
+    return {**found, "points": front, "foretold": True}
+
+
+def shown(found: Json, picked: int | None) -> tuple[Json, int | None]:
+    """The same with a few points of a front that was foretold, the picked one among them; the best mean first."""
+    if not found["foretold"]:
+        return found, picked
+    chosen = {*range(_FEW), *({picked} if picked is not None else ())}
+    mean = measures_of(found).mean
+    order = sorted(
+        (i for i in chosen if i < len(found["points"])),
+        key=lambda i: -mean.turned(found["points"][i]["mean"]),
+    )
+    points = [found["points"][i] for i in order]
+    return {**found, "points": points}, None if picked is None else order.index(picked)
 
 
 def pick(
@@ -131,9 +166,10 @@ def pick(
         *(f"{task} {nearest['shares'][task]:.3f} of its expert" for task in at_least),
         *(f"{task} {nearest['tasks'][task]:.3f}" for task in scores),
     ]
+    settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in nearest["params"].items())
     raise UserError(
-        f"no point of {found['merge']} has {' and '.join(asked)}; the nearest is point {nearest['index']}, with "
-        f"{', '.join(there)}: ask for less, or search on"
+        f"no point of {found['merge']} has {' and '.join(asked)}; the nearest has {', '.join(there)}, at {settings}: "
+        f"ask for less, {'see --foretold, ' if found['surrogate'] and not found['foretold'] else ''}or search on"
     )
 
 
@@ -151,7 +187,12 @@ def recipe_of_point(
     heads = modality.heads(params, build)
     recipe = recipe_at(params, name, build, heads, point["method"], point["params"])
     methods = [root / file for file in params.methods]
-    notes = [f"point {point['index']} of the search of {name}, {_NOTE}"]
+    what = (
+        f"what the search of {name} foretells"
+        if point["index"] is None
+        else f"point {point['index']} of {name}"
+    )
+    notes = [f"{what}, {_NOTE}"]
     return Recipe.of({**recipe, "methods": methods, "notes": notes}).model_dump(mode="json")
 
 
@@ -175,6 +216,15 @@ def _experts(modality: Modality, params: Params, name: str, build: Path) -> dict
         own_N = outcome_N[modality.choosing(build, task)] if params.looks(name) else outcome_N
         found[task] = measures.of(task).turned(float(own_N.mean()))
     return found
+
+
+def _point(params: Json, tasks: Json, experts: Mapping[str, float], measures: Measures) -> Json:
+    shares = {
+        task: score / experts[task]
+        for task, score in tasks.items()
+        if experts.get(task, 0) > 0 and not measures.of(task).lower
+    }
+    return {"params": params, "tasks": tasks, "shares": shares}
 
 
 def _outcomes(points: Collection[Json], tasks: list[str], measures: Measures) -> Any:

@@ -271,13 +271,15 @@ class _Planned:
         self._anywhere = cycle(
             [*fronts.scattered(rest, numbers, seed), *fronts.scattered(more, numbers, seed + 1)]
         )
-        self._plan = chain(self._firsts(), map(self._params, corners_KD))
+        self._plan: Iterator[dict[str, Any]] = chain(self._firsts(), map(self._params, corners_KD))
         self._fitted = False
 
     def next(self) -> tuple[int, dict[str, Any]]:
         """The branch of the next point, and what is varied of its parameters."""
         if len(self._points) >= self._sampled and not self._fitted:
-            self._plan, self._fitted = chain(map(self._params, self._front())), True
+            points = [*self._points.values()]
+            front = foretold(points, self._branch, self._experts, self._seed)
+            self._plan, self._fitted = iter([params for params, _ in front]), True
         return 0, next(self._plan, None) or self._params(next(self._anywhere))
 
     def tell(self, point: Point | None) -> None:
@@ -285,34 +287,36 @@ class _Planned:
         if point:
             self._points.setdefault(canonical_json(point.params), point)
 
-    def _front(self) -> np.ndarray:
-        """Points of the front, in an order in which few of them lie all along it."""
-        import numpy as np
-
-        from mergeline.merging.algebra import fronts
-
-        points = [*self._points.values()]
-        fitted = surrogates(points, self._branch, self._experts)
-        measured_ND = places(points, self._branch, self._experts)
-
-        def values(points_KD: np.ndarray) -> np.ndarray:
-            return np.stack([surrogate.at(points_KD) for surrogate in fitted.values()], axis=1)
-
-        points_KD = fronts.evolved(values, measured_ND, self._seed)
-        values_KT = values(points_KD)
-        return points_KD[fronts.spread(values_KT, int(values_KT.mean(1).argmax()))]
-
     def _firsts(self) -> Iterator[dict[str, Any]]:
         for given in self._branch.first_points:
             yield self._params(next(self._anywhere)) | given
 
     def _params(self, point_D: np.ndarray) -> dict[str, Any]:
-        shares = point_D.tolist()
-        numbers = iter(map(_number, _ranges(self._branch.space, self._experts), shares))
-        return {
-            key: [next(numbers) for _ in range(self._experts)] if isinstance(entry, Each) else next(numbers)
-            for key, entry in self._branch.space.items()
-        }
+        return _params_at(point_D, self._branch, self._experts)
+
+
+def foretold(
+    points: Sequence[Point], branch: Branch, experts: int, seed: int
+) -> list[tuple[dict[str, Any], dict[str, float]]]:
+    """The front that quadratics fitted to these points foretell: parameters, and the mean outcome of each task.
+
+    In an order in which few of them lie all along it, the best mean first.
+    """
+    import numpy as np
+
+    from mergeline.merging.algebra import fronts
+
+    fitted = surrogates(points, branch, experts)
+
+    def values(points_KD: np.ndarray) -> np.ndarray:
+        return np.stack([surrogate.at(points_KD) for surrogate in fitted.values()], axis=1)
+
+    points_KD = fronts.evolved(values, places(points, branch, experts), seed)
+    values_KT = values(points_KD)
+    order = fronts.spread(values_KT, int(values_KT.mean(1).argmax()))
+    return [
+        (_params_at(points_KD[k], branch, experts), dict(zip(fitted, values_KT[k].tolist()))) for k in order
+    ]
 
 
 def surrogates(points: Sequence[Point], branch: Branch, experts: int) -> dict[str, Surrogate]:
@@ -355,6 +359,14 @@ def _ranges(space: Mapping[str, Any], experts: int) -> list[Range]:
         assert isinstance(entry, Range)
         found += [entry] * times
     return found
+
+
+def _params_at(point_D: np.ndarray, branch: Branch, experts: int) -> dict[str, Any]:
+    numbers = iter(map(_number, _ranges(branch.space, experts), point_D.tolist()))
+    return {
+        key: [next(numbers) for _ in range(experts)] if isinstance(entry, Each) else next(numbers)
+        for key, entry in branch.space.items()
+    }
 
 
 def _corners(numbers: int) -> np.ndarray:

@@ -153,5 +153,5 @@ def render_front(path: Path, found: Json, picked: int | None) -> None:
         parameters=parameters,
         titles=[f"{task}: {measures.of(task).title}" if measures.different else task for task in scores[0]],
         measure=measures.mean,
-        picture=picture(scores, found["all"], picked, measures),
+        picture=picture(scores, [point["tasks"] for point in found["all"]], picked, measures),
     )

@@ -837,6 +837,11 @@ def _pareto(command: argparse.ArgumentParser) -> None:
         help="pick the best weighted mean (repeat); tasks that are not named count 0",
     )
     command.add_argument(
+        "--foretold",
+        action="store_true",
+        help="points of the front that the quadratics of a search by map foretell, which were not measured",
+    )
+    command.add_argument(
         "--recipe",
         type=Path,
         metavar="FILE",

@@ -241,7 +241,7 @@ def pareto(args: argparse.Namespace) -> None:
     from mergeline.flows.cli import text, values
     from mergeline.merging.engine.places import refuse_file
     from mergeline.merging.files import write_json
-    from mergeline.tasks.pareto import front_of, is_recipe, pick, recipe_of_point
+    from mergeline.tasks.pareto import foretold_front, front_of, is_recipe, pick, recipe_of_point, shown
 
     at_least = values.amounts("--at-least", args.at_least, "TASK=SHARE")
     scores = values.amounts("--at-least-score", args.at_least_score, "TASK=SCORE")
@@ -254,8 +254,11 @@ def pareto(args: argparse.Namespace) -> None:
     workspace = _workspace(args, extras=())
     workspace.select("search", [args.merge])
     found = front_of(workspace.modality, workspace.params, args.merge, workspace.root / "build")
+    if args.foretold:
+        found = foretold_front(workspace.params, args.merge, found)
     asked = bool(at_least or scores or weights or recipe)
     picked = found["points"].index(pick(found, at_least, scores, weights)) if asked else None
+    found, picked = shown(found, picked)
     if recipe:
         assert picked is not None
         point = found["points"][picked]

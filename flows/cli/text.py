@@ -161,14 +161,14 @@ def line(found: Mapping[str, Any]) -> Iterator[str]:
 def front(found: Mapping[str, Any], picked: int | None) -> Iterator[str]:
     """A line for each point of a front, of `tasks.pareto.front_of`; where one was picked, it is marked."""
     points, tasks = found["points"], found["tasks"]
-    yield (
-        f"{found['merge']}: {len(points)} of {len(found['all'])} points are on the front; scores on validation"
-        + (", and shares of the experts'" if found["experts"] else "")
-    )
+    what = f"{len(points)} of {len(found['all'])} points are on the front; scores on validation"
+    if found["foretold"]:
+        what = f"{len(points)} points of the front that quadratics foretell; scores that were not measured"
+    yield f"{found['merge']}: {what}" + (", and shares of the experts'" if found["experts"] else "")
     several = len({point["method"] for point in points}) > 1
     lines = [("", "point", "mean", *tasks, "parameters")]
     for i, point in enumerate(points):
-        scores = [
+        cells = [
             f"{point['tasks'][task]:.3f}"
             + (f" {point['shares'][task]:4.0%}" if task in point["shares"] else "")
             for task in tasks
@@ -176,7 +176,8 @@ def front(found: Mapping[str, Any], picked: int | None) -> Iterator[str]:
         settings = " ".join(f"{key}={as_json(value, indent=None)}" for key, value in point["params"].items())
         mark = "*" if i == picked else ""
         settings = f"{point['method']} {settings}" if several else settings
-        lines.append((mark, str(point["index"]), f"{point['mean']:.3f}", *scores, settings))
+        number = "-" if point["index"] is None else str(point["index"])
+        lines.append((mark, number, f"{point['mean']:.3f}", *cells, settings))
     yield from _aligned([tuple(map(printable, line)) for line in lines])
     if surrogate := found["surrogate"]:
         errors = [one["front_error"] for one in surrogate["tasks"].values()]

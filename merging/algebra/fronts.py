@@ -22,10 +22,8 @@ _ETA = 20.0  # of both distributions: how near children are to their parents
 
 def front(values_NT: Array) -> list[int]:
     """The indexes of the points that no other beats; of equal ones the first."""
-    better_NN = _dominates(values_NT)
-    same_NN = (values_NT[:, None] == values_NT[None]).all(2)
-    first_N = same_NN.argmax(1) == np.arange(len(values_NT))
-    return np.flatnonzero(~better_NN.any(0) & first_N).tolist()
+    first = np.sort(np.unique(values_NT, axis=0, return_index=True)[1])
+    return first[~_dominates(values_NT[first]).any(0)].tolist()
 
 
 def evolved(values: Callable[[Array], Array], start_ND: Array, seed: int) -> Array:

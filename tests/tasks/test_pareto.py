@@ -123,7 +123,8 @@ def test_the_nearest_point_is_named_where_none_holds_what_is_asked(root, mergeli
     done = mergeline("pareto", "found", "--at-least", "left=0.97", "--recipe", "r.yaml", "--html", "p.html")
     assert done.code == 2 and done.out == "" and not Path("r.yaml").exists() and not Path("p.html").exists()
     assert done.err.count("\n") == 1
-    assert "left at 0.97 of its expert; the nearest is point 4, with left 0.950 of its expert" in done.err
+    said = "left at 0.97 of its expert; the nearest has left 0.950 of its expert, at scale 1.0, weights [0.4, 0.5]"
+    assert said in done.err
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,29 @@ def test_a_search_by_map_finds_a_front_and_says_how_far_its_quadratics_are_off(r
     assert {8, 9, 10, 11} <= {*found["front"]}
     page = json.loads(mergeline("pareto", "found", "--json", "--html", "p.html").out)
     assert page["surrogate"] == found["surrogate"] and "At proposed points" in Path("p.html").read_text()
+    # What is foretold of the best for a task is its score there, to which the first weight alone counts.
+    asked = ("--prefer", "left=1", "--foretold", "--recipe", "r.yaml", "--html", "p.html")
+    told = json.loads(mergeline("pareto", "found", "--json", *asked).out)
+    point = told["points"][told["picked"]]
+    a, b = point["params"]["weights"]
+    moved = (
+        np.array([a - 0.9 * b, -a + 0.9 * b]) / 2
+    )  # of the toy's task vectors, in its first and third place
+    assert point["index"] is None and 1 < len(told["points"]) <= 21
+    assert point["tasks"]["left"] == pytest.approx(1 - (moved[0] - 0.5) ** 2 - moved[1] ** 2, abs=1e-3)
+    assert json.loads(Path("r.yaml").read_text())["params"] == point["params"]
+    assert "none of their scores was measured" in Page(Path("p.html").read_text()).text
+
+
+def test_what_no_search_by_map_can_foretell_is_refused(root, mergeline):
+    done = mergeline("pareto", "found", "--foretold")
+    assert done.code == 2 and "was not searched by map" in done.err
+    file = root / "build/search/found.json"
+    found = json.loads(file.read_text())
+    file.write_text(json.dumps({**found, "surrogate": {"sampled": 3, "tasks": {}}}))
+    made(root, {"found": search(space={"weights": {"each": {"low": 0, "high": 0.3}}})})
+    done = mergeline("pareto", "found", "--foretold")
+    assert done.code == 2 and "searched in another space than params.yaml has" in done.err
 
 
 @pytest.mark.parametrize(
