@@ -48,7 +48,7 @@ _LEFT_OUT = {
     "`actmerge`": "is `wudi` with `norm_power: 0` and `solver: direct`",
     "`lata` with `mode: log_rank`": "the formula of the logarithm was not found; the linear one and the threshold are "
     "reconstructed",
-    "`map_pareto` (2406.07529)": "searches by evaluations for a front of merges, where one is asked for here",
+    "`map_pareto` (2406.07529)": "searches by evaluations for a front of merges: `sampler: map` of a search",
     "`peta`, `svfit`": "need experts that were trained in another form: in a partly linearised model, or as singular "
     "values",
     "`mc_smoe`, `sub_moe`": "merge the experts inside of a mixture-of-experts layer, by its router's statistics",

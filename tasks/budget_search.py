@@ -15,15 +15,15 @@ from mergeline.tasks.evaluations import Evaluations, is_afresh
 from mergeline.tasks.places import SOURCES
 from mergeline.tasks.private import private_folder
 from mergeline.tasks.progress import counting, said_of_stage
-from mergeline.tasks.search_space import size
-from mergeline.tasks.study import front, study
+from mergeline.tasks.search_space import sampled, size
+from mergeline.tasks.study import front, outcomes_by_task, places, study, surrogates
 
 if TYPE_CHECKING:
     import numpy as np
 
     from mergeline.tasks.modality import Modality, Model
     from mergeline.tasks.schema import Params
-    from mergeline.tasks.search_space import Search, Setting
+    from mergeline.tasks.search_space import Branch, Search, Setting
     from mergeline.tasks.study import Point
 
 FOLDER = Path(".mergeline/studies")  # of a workspace
@@ -97,7 +97,42 @@ def search_within(
         "points": rows,
         "chosen": rows[best]["params"],
         "search": about,
-        **({"front": front(found)} if search.sampler == "nsga2" else {}),
+        **({"front": front(found)} if search.has_front else {}),
+        **(
+            {"surrogate": _surrogate(search, branches[0], experts, found, params)}
+            if search.sampler == "map"
+            else {}
+        ),
+    }
+
+
+def _surrogate(
+    search: Search, branch: Branch, experts: int, found: list[Point], params: Params
+) -> dict[str, Any] | None:
+    """How far the quadratics of a search by MAP are off, by tasks; None where its space had too few points to fit them.
+
+    Root mean squares of what they miss: `bootstrap_error`, of fits to most of the sampled points, at the others;
+    `front_error`, at points that were measured because they are on the front.
+    """
+    from mergeline.merging.algebra.surrogate import bootstrap_error
+
+    count, seed = sampled(search, branch.space, experts), params.seed % 2**32
+    if len(found) <= count:
+        return None
+    inside, outside = found[:count], found[count:]
+    fitted = surrogates(inside, branch, experts)
+    inside_ND, outside_KD = places(inside, branch, experts), places(outside, branch, experts)
+    values, measured = outcomes_by_task(inside), outcomes_by_task(outside)
+    return {
+        "sampled": count,
+        "tasks": {
+            task: {
+                "activation": one.activation,
+                "bootstrap_error": bootstrap_error(inside_ND, values[task], one.activation, seed),
+                "front_error": float(((one.at(outside_KD) - measured[task]) ** 2).mean() ** 0.5),
+            }
+            for task, one in fitted.items()
+        },
     }
 
 

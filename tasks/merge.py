@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from glob import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
 
 from mergeline.merging import merge
 from mergeline.merging.checkpoints.adapters import is_adapter
@@ -35,24 +35,34 @@ def merge_chosen(
     Raises:
         UserError: as `merging.merge`.
     """
-    own = params.all_merges[name]
     found = json.loads((build / "search" / f"{name}.json").read_text())
-    method, chosen = found["method"], found["chosen"]
-    recipe = fitted_recipe(build / "fits" / name, chosen)
-    if recipe is None:
-        plain = {**recipe_of(params, name, build, heads), "method": method}
-        statistics = statistics_for(method, chosen, build, plain["experts"])
-        recipe = {
-            **plain,
-            "params": chosen,
-            "statistics": statistics,
-            "fitted": seen_through(method, chosen, statistics)
-            or seen_by_parts(method, chosen, [read_manifest(build / "merges" / one) for one in own.takes]),
-        }
+    recipe = recipe_at(params, name, build, heads, found["method"], found["chosen"])
     with counting("tensors") as count:
         merge(
             recipe, out, device=params.device, workers=1, factors=factors, progress=count, executor=spread.executor()
         )  # fmt: skip
+
+
+def recipe_at(
+    params: Params, name: str, build: Path, heads: Sequence[str], method: str, point: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The recipe of a merge at a point of its search; what a fit made of a learned method there in its place.
+
+    Raises:
+        UserError: statistics that it reads were not collected.
+    """
+    if recipe := fitted_recipe(build / "fits" / name, point):
+        return recipe
+    plain = {**recipe_of(params, name, build, heads), "method": method}
+    statistics = statistics_for(method, point, build, plain["experts"])
+    taken = params.all_merges[name].takes
+    return {
+        **plain,
+        "params": point,
+        "statistics": statistics,
+        "fitted": seen_through(method, point, statistics)
+        or seen_by_parts(method, point, [read_manifest(build / "merges" / one) for one in taken]),
+    }
 
 
 def recipe_of(params: Params, name: str, build: Path, heads: Sequence[str]) -> dict[str, Any]:

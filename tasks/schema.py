@@ -24,6 +24,7 @@ from mergeline.tasks.gates import Gates
 from mergeline.tasks.search_space import (
     Branch,
     Each,
+    Range,
     Search,
     Setting,
     edges,
@@ -551,6 +552,10 @@ class Params(Strict, ABC):
         for i, branch in enumerate(merge.branches):
             place: list[Any] = ["search", "methods", i] if search.methods else ["search"]
             yield from self._branch_problems(name, merge, branch, place)
+        if search.sampler == "map":
+            yield from (
+                ([name, "search", *where], wrong) for where, wrong in self._map_problems(name, search)
+            )
         if search.sampler != "cmaes":
             return
         [branch, *others] = merge.branches
@@ -560,6 +565,32 @@ class Params(Strict, ABC):
             yield [name, "search", "sampler"], f"cmaes proposes numbers alone, not {wrong}; choose tpe"
         elif numbers(branch.space, len(self.experts_of(name))) < 2:
             yield [name, "search", "sampler"], "cmaes needs two parameters or more; choose tpe"
+
+    def _map_problems(self, name: str, search: Search) -> Iterator[Problem]:
+        """What a search by MAP cannot be fitted to."""
+        if search.methods:
+            yield (
+                ["sampler"],
+                "map fits quadratics to the numbers of one method, not of several; choose nsga2",
+            )
+            return
+        for key, entry in search.space.items():
+            if not isinstance(entry.each if isinstance(entry, Each) else entry, Range):
+                yield ["space", key], "map fits quadratics to numbers of ranges {low, high}; choose nsga2"
+                return
+        if search.budget.points is None:
+            yield ["budget"], "map divides a number of points; write one, such as 60"
+            return
+        from mergeline.merging.algebra import surrogate
+
+        varied = numbers(search.space, len(self.experts_of(name)))
+        least = surrogate.enough(varied)
+        if search.budget.points <= least:
+            yield (
+                ["budget"],
+                f"map fits the {surrogate.count(varied)} coefficients of a quadratic in {varied} numbers to {least} "
+                f"points, and then measures its front; give {least + 1} points or more, or vary fewer numbers",
+            )
 
     def _branch_problems(
         self, name: str, merge: Merge, branch: Branch, place: list[Any]

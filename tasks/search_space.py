@@ -152,6 +152,14 @@ def size(space: Mapping[str, Any], experts: int) -> float:
     return math.prod(map(of, space.values()))
 
 
+def sampled(search: Search, space: Mapping[str, Any], experts: int) -> int:
+    """How many points of a search by `map` lie all over the space; the others on the front that these foretell."""
+    from mergeline.merging.algebra.surrogate import enough
+
+    assert search.budget.points
+    return max(math.ceil(search.budget.points * 2 / 3), enough(numbers(space, experts)))
+
+
 class Branch(_Strict):
     """A method, what is fixed and what is varied of its parameters.
 
@@ -234,13 +242,14 @@ class Search(_Strict):
     """A search with a budget; without one, `search` is a grid.
 
     sampler: `tpe`, a tree of Parzen estimators; `cmaes`, over numbers alone; `nsga2`, a genetic algorithm over all
-    tasks, for a front of merges of which none is better on every task; `random`.
+    tasks, for a front of merges of which none is better on every task; `map`, for such a front by quadratics that are
+    fitted to two thirds of the points; `random`.
     seed: of the sampler; the pipeline's unless it is given.
     space, first: of the merge's own method; methods: several, of each of which points are tried.
     race: `true`, or what is other than usual of it.
     """
 
-    sampler: Literal["tpe", "cmaes", "nsga2", "random"]
+    sampler: Literal["tpe", "cmaes", "nsga2", "map", "random"]
     budget: Budget
     seed: Seed | None = None
     space: Space = {}
@@ -261,11 +270,16 @@ class Search(_Strict):
             raise ValueError("several methods have a space and first points each; say them there")
         if not self.methods and not self.space:
             raise ValueError("the space is empty; name a parameter and its range, or list methods")
-        if self.race and self.sampler == "nsga2":
+        if self.race and self.has_front:
             raise ValueError(
                 "a race drops points by their mean, and with them parts of the front; leave race out"
             )
         return self
+
+    @property
+    def has_front(self) -> bool:
+        """Whether it looks for a front over all tasks."""
+        return self.sampler in ("nsga2", "map")
 
     @property
     def place(self) -> list[str]:

@@ -61,10 +61,11 @@ collection that the cases are from also has some of kind `unit`: single steps of
 first merge too), `adamerging`, `atlas`, `concrete`, `expert_merging` and `fw_merging`, which are fitted to
 examples, are held by `tests/merging/learning/test_goldens_of_fits.py`, that of `tangent` by
 `tests/merging/learning/test_tangent.py`, those of weight matching, which is [a command](permutations.md), and of
-`pleas` by `tests/merging/permutations/test_goldens_of_permutations.py`. The others are of methods that are
-[left out](methods.md#left-out): `map_pareto` searches coefficients on data; `mc_smoe` and `sub_moe` merge the experts
-of a mixture by its router's statistics (`tests/merging/algebra/test_expert_groups.py`), and the factors of the former
-are those of [`losparse`](methods.md#losparse) (`test_low_rank_sparse.py` there). One is a toy of `regmean`."""
+`pleas` by `tests/merging/permutations/test_goldens_of_permutations.py`, those of `map_pareto`, which is [a way to
+search](search.md#pareto-fronts), by `tests/merging/algebra/test_surrogate.py`. The others are of methods that are
+[left out](methods.md#left-out): `mc_smoe` and `sub_moe` merge the experts of a mixture by its router's statistics
+(`tests/merging/algebra/test_expert_groups.py`), and the factors of the former are those of
+[`losparse`](methods.md#losparse) (`test_low_rank_sparse.py` there). One is a toy of `regmean`."""
 
 _NO_CASE = """\
 The collection has no outputs of {}. Their tests hold them to properties that pin the formula: hand-computed examples,

@@ -23,6 +23,7 @@ from mergeline.evaluation.pages.figures import (
     ranked,
     searched,
 )
+from mergeline.evaluation.pages.fronts import picture
 from mergeline.evaluation.pages.page import (
     HEIGHT,
     WIDTH,
@@ -92,7 +93,7 @@ def render(
         pairs=_pairs(leaderboard, measures.mean),
         accuracies=_accuracies(rows, leaderboard["tasks"], measures),
         section=section,
-        searches=_searches(searches, measures.mean),
+        searches=_searches(searches, measures),
         vectors=_vectors(description),
         steps=_steps(costs),
         costs=costs,
@@ -323,12 +324,13 @@ class Chart(NamedTuple):
     height: int = HEIGHT
 
 
-def _searches(searches: dict[str, Json], measure: Measure) -> list[Json]:
+def _searches(searches: dict[str, Json], measures: Measures) -> list[Json]:
     """Of every merge that searched: points, charts, where the choice lies on the edge of the grid, and the grid.
 
     how: what a search with a budget says of itself. front: of such a one over all tasks, the points that no other beats
-    on every task.
+    on every task, as a table and a picture.
     """
+    measure = measures.mean
     return [
         {
             "name": name,
@@ -337,7 +339,7 @@ def _searches(searches: dict[str, Json], measure: Measure) -> list[Json]:
             "mean": next(point["mean"] for point in search["points"] if is_chosen(point, search)),
             "columns": _columns(search),
             "how": _how(search),
-            "front": _front(search),
+            "front": _front(search, measures),
             "charts": [chart for key in searched(search) if (chart := _chart(search, key, measure))],
             "edges": list(_edges(search)),
             "grid": _grid(search, measure),
@@ -387,15 +389,24 @@ def _how(search: Json) -> str:
     if told["points_of_space"]:
         grid = told["points_of_space"] * told["examples_of_a_point"]
         text += f" and {told['examples'] / grid:.2g} times those of all {told['points_of_space']} points of the space"
+    if surrogate := search.get("surrogate"):
+        errors = [one["front_error"] for one in surrogate["tasks"].values()]
+        text += (
+            f"; quadratics fitted to the first {surrogate['sampled']} points proposed the others, and are off there by "
+            f"{min(errors):.2g} to {max(errors):.2g}, by tasks"
+        )
     return text + ("." if told["reproducible"] else "; not reproducible, for the budget is in minutes.")
 
 
-def _front(search: Json) -> Json | None:
+def _front(search: Json, measures: Measures) -> Json | None:
     if "front" not in search:
         return None
-    rows = _points(search, sorted(search["front"], key=lambda i: -search["points"][i]["mean"]))
-    tasks = list(rows[0]["tasks"])
-    return {"tasks": tasks, "rows": rows, "columns": _columns(search)}
+    points = search["points"]
+    order = sorted(search["front"], key=lambda i: -measures.mean.turned(points[i]["mean"]))
+    rows = _points(search, order)
+    chosen = next((k for k, i in enumerate(order) if is_chosen(points[i], search)), None)
+    drawn = picture([row["tasks"] for row in rows], [point["tasks"] for point in points], chosen, measures)
+    return {"tasks": list(rows[0]["tasks"]), "rows": rows, "columns": _columns(search), "picture": drawn}
 
 
 def _chart(search: Json, parameter: str, measure: Measure) -> Chart | None:

@@ -141,6 +141,13 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         _line,
     )
     add(
+        "pareto",
+        pipeline_commands.pareto,
+        "the front of a search over tasks; which of its points does best what is asked, and its recipe",
+        _params,
+        _pareto,
+    )
+    add(
         "collect-activations",
         pipeline_commands.collect_activations,
         "how alike the units of two models are on a pipeline's examples, for align",
@@ -802,6 +809,45 @@ def _line(command: argparse.ArgumentParser) -> None:
     command.add_argument("--points", type=values.count, default=11, metavar="N", help="on each line (11)")
     command.add_argument("--split", choices=["val", "test"], default="val", help="default: val")
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves")
+    _force(command)
+    _json(command)
+
+
+def _pareto(command: argparse.ArgumentParser) -> None:
+    command.add_argument("merge", metavar="NAME", help="a merge whose search has ended")
+    command.add_argument(
+        "--at-least",
+        action="append",
+        default=[],
+        metavar="TASK=SHARE",
+        help="pick a point with this share of the task's expert's score, such as 0.95 (repeat); the best of the rest",
+    )
+    command.add_argument(
+        "--at-least-score",
+        action="append",
+        default=[],
+        metavar="TASK=SCORE",
+        help="pick a point with this score or a better one (repeat)",
+    )
+    command.add_argument(
+        "--prefer",
+        action="append",
+        default=[],
+        metavar="TASK=WEIGHT",
+        help="pick the best weighted mean (repeat); tasks that are not named count 0",
+    )
+    command.add_argument(
+        "--foretold",
+        action="store_true",
+        help="points of the front that the quadratics of a search by map foretell, which were not measured",
+    )
+    command.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="write the picked point, or the best mean, as a recipe for `mergeline merge --recipe`",
+    )
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the picture")
     _force(command)
     _json(command)
 

@@ -235,6 +235,47 @@ def line(args: argparse.Namespace) -> None:
     print(as_json(found) if args.json else "\n".join(text.line(found)))
 
 
+def pareto(args: argparse.Namespace) -> None:
+    from mergeline.evaluation.pages.fronts import render_front
+    from mergeline.evaluation.pages.page import is_page
+    from mergeline.flows.cli import text, values
+    from mergeline.merging.engine.places import refuse_file
+    from mergeline.merging.files import write_json
+    from mergeline.tasks.pareto import foretold_front, front_of, is_recipe, pick, recipe_of_point, shown
+
+    at_least = values.amounts("--at-least", args.at_least, "TASK=SHARE")
+    scores = values.amounts("--at-least-score", args.at_least_score, "TASK=SCORE")
+    weights = values.amounts("--prefer", args.prefer, "TASK=WEIGHT")
+    recipe, page = (path and path.absolute() for path in (args.recipe, args.html))
+    params_file = Path(args.params).absolute()
+    for path, is_own, what in ((recipe, is_recipe, "recipe"), (page, is_page, "page")):
+        if path:
+            refuse_file(path, [params_file], is_own, what, args.force)
+    workspace = _workspace(args, extras=())
+    workspace.select("search", [args.merge])
+    found = front_of(workspace.modality, workspace.params, args.merge, workspace.root / "build")
+    if args.foretold:
+        found = foretold_front(workspace.params, args.merge, found)
+    asked = bool(at_least or scores or weights or recipe)
+    picked = found["points"].index(pick(found, at_least, scores, weights)) if asked else None
+    found, picked = shown(found, picked)
+    if recipe:
+        assert picked is not None
+        point = found["points"][picked]
+        write_json(
+            recipe,
+            recipe_of_point(workspace.modality, workspace.params, args.merge, workspace.root, point),
+        )
+    if page:
+        render_front(page, found, picked)
+    if args.json:
+        print(as_json({**found, "picked": picked}))
+    else:
+        print(*text.front(found, picked), sep="\n")
+    for path in filter(None, (recipe, page)) if not args.json else ():
+        print(path)
+
+
 def collect_activations(args: argparse.Namespace) -> None:
     from mergeline.flows.cli import text
     from mergeline.merging.learning.activation_matching import collect_activations

@@ -158,6 +158,35 @@ def line(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}  barrier {one['barrier']:.3f}, distance {one['distance']:.4g}:  {values}"
 
 
+def front(found: Mapping[str, Any], picked: int | None) -> Iterator[str]:
+    """A line for each point of a front, of `tasks.pareto.front_of`; where one was picked, it is marked."""
+    points, tasks = found["points"], found["tasks"]
+    what = f"{len(points)} of {len(found['all'])} points are on the front; scores on validation"
+    if found["foretold"]:
+        what = f"{len(points)} points of the front that quadratics foretell; scores that were not measured"
+    yield f"{found['merge']}: {what}" + (", and shares of the experts'" if found["experts"] else "")
+    several = len({point["method"] for point in points}) > 1
+    lines = [("", "point", "mean", *tasks, "parameters")]
+    for i, point in enumerate(points):
+        cells = [
+            f"{point['tasks'][task]:.3f}"
+            + (f" {point['shares'][task]:4.0%}" if task in point["shares"] else "")
+            for task in tasks
+        ]
+        settings = " ".join(f"{key}={as_json(value, indent=None)}" for key, value in point["params"].items())
+        mark = "*" if i == picked else ""
+        settings = f"{point['method']} {settings}" if several else settings
+        number = "-" if point["index"] is None else str(point["index"])
+        lines.append((mark, number, f"{point['mean']:.3f}", *cells, settings))
+    yield from _aligned([tuple(map(printable, line)) for line in lines])
+    if surrogate := found["surrogate"]:
+        errors = [one["front_error"] for one in surrogate["tasks"].values()]
+        yield (
+            f"proposed by quadratics of {surrogate['sampled']} sampled points; at those that they proposed they are "
+            f"off by {min(errors):.2g} to {max(errors):.2g}, by tasks"
+        )
+
+
 def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
     """How many experts of a mixture are left, in how many layers, and which are in no group."""
     made = manifest["mixture"]

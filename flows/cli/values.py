@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Collection, Iterable
@@ -113,6 +114,27 @@ def pair(option: str, text: str, form: str) -> tuple[str, str]:
     if not equals:
         raise UserError(f"{option} {text}: write {form}")
     return key, value
+
+
+def amounts(option: str, texts: Iterable[str], form: str) -> dict[str, float]:
+    """Finite numbers by name, of NAME=NUMBER as `form` has it.
+
+    Raises:
+        UserError: a text is no such pair, or two have one name.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, value = pair(option, text, form)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"{option} {text}: '{value}' is no number; write {form}")
+        if name in found:
+            raise UserError(f"{option} {text}: '{name}' is given twice; keep one")
+        found[name] = number
+    return found
 
 
 def experts(texts: Iterable[str]) -> dict[str, str]:

@@ -378,7 +378,7 @@ def test_several_methods_stand_under_the_search_alone(tmp_path):
 @pytest.mark.parametrize(
     "old, new, parts",
     [
-        ("sampler: tpe", "sampler: tpo", ["sampler", "'tpe', 'cmaes', 'nsga2' or 'random'"]),
+        ("sampler: tpe", "sampler: tpo", ["sampler", "'tpe', 'cmaes', 'nsga2', 'map' or 'random'"]),
         ("budget: 40", "budget: 0", ["budget", "must be more than 0"]),
         ("budget: 40", "budget: {minutes: 0}", ["budget.minutes", "must be more than 0"]),
         ("budget: 40", "budget: {minutes: 1, points: 2}", ["write a number of points, {minutes: M}"]),

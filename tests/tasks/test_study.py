@@ -14,7 +14,7 @@ from mergeline.tasks.study import Point, front, study
 
 SPACE = {"x": {"low": 0.01, "high": 1, "log": True}, "y": {"low": 0, "high": 4, "step": 0.5}}
 TASKS = ["b", "a"]  # not in the order of the alphabet
-SAMPLERS = ["tpe", "cmaes", "nsga2", "random"]
+SAMPLERS = ["tpe", "cmaes", "nsga2", "map", "random"]
 
 
 class Stop(Exception):
@@ -99,6 +99,28 @@ def test_good_points_are_found():
     assert max(point.mean for point in points) > -0.02
     points, _ = run(sampler="cmaes", budget=60)
     assert max(point.mean for point in points) > -0.02
+
+
+def test_map_measures_the_corners_then_the_front_that_its_quadratics_foretell():
+    """Both scores are quadratics in log x and y, and best at one point, x 0.1 and y 2.5."""
+    space = {**SPACE, "y": {"low": 0, "high": 4, "step": 0.5}}
+    points, _ = run(sampler="map", budget=15, space=space, first=[{"x": 0.3}], seed=-1)
+    assert len(points) == 15 and points[0].params["x"] == 0.3
+    assert [p.params for p in points[1:6]] == [
+        {"x": 1.0, "y": 0.0},
+        {"x": 0.01, "y": 4.0},
+        {"x": 0.03162, "y": 1.0},
+        {"x": 0.1, "y": 2.0},
+        {"x": 0.3162, "y": 3.0},
+    ]
+    best = points[10]  # the first after two thirds
+    assert best.params["y"] == 2.5 and best.params["x"] == pytest.approx(0.1, rel=0.02)
+
+
+def test_map_ends_where_a_space_has_few_points():
+    space = {"n": {"low": 1, "high": 3, "integer": True}, "y": {"low": 0, "high": 1, "step": 0.5}}
+    points, asked = run(sampler="map", budget=30, space=space)
+    assert len(points) == len(asked) == 9 and all(isinstance(p.params["n"], int) for p in points)
 
 
 def test_budgets(monkeypatch):

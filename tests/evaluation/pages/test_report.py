@@ -315,3 +315,40 @@ def test_models_that_are_told_the_task_or_find_it_come_last_and_say_how(page):
     assert "cart known linear – – 1 0.5 MiB" in text
     assert "ties found residual 0.800 0.500 shapes 2 1.0 MiB" in text
     assert "Task known or found at use" not in page().text
+
+
+@pytest.mark.parametrize("tasks", [("digits",), ("digits", "shapes"), ("digits", "shapes", "latin")])
+def test_a_front_over_tasks_is_drawn(page, tasks):
+    results = made_up(tasks=tasks)
+    points = [
+        {
+            "params": {"scale": i},
+            "mean": 0.5,
+            "tasks": {task: (i + j) % 3 / 4 for j, task in enumerate(tasks)},
+        }
+        for i in range(3)
+    ]
+    results["searches"]["ties"] = {
+        "method": "ties", "points": points, "chosen": points[1]["params"], "front": [0, 1],
+        "search": {
+            "sampler": "map", "seed": 0, "budget": "3 points", "dropped": 0, "examples": 30,
+            "examples_of_a_point": 10, "points_of_space": None, "reproducible": True,
+        },
+        "surrogate": {
+            "sampled": 2,
+            "tasks": {
+                task: {"activation": "sigmoid", "bootstrap_error": 0.1, "front_error": 0.02 + i / 100}
+                for i, task in enumerate(tasks)
+            },
+        },
+    }  # fmt: skip
+    found = page(results)
+    assert "fitted to the first 2 points proposed the others, and are off there by 0.02 to" in found.text
+    drawn = found.html.partition('<figure class="front">')[2].partition("</figure>")[0]
+    if len(tasks) == 1:
+        assert not drawn
+    elif len(tasks) == 2:
+        assert drawn.count("<circle") == 2 + 1 + 1 and "digits: accuracy" in drawn
+    else:
+        assert drawn.count("<polyline") == 2 and drawn.count('class="line picked"') == 1
+        assert all(task in drawn for task in tasks)
