@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from mergeline.tasks.study import Point
 
 FOLDER = Path(".mergeline/studies")  # of a workspace
-_CODE = ("evaluation/racing.py", "merging", "tasks/budget_search.py", "tasks/search.py", "tasks/study.py")
+_CODE = (
+    "evaluation/racing.py",
+    "merging",
+    "tasks/budget_search.py",
+    "tasks/search.py",
+    "tasks/search_space.py",
+    "tasks/study.py",
+)
 
 Merging = Callable[[str, list[dict[str, Any]]], Iterator[tuple[int, "Model"]]]
 

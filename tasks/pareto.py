@@ -148,7 +148,7 @@ def pick(
 
     def lacks(point: Json) -> float:
         """The most by which a point misses what is asked, in parts of it; 0 or less if it holds."""
-        missed = [1 - point["shares"][task] / share for task, share in at_least.items()]
+        missed = [(share - point["shares"][task]) / (abs(share) or 1.0) for task, share in at_least.items()]
         for task, score in scores.items():
             turned = measures.of(task).turned
             missed.append((turned(score) - turned(point["tasks"][task])) / (abs(score) or 1.0))

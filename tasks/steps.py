@@ -65,6 +65,7 @@ def steps(modality: Modality) -> list[Step]:
             "${code}/tasks/budget_search.py",
             "${code}/tasks/fit.py",
             "${code}/tasks/search.py",
+            "${code}/tasks/search_space.py",
             "${code}/tasks/study.py",
         ),
         params=(*_FAMILY, "seed", "merges.${key}", *modality.params),
