@@ -143,12 +143,12 @@ def describe_family(
 def differences(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]:
     """How two checkpoints differ.
 
-    differences: of each tensor that does, by name: `what` ("values", "shape", or "missing" in one of them), words that
-    say more, and for values the `norm` of the difference, `relative` to the norm in `a`, and the `largest` difference.
-    norm, relative_norm: of all tensors that both have in one shape. Numbers that are not finite are None.
+    differences: of each tensor that does, by name: `what` ("values", "dtype", "shape", or "missing" in one of them),
+    words that say more, and of one shape the `norm` of the difference, `relative` to the norm in `a`, and the `largest`
+    difference. norm, relative_norm: of all tensors that both have in one shape. Numbers that are not finite are None.
 
-    Without `values` headers alone are compared: unread, how many tensors are of one dtype and shape in both and may
-    differ; unread_bytes, their size in each; norm and relative_norm are None.
+    Without `values` headers alone are compared: unread, how many tensors are of one shape in both and may differ;
+    unread_bytes, their size in the first; norm and relative_norm are None.
 
     Raises:
         UserError: what `open_checkpoint` refuses; values that cannot be read, or changed meanwhile.
@@ -163,18 +163,23 @@ def differences(a: Path, b: Path, *, values: bool = True) -> dict[str, Any]:
         if x is None or y is None:
             words = f"only in {_shown(a if y is None else b)}"
             rows.append({"tensor": name, "what": "missing", "words": words})
-        elif (x.dtype, x.shape) != (y.dtype, y.shape):
+        elif x.shape != y.shape:
             words = f"{x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}"
             rows.append({"tensor": name, "what": "shape", "words": words})
-        elif not values:
-            unread.append(x)
         else:
+            same = x.dtype == y.dtype
+            row = {"tensor": name, "what": "values"}
+            row |= {} if same else {"what": "dtype", "words": f"{x.dtype} against {y.dtype}"}
+            if not values:
+                unread.append(x)
+                rows += [] if same else [row]
+                continue
             old, new = left.read(name), right.read(name)
             base_squares += float(old.double().norm()) ** 2
-            if not _same_bytes(old, new):
+            if not (same and _same_bytes(old, new)):
                 delta = new.double() - old.double()
                 squares += float(delta.norm()) ** 2
-                rows.append({"tensor": name, "what": "values", **_measured(delta, old.double())})
+                rows.append({**row, **_measured(delta, old.double())})
     if values:
         refuse_changed_remotes([*files_of(left), *files_of(right)])
     norm, base_norm = math.sqrt(squares), math.sqrt(base_squares)
@@ -199,7 +204,7 @@ def _same_bytes(x: Tensor, y: Tensor) -> bool:
 
 def _measured(delta: Tensor, old: Tensor) -> dict[str, float | None]:
     norm = float(delta.norm())
-    largest = float(delta.abs().max())
+    largest = float(delta.abs().max()) if delta.numel() else 0.0
     found = {"norm": norm, "relative": _ratio(norm, float(old.norm())), "largest": largest}
     return {key: _finite(value) for key, value in found.items()}
 

@@ -251,6 +251,9 @@ def tensors(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
+_SIZES = {"relative": "relative norm", "norm": "norm", "largest": "largest"}
+
+
 def differences(found: Mapping[str, Any]) -> Iterator[str]:
     """How two checkpoints differ, of `tasks.inspection.differences`."""
     rows, count, unread = found["differences"], found["differing"], found["unread"]
@@ -258,10 +261,10 @@ def differences(found: Mapping[str, Any]) -> Iterator[str]:
         yield "the same names, dtypes and shapes" if unread else "the same tensors, bit for bit"
     width = max((len(row["tensor"]) for row in rows), default=0)
     for row in rows:
-        words = row.get("words") or (
-            f"relative norm {number(row['relative'])}, norm {number(row['norm'])}, largest {number(row['largest'])}"
-        )
-        yield f"{row['tensor']:{width}}  {words}"
+        words = [row["words"]] if "words" in row else []
+        if "norm" in row:
+            words += [f"{word} {number(row[key])}" for key, word in _SIZES.items()]
+        yield f"{row['tensor']:{width}}  {', '.join(words)}"
     if len(rows) < count:
         yield f"and {count - len(rows)} more"
     in_all = f"in all, relative norm {number(found['relative_norm'])}, norm {number(found['norm'])}"

@@ -586,6 +586,22 @@ def test_the_relative_norm_is_of_all_tensors_that_both_have(mergeline, changed):
     assert [row["what"] for row in found["differences"]] == ["missing", "values", "missing", "values"]
 
 
+def test_of_tensors_of_other_dtypes_the_values_are_compared_too(mergeline, tmp_path):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    old = {"half": torch.full((4,), 2.0), "less": torch.full((4,), 5.0), "none": torch.ones(0, 3)}
+    save_file(old, a)
+    save_file(
+        {"half": old["half"].half(), "less": torch.full((4,), 4.0).bfloat16(), "none": old["none"].half()}, b
+    )
+    lines = dict(line.split(maxsplit=1) for line in mergeline("diff", a, b).out.splitlines()[:3])
+    assert lines["half"] == "F32 against F16, relative norm 0, norm 0, largest 0"
+    assert lines["less"] == "F32 against BF16, relative norm 0.2, norm 2, largest 1"
+    assert lines["none"] == "F32 against F16, relative norm 0, norm 0, largest 0"
+    found = json.loads(mergeline("diff", a, b, "--json").out)
+    assert {row["what"] for row in found["differences"]} == {"dtype"}
+    assert found["relative_norm"] == pytest.approx(2 / (4 * 4 + 4 * 25) ** 0.5)
+
+
 def test_verify(mergeline, family, tmp_path):
     mergeline("merge", "--method", "cart", *family, "--out", tmp_path / "out.safetensors")
     outcome = mergeline("verify", tmp_path / "out.safetensors")
