@@ -30,6 +30,7 @@ SEARCHES = [
     "dropped",
     "wrongly",
 ]
+FLOOR_KEYS = ("job", "readings", "floor", "cpu_s", "ratio")
 SEARCH_KEYS = [
     "points_of_grid",
     "best_of_grid",
@@ -304,6 +305,15 @@ def document() -> str:
         "interval of the paired difference. `wrongly`: of the points that races dropped, those as good on all\n"
         "examples as the best was then.",
         table(SEARCHES, [[row[key] for key in SEARCH_KEYS] for row in load("search")]),
+        "## Floors",
+        "The Llama of 340 M parameters. A floor is imports, and what a merge's bytes cost at rates of the same\n"
+        "run: for each reading of an input a copy from the page cache and a cast, one hash, one `y += a x` an\n"
+        "expert, the output's cast, copy and hash. It has nothing of order statistics, draws or comparisons\n"
+        "(`floors.py`).",
+        table(
+            ["job", "readings", "floor, CPU-s", "CPU-s", "ratio"],
+            [[row[key] for key in FLOOR_KEYS] for row in load("floors") if "ratio" in row],
+        ),
         "## On an accelerator",
         accelerator(),
         "## Limits of the machine",
