@@ -96,9 +96,7 @@ class Modality(Protocol):
     depends on, in the notation of dvc.yaml, and the parameters that it watches. compare_deps: what `outcomes` and `row`
     read besides. merge_params: what every stage that merges watches besides. steps: those that come after `fetch` and
     before anything is evaluated. in_memory: whether a search hands merged models over as state dicts; else it merges
-    them to the disk, a few at a time. in_parts: whether its evaluators measure models on some of the examples, too, the
-    outcomes of which are those of a whole evaluation (`PartialEvaluator`). hub_task: what the Hugging Face Hub calls
-    what such models do.
+    them to the disk, a few at a time. hub_task: what the Hugging Face Hub calls what such models do.
     """
 
     name: str
@@ -110,13 +108,19 @@ class Modality(Protocol):
     merge_params: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
     in_memory: bool = False
-    in_parts: bool = False
     hub_task: str = "other"
     measure: str = "accuracy"
 
     @abstractmethod
     def schema(self) -> type[Params]:
         """What its params.yaml must be; says the tasks, and which expert each is held in for."""
+
+    def in_parts(self, params: Params) -> bool:
+        """Whether `evaluator` measures models on some of the examples, too (`PartialEvaluator`).
+
+        Then the outcome of an example depends on no other.
+        """
+        return False
 
     @abstractmethod
     def evaluator(self, params: Params, build: Path, like: Path) -> Evaluator:

@@ -60,7 +60,7 @@ def _searches(params: Params) -> Iterator[Problem]:
     modality = modality_of(params)
     for section in ("merges", "merges_of_merges"):
         for name, merge in getattr(params, section).items():
-            if merge.within and merge.within.race and not modality.in_parts:
+            if merge.within and merge.within.race and not modality.in_parts(params):
                 wrong = f"{modality.models} are not measured on some of the examples alone; leave race out"
                 yield [section, name, "search", "race"], wrong
 

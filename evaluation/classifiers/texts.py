@@ -123,9 +123,15 @@ class Tokens:
         return {key: tensor.to(self._device) for key, tensor in found.items()}
 
 
-def in_batches(texts: Sequence[str], pairs: Sequence[str] | None, size: int) -> Iterator[np.ndarray]:
-    """Which texts go together: longer ones first, so that little is filled up, and memory suffices at once or never."""
-    lengths = [len(text) + len(pairs[i] if pairs else "") for i, text in enumerate(texts)]
-    order = np.argsort(-np.array(lengths), kind="stable")
+def in_batches(
+    texts: Sequence[str], pairs: Sequence[str] | None, size: int, part: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
+    """Which texts go together: longer ones first, so that little is filled up, and memory suffices at once or never.
+
+    part: the numbers of those that are wanted (n); None for all.
+    """
+    lengths = np.array([len(text) + len(pairs[i] if pairs else "") for i, text in enumerate(texts)])
+    part = np.arange(len(texts)) if part is None else part
+    order = part[np.argsort(-lengths[part], kind="stable")]
     for start in range(0, len(order), size):
         yield order[start : start + size]

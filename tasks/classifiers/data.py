@@ -29,8 +29,8 @@ class Data(Protocol):
     def count(self, task: str, split: str) -> int:
         """How many examples a split has."""
 
-    def batches(self, task: str, split: str) -> Iterator[Part]:
-        """A split, each example once."""
+    def batches(self, task: str, split: str, part: np.ndarray | None = None) -> Iterator[Part]:
+        """A split, or those of its examples whose numbers `part` has, (n) ascending; each once."""
 
     def labels(self, task: str, split: str) -> np.ndarray | None:
         """The labels (N), int64 or float64; None where there are none."""
@@ -76,12 +76,12 @@ class Images:
     def count(self, task: str, split: str) -> int:
         return len(self._sets[task].split(split)[0])
 
-    def batches(self, task: str, split: str) -> Iterator[Part]:
+    def batches(self, task: str, split: str, part: np.ndarray | None = None) -> Iterator[Part]:
         x, _ = self._sets[task].split(split)
-        size = self._settings.batch_size
-        for start in range(0, len(x), size):
-            which = np.arange(start, min(start + size, len(x)))
-            yield which, {"images": self.pixels(x[start : start + size])}
+        part, size = np.arange(len(x)) if part is None else part, self._settings.batch_size
+        for start in range(0, len(part), size):
+            which = part[start : start + size]
+            yield which, {"images": self.pixels(x[which])}
 
     def labels(self, task: str, split: str) -> np.ndarray | None:
         y = self._sets[task].split(split)[1]
@@ -143,11 +143,11 @@ class Texts:
             self._known[task, split] = texts, pairs
         return self._known[task, split]
 
-    def batches(self, task: str, split: str) -> Iterator[Part]:
+    def batches(self, task: str, split: str, part: np.ndarray | None = None) -> Iterator[Part]:
         from mergeline.evaluation.classifiers.texts import in_batches
 
         texts, pairs = self._texts(task, split)
-        for which in in_batches(texts, pairs, self._settings.batch_size):
+        for which in in_batches(texts, pairs, self._settings.batch_size, part):
             yield which, self._tokens([texts[i] for i in which], [pairs[i] for i in which] if pairs else None)
 
     def labels(self, task: str, split: str) -> np.ndarray | None:

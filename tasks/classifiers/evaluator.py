@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence, cast
+from typing import TYPE_CHECKING, Any, Mapping, Sequence, cast
 
 import numpy as np
 
@@ -54,23 +54,32 @@ class ClassifierEvaluator:
         )
 
     def evaluate(self, model: Model, splits: Sequence[str], tasks: Sequence[str]) -> Evaluation:
+        return self._answers(model, {(split, task): None for split in splits for task in tasks})
+
+    def count(self, split: str, task: str) -> int:
+        return self._data.count(task, split)
+
+    def evaluate_part(self, model: Model, split: str, part: Mapping[str, np.ndarray]) -> Evaluation:
+        return self._answers(model, {(split, task): which_n for task, which_n in part.items()})
+
+    def _answers(self, model: Model, asked: Mapping[tuple[str, str], np.ndarray | None]) -> Evaluation:
+        """Of the examples with these numbers, or all, by split and task; those of others are 0."""
         import torch
 
         folder = cast(Path, model)
         state = self._family.base_state() if folder == self._family.base else load_state(folder)
         self._classifier.load(state, folder)
-        total = sum(self._data.count(task, split) for split in splits for task in tasks)
+        total = sum(self.count(*which) if part is None else len(part) for which, part in asked.items())
         answers: dict[str, np.ndarray] = {}
         with adding("examples", total) as more, torch.inference_mode():
-            for split in splits:
-                for task in tasks:
-                    found = np.zeros(self._data.count(task, split), np.float32)
-                    for which, batch in self._data.batches(task, split):
-                        features = self._classifier.features(batch, task)
-                        found[which] = self._answered(self._classifier.logits(features, task), task)
-                        more(len(which))
-                    answers[f"{split}/{task}"] = found if self._is_number(task) else found.astype(np.int32)
-        by_name = sorted(task for task in tasks if self._labels[task])
+            for (split, task), part in asked.items():
+                found = np.zeros(self.count(split, task), np.float32)
+                for which, batch in self._data.batches(task, split, part):
+                    features = self._classifier.features(batch, task)
+                    found[which] = self._answered(self._classifier.logits(features, task), task)
+                    more(len(which))
+                answers[f"{split}/{task}"] = found if self._is_number(task) else found.astype(np.int32)
+        by_name = sorted({task for _, task in asked if self._labels[task]})
         return Evaluation(answers, {"labels_by_name": by_name} if by_name else {})
 
     def _is_number(self, task: str) -> bool:

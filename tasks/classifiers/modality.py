@@ -55,6 +55,11 @@ class _Classifiers(Modality):
         family = self._family(params, build)
         return ClassifierEvaluator(family, self.data(family.params, build, family))
 
+    def in_parts(self, params: Params) -> bool:
+        from mergeline.evaluation.measures import ACCURACY
+
+        return all(measure == ACCURACY for measure in self.measures(params).values())
+
     def heads(self, params: Params, build: Path) -> list[str]:
         return self._family(params, build).patterns
 

@@ -54,7 +54,6 @@ class Clip(Modality):
     )
     compare_deps = ("build/data", "${code}/tasks/clip")
     in_memory = True
-    in_parts = True
     steps = (
         data_step(
             "datasets",
@@ -87,6 +86,9 @@ class Clip(Modality):
         from mergeline.tasks.clip.params import ClipParams
 
         return ClipParams
+
+    def in_parts(self, params: Params) -> bool:
+        return True
 
     def evaluator(self, params: Params, build: Path, like: Path) -> Evaluator:
         from mergeline.tasks.clip.evaluator import ClipEvaluator, open_evaluator

@@ -148,6 +148,43 @@ def test_classes_go_by_their_names_where_both_have_some(tmp_path, monkeypatch):
         assert (before[f"test/{task}"] == classes - 1 - after[f"test/{task}"]).all()
 
 
+@pytest.mark.parametrize("kind", ["timm_vit", "bert"])
+def test_of_some_examples_the_answers_are_those_of_all(kind, tmp_path, monkeypatch):
+    root = (
+        of_texts(tmp_path / "work", TEXTS[kind])
+        if kind in TEXTS
+        else of_images(tmp_path / "work", IMAGES[kind][0])
+    )
+    monkeypatch.chdir(root)
+    workspace = run_all(root)
+    modality, build = workspace.modality, root / "build"
+    assert modality.in_parts(workspace.params)
+    evaluator: Any = modality.evaluator(workspace.params, build, build / "checkpoints/base")
+    merge = build / "merges/cart"
+    whole = evaluator.evaluate(merge, ["val"], list(CLASSES)).answers
+    part = {task: np.arange(i, evaluator.count("val", task), 3) for i, task in enumerate(CLASSES)}
+    found = evaluator.evaluate_part(merge, "val", part).answers
+    for task, which_n in part.items():
+        assert len(found[f"val/{task}"]) == len(whole[f"val/{task}"])
+        assert np.array_equal(found[f"val/{task}"][which_n], whole[f"val/{task}"][which_n])
+
+
+@pytest.mark.slow
+def test_points_of_classifiers_are_raced(tmp_path, monkeypatch):
+    root = of_texts(tmp_path / "work", made.bert)
+    monkeypatch.chdir(root)
+    file = root / "params.yaml"
+    space = {"rank": [0.1, 0.5], "scale": [0.5, 1.0, 30.0]}
+    search = {"sampler": "random", "budget": 6, "race": {"looks": 1, "error": 0.4}, "space": space}
+    content = YAML(typ="safe").load(file)
+    YAML().dump({**content, "merges": {"cart": {"method": "cart", "search": search}}}, file)
+    run_all(root)
+    found = json.loads((root / "build/search/cart.json").read_text())
+    whole = found["search"]["examples_of_a_point"]
+    assert len(found["points"]) == 6
+    assert all((point["examples"] < whole) == point["dropped"] for point in found["points"])
+
+
 def test_a_head_of_one_number_is_measured_by_spearman(tmp_path, monkeypatch):
     from scipy.stats import spearmanr
 
@@ -158,7 +195,8 @@ def test_a_head_of_one_number_is_measured_by_spearman(tmp_path, monkeypatch):
         rows = [json.loads(line) for line in open(path)]
         path.write_text("".join(json.dumps({**row, "score": len(row["text"]) / 7}) + "\n" for row in rows))
     monkeypatch.chdir(root)
-    run_all(root)
+    workspace = run_all(root)
+    assert not workspace.modality.in_parts(workspace.params)  # a rank is among all examples
     from safetensors.numpy import load_file as load_arrays
 
     answers = load_arrays(root / "build/evaluations/average/predictions.safetensors")
