@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Iterable, Iterator, Sequence
 
 from mergeline.evaluation.pages.page import counted
@@ -19,12 +20,27 @@ def lines(found: Json) -> Iterator[str]:
         yield f"locked: {lock['sentence']}; so it is in {lock['modules']} of {lock['of']} attention modules"
     for note in found["notes"]:
         yield f"note: {note}"
+    yield from _advice(found["diagnoses"]["advice"], len(names))
     yield from _experts(found)
     if found["origins"]:
         yield from _ranks(found)
     if len(names) > 1:
         yield from _pairs(found, names)
     yield from _layers(found)
+    yield from _diagnoses(found, names)
+
+
+def _advice(advice: Sequence[Json], experts: int) -> Iterator[str]:
+    yield from ("", "What to do")
+    if not advice:
+        yield "  nothing: no expert is out of line"
+    for found in advice:
+        yield f"  {printable(found['sentence'])}"
+    rules = [rule for found in advice for rule in found["rules"]]
+    if rules:
+        yield f"  as rules of a recipe with params: {{weights: [{', '.join('1' * experts)}]}}"
+        for rule in rules:
+            yield f"  - {json.dumps(rule)}"
 
 
 def _experts(found: Json) -> Iterator[str]:
@@ -107,6 +123,32 @@ def _layers(found: Json) -> Iterator[str]:
         rows.append((layer["layer"], [_text(value) for value in values]))
     at = f" (R and I at rank {found['typical_rank']:g})" if found["origins"] else ""
     yield from _table(f"By layer{at}", list(keys), rows)
+
+
+def _diagnoses(found: Json, names: Sequence[str]) -> Iterator[str]:
+    layers = [layer["layer"] for layer in found["layers"]]
+
+    def table(title: str, values: Sequence[Sequence[float | None] | None], form: str) -> Iterator[str]:
+        empty = [None] * len(names)
+        cells = [[_text(value, form) for value in own or empty] for own in values]
+        return _table(title, names, list(zip(layers, cells)))
+
+    diagnoses = found["diagnoses"]
+    if len(names) > 1:
+        yield from _triangles(
+            "Kinship: median of the cosine over blocks (below), Pearson's correlation (above)",
+            names,
+            diagnoses["kinship"]["median_cosine"],
+            diagnoses["kinship"]["pearson"],
+        )
+        undone = diagnoses["interference"]["undone"]
+        yield from table("Undone by the other experts (negative: strengthened)", undone, ".1%")
+    scopes = diagnoses["scopes"]
+    if any(scopes["ratio"]):
+        yield from table(
+            "Scope: standard deviation of weights, relative to the base's", scopes["ratio"], ".4f"
+        )
+        yield from table("Share of the change that is one of scope", scopes["share"], ".1%")
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:

@@ -237,7 +237,8 @@ def test_what_looks_wrong_is_noted(tmp_path):
         save_file(state, family["experts"][name])
     found = described(family)
     for part in ("'same' equals the base", "'stranger' was not fine-tuned", "'a' and 'twin' are the same"):
-        assert sum(part in note for note in found["notes"]) == 1, found["notes"]
+        sentences = [advice["sentence"] for advice in found["diagnoses"]["advice"]]
+        assert sum(part in sentence for sentence in sentences) == 1, sentences
     assert found["cosine"][0][2] == 0 and found["experts"]["same"]["stable_rank"] is None
     assert found["origins"]["base"]["interference"][-1] < 1  # of the pairs that have some
     assert json.loads(json.dumps(found, allow_nan=False)) == found
