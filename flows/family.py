@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Iterable, Iterator, Sequence
 
+from mergeline.evaluation.pages.family import advised_rules
 from mergeline.evaluation.pages.page import counted
 from mergeline.merging.errors import printable
 
@@ -20,7 +20,7 @@ def lines(found: Json) -> Iterator[str]:
         yield f"locked: {lock['sentence']}; so it is in {lock['modules']} of {lock['of']} attention modules"
     for note in found["notes"]:
         yield f"note: {note}"
-    yield from _advice(found["diagnoses"]["advice"], len(names))
+    yield from _advice(found)
     yield from _experts(found)
     if found["origins"]:
         yield from _ranks(found)
@@ -30,17 +30,16 @@ def lines(found: Json) -> Iterator[str]:
     yield from _diagnoses(found, names)
 
 
-def _advice(advice: Sequence[Json], experts: int) -> Iterator[str]:
+def _advice(found: Json) -> Iterator[str]:
     yield from ("", "What to do")
+    advice = found["diagnoses"]["advice"]
     if not advice:
         yield "  nothing: no expert is out of line"
-    for found in advice:
-        yield f"  {printable(found['sentence'])}"
-    rules = [rule for found in advice for rule in found["rules"]]
-    if rules:
-        yield f"  as rules of a recipe with params: {{weights: [{', '.join('1' * experts)}]}}"
-        for rule in rules:
-            yield f"  - {json.dumps(rule)}"
+    for one in advice:
+        yield f"  {printable(one['sentence'])}"
+    if rules := advised_rules(found):
+        yield "  as lines of a recipe:"
+        yield from (f"    {line}" for line in rules.splitlines())
 
 
 def _experts(found: Json) -> Iterator[str]:

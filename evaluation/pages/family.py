@@ -63,8 +63,18 @@ def render_family(path: Path, found: Json) -> None:
             if len(names) > 1
         },
         by_layer=_by_layer(found, names),
-        rules=_rules(found),
+        rules=advised_rules(found),
     )
+
+
+def advised_rules(found: Json) -> str:
+    """The rules that are advised, as lines of a recipe; "" if there are none."""
+    rules = [rule for advice in found["diagnoses"]["advice"] for rule in advice["rules"]]
+    if not rules:
+        return ""
+    weights = ", ".join("1" * len(found["experts"]))
+    lines = [f"  - {json.dumps(rule, ensure_ascii=False)}" for rule in rules]
+    return "\n".join([f"params: {{weights: [{weights}]}}", "rules:", *lines])
 
 
 def _text(value: float | None, form: str = ".3f") -> str:
@@ -190,16 +200,6 @@ def _with_others(overlap: Json | None, side: str) -> list[float | None] | None:
         known = [value for j, value in enumerate(row) if j != t and value is not None]
         found.append(sum(known) / len(known) / overlap[f"{side}_by_chance"] if known else None)
     return found
-
-
-def _rules(found: Json) -> str:
-    """The rules that are advised, as lines of a recipe; "" if there are none."""
-    rules = [rule for advice in found["diagnoses"]["advice"] for rule in advice["rules"]]
-    if not rules:
-        return ""
-    weights = ", ".join("1" * len(found["experts"]))
-    lines = [f"  - {json.dumps(rule, ensure_ascii=False)}" for rule in rules]
-    return "\n".join([f"params: {{weights: [{weights}]}}", "rules:", *lines])
 
 
 def _energies(found: Json, origin: str) -> Table:
