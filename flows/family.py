@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Iterator, Sequence
 
-from mergeline.evaluation.pages.family import advised_rules
+from mergeline.evaluation.pages.family import advised_rules, passed_on
 from mergeline.evaluation.pages.page import counted
 from mergeline.merging.errors import printable
 
@@ -143,11 +143,25 @@ def _diagnoses(found: Json, names: Sequence[str]) -> Iterator[str]:
         undone = diagnoses["interference"]["undone"]
         yield from table("Undone by the other experts (negative: strengthened)", undone, ".1%")
     scopes = diagnoses["scopes"]
+    for tower, own in diagnoses["composition"].items():
+        yield from _composition(tower, own)
     if any(scopes["ratio"]):
         yield from table(
             "Scope: standard deviation of weights, relative to the base's", scopes["ratio"], ".4f"
         )
         yield from table("Share of the change that is one of scope", scopes["share"], ".1%")
+
+
+def _composition(tower: str, found: Json) -> Iterator[str]:
+    keys = {"mean": "mean", "largest": "largest", "in base": "in_base", "in expert": "in_expert"}
+    keys |= {"in average": "in_average"}
+    rows = [
+        (name, [*(_text(own[key], ".4f") for key in keys.values()), passed_on(own)])
+        for name, own in found["experts"].items()
+    ]
+    by_chance = f"by chance {found['by_chance']:.3f}"
+    title = f"Composition of heads in {tower} ({by_chance}): how far the average is from an expert"
+    yield from _table(title, [*keys, "of"], rows)
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
 from mergeline.merging.algebra import decompositions, directions, linear
 from mergeline.merging.algebra.slots import Slot, View
 from mergeline.merging.algebra.sums import added
+from mergeline.merging.align import config_of
+from mergeline.merging.architecture import describe
+from mergeline.merging.diagnoses import heads as attention_heads
 from mergeline.merging.diagnoses.family import diagnose
 from mergeline.merging.diagnoses.scopes import scope_row
 from mergeline.merging.diagnoses.sums import (
@@ -30,7 +33,7 @@ from mergeline.merging.diagnoses.sums import (
     total,
 )
 from mergeline.merging.engine.machine import keep_freed_memory, one_thread, worker_count
-from mergeline.merging.engine.mergelock import Lock, attention_modules, suspicions
+from mergeline.merging.engine.mergelock import Attention, Lock, Part, attention_modules, read_part, suspicions
 from mergeline.merging.engine.plan import Entry, Plan, with_kept
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import FileInputs
@@ -158,6 +161,7 @@ def describe_family(
     *,
     ranks: Sequence[float] = RANKS,
     heads: Sequence[str] = (),
+    composition: bool = False,
     workers: int | None = None,
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -165,14 +169,17 @@ def describe_family(
     """Everything that `mergeline inspect` tells of a family, as JSON values; None where there is nothing to tell.
 
     ranks: fractions of full rank, as CART rounds them. heads: names of tensors that are each expert's own and not
-    described. `origins`: for `base` and (of several experts) `mean`, the
+    described. composition: whether to measure what attention heads pass on to one another, in every model and the
+    average of the experts; it holds the output matrices of a model, and takes time by the square of its depth.
+    `origins`: for `base` and (of several experts) `mean`, the
     `error` R(k) = sum over experts and matrices of |tau - P_k tau|_F^2, also as a share of its value at k = 0, and the
     `interference` I(k) of CART as a mean over ordered pairs and matrices, each term relative to |tau_i| |tau_j|: 0 for
     experts that read from orthogonal inputs, 1 for equal ones of rank one. `locks`: experts that are locked against
     merging (see `merging.engine.mergelock`), here looked for in every module. `notes`: sentences on what looks wrong.
 
     Raises:
-        UserError: checkpoints that do not match, NaN or Inf in one, a rank outside (0, 1], too little memory.
+        UserError: checkpoints that do not match, NaN or Inf in one, a rank outside (0, 1], too little memory;
+            `composition` of a model the number of whose attention heads is not known.
     """
     wrong = next((rank for rank in ranks if not 0 < rank <= 1), None)
     if wrong is not None or not ranks:
@@ -180,6 +187,8 @@ def describe_family(
     ranks = sorted(set(ranks))
     plan = family_plan(base, experts, heads)
     entries = [entry for entry in plan.entries if entry.action == "merge"]
+    modules = attention_modules({entry.name: entry.spec.shape for entry in entries})
+    attention = _attention(plan, modules) if composition else {}
     need = max((_peak_bytes(entry, len(experts)) for entry in entries), default=0)
     workers = worker_count(need, workers, memory)
     keep_freed_memory()
@@ -193,7 +202,7 @@ def describe_family(
             measured.append(found)
             if progress:
                 progress(len(measured), len(entries))
-        modules = attention_modules({entry.name: entry.spec.shape for entry in entries})
+        towers = [_composed(source, tower, found, list(experts)) for tower, found in attention.items()]
         locks = {name: list(filter(None, suspicions(source, modules, "base", name))) for name in experts}
     layers = layers_of(measured, len(experts))
     sums = total((m.sums for m in measured), len(experts))
@@ -209,10 +218,43 @@ def describe_family(
         "origins": _origins(measured, ranks),
         "layers": _layers(layers, ranks),
         "by_tensor": [_tensor(m) for m in measured],
-        "diagnoses": diagnose(layers, sums, list(experts), locked),
+        "diagnoses": diagnose(layers, sums, list(experts), locked, towers),
         "locks": locked,
         "notes": plan.warnings,
     }
+
+
+def _attention(plan: Plan, modules: Sequence[Attention]) -> dict[str, list[attention_heads.Layer]]:
+    assert plan.base is not None
+    shapes = {name: info.shape for name, info in plan.base.tensors.items()}
+    merged = {entry.name for entry in plan.entries if entry.action == "merge"}
+    model = describe(shapes, config_of(plan.base.path))
+    found = attention_heads.attention_layers(model, modules, merged)
+    if not found:
+        raise UserError(
+            f"{plan.base.path}: neither names nor config.json say which heads its attention has in two or more layers; "
+            "leave composition out"
+        )
+    return found
+
+
+def _composed(
+    source: FileInputs, tower: str, layers: Sequence[attention_heads.Layer], experts: Sequence[str]
+) -> attention_heads.Tower:
+    """What the heads of a tower pass on in the base, in each expert, and in the experts' average."""
+
+    def of(origins: Sequence[str]) -> tuple[list[attention_heads.Pair], Tensor]:
+        def read(part: Part) -> Tensor:
+            return added(read_part(source, origin, part) for origin in origins) / len(origins)
+
+        return attention_heads.composition(read, layers)
+
+    models = {"base": ["base"], "mean": list(experts)}
+    scores = {name: of(origins) for name, origins in models.items()}
+    own = {name: of([name])[1] for name in experts}
+    pairs = scores["base"][0]
+    width = layers[0].module.query.columns
+    return attention_heads.Tower(tower, width, pairs, scores["base"][1], scores["mean"][1], own)
 
 
 def _peak_bytes(entry: Entry, experts: int) -> int:

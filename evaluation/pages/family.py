@@ -32,7 +32,12 @@ def render_family(path: Path, found: Json) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    filters: dict[str, Callable[..., Any]] = {"counted": counted, "value": as_text, "text": _text}
+    filters: dict[str, Callable[..., Any]] = {
+        "counted": counted,
+        "value": as_text,
+        "text": _text,
+        "passed_on": passed_on,
+    }
     names = list(found["experts"])
     overlap = found["overlap"] or {}
     write_page(
@@ -75,6 +80,12 @@ def advised_rules(found: Json) -> str:
     weights = ", ".join("1" * len(found["experts"]))
     lines = [f"  - {json.dumps(rule, ensure_ascii=False)}" for rule in rules]
     return "\n".join([f"params: {{weights: [{weights}]}}", "rules:", *lines])
+
+
+def passed_on(drift: Json) -> str:
+    """Which two heads the largest drift is of, by layer and number: `2.1 -> 3.0 (key)`."""
+    writer, reader = (".".join(map(str, drift[key])) for key in ("writer", "reader"))
+    return f"{writer} -> {reader} ({drift['kind']})"
 
 
 def _text(value: float | None, form: str = ".3f") -> str:

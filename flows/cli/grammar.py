@@ -789,6 +789,11 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rank", type=values.numbers, metavar="R1,R2,...", help="fractions of full rank, of a family"
     )
+    command.add_argument(
+        "--composition",
+        action="store_true",
+        help="what attention heads pass on to one another, of a family",
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves, of a family")
     _force(command)
     _remote(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Collection, Sequence
 
+from mergeline.merging.diagnoses.heads import Tower, advice_on_heads, composition_drift
 from mergeline.merging.diagnoses.interference import advice_on_interference, interference
 from mergeline.merging.diagnoses.kinship import (
     advice_on_kinship,
@@ -19,10 +20,15 @@ Json = dict[str, Any]
 
 
 def diagnose(
-    layers: Sequence[Layer[TensorSums]], whole: Sums, names: Sequence[str], locked: Collection[str]
+    layers: Sequence[Layer[TensorSums]],
+    whole: Sums,
+    names: Sequence[str],
+    locked: Collection[str],
+    towers: Sequence[Tower] = (),
 ) -> Json:
     """The numbers of each diagnosis by layer (in the order of `layers`) and expert, and `advice`.
 
+    towers: what heads pass on, where it was measured; `composition` is empty where it was not.
     Experts of another base, such as equal it and those that are `locked` are named once, and left out of the rest.
     """
     apart = {*of_another_base(whole), *unchanged(whole)}
@@ -31,6 +37,7 @@ def diagnose(
         *advice_on_origins(whole, names),
         *advice_on_kinship(layers, whole, names, members),
         *advice_on_interference(layers, names, members),
+        *advice_on_heads(towers, names, members),
         *advice_on_scopes(
             layers, names, members
         ),  # last, for of two rules the later wins: what is left out stays so
@@ -40,4 +47,5 @@ def diagnose(
         "scopes": scopes(layers),
         "interference": interference(layers),
         "kinship": kinship(layers, whole),
+        "composition": composition_drift(towers, names),
     }
