@@ -187,6 +187,20 @@ def front(found: Mapping[str, Any], picked: int | None) -> Iterator[str]:
         )
 
 
+def layer_errors(found: Mapping[str, Any]) -> Iterator[str]:
+    """How far a merge's activations are from the experts', by task and stage; what to do first."""
+    for advice in found["advice"]:
+        yield printable(advice["sentence"])
+    if not found["advice"]:
+        yield "after every layer the merge is nearer to the experts than the base is"
+    for task, own in found["tasks"].items():
+        beside = f"{task}, beside expert '{own['expert']}'"
+        yield printable(f"{beside}: errors of the merge, of the layer itself, of the base")
+        width = max(map(len, own["stages"]))
+        for stage, *errors in zip(own["stages"], own["merge"], own["own"], own["base"]):
+            yield printable(f"  {stage.ljust(width)}  {'  '.join(f'{error:.3f}' for error in errors)}")
+
+
 def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
     """How many experts of a mixture are left, in how many layers, and which are in no group."""
     made = manifest["mixture"]
