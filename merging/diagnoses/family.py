@@ -38,9 +38,8 @@ def diagnose(
         *advice_on_kinship(layers, whole, names, members),
         *advice_on_interference(layers, names, members),
         *advice_on_heads(towers, names, members),
-        *advice_on_scopes(
-            layers, names, members
-        ),  # last, for of two rules the later wins: what is left out stays so
+        # Last, for of two rules the later wins: what is left out stays so.
+        *advice_on_scopes(layers, names, members),
     ]
     return {
         "advice": [found.as_json() for found in advice],

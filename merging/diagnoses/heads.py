@@ -31,13 +31,8 @@ Json = dict[str, Any]
 Read = Callable[[Part], "Tensor"]
 
 KINDS = ("query", "key", "value")
-_NORMS = (
-    "ln_1",
-    "norm1",
-    "layer_norm1",
-    "layernorm_before",
-    "input_layernorm",
-)  # that come before an attention
+# Norms that come before an attention.
+_NORMS = ("ln_1", "norm1", "layer_norm1", "layernorm_before", "input_layernorm")
 # A circuit is a pair whose score is this many standard deviations above the median of all pairs: of a million pairs of
 # random heads none is.
 _OUTLIER = 6.0
