@@ -9,6 +9,7 @@ from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.engine.inputs import files_of
 from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.errors import UserError
+from mergeline.merging.learning.ensembles import ensembles
 from mergeline.merging.learning.layer_errors import layer_errors
 from mergeline.tasks.fit import examples_of
 
@@ -24,13 +25,16 @@ def measured_errors(
     merge: Path,
     *,
     first: int | None = None,
+    ensembled: bool = False,
     page: Path | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """What `merging.learning.layer_errors` finds of a merge of a pipeline's experts, on examples of its split `fit`.
 
-    first: how many examples of each task, None for as many as fits take. page: where the same is written as HTML.
+    first: how many examples of each task, None for as many as fits take. ensembled: whether the merge is held against
+    ensembles of the experts, too, under `ensembles` (`merging.learning.ensembles`). page: where the same is
+    written as HTML.
 
     Raises:
         UserError: models that are not run on examples; as `layer_errors`; a place that holds something else.
@@ -49,8 +53,11 @@ def measured_errors(
         read = [file for path in paths for file in (path, *files_of(open_checkpoint(path)))]
         refuse_file(page, read, is_page, "page", force)
     examples = examples_of(modality, params, build, first)
-    found = layer_errors(modality.network(params, build, base), examples, base, merge, experts, progress)
-    found = {"merge": str(merge), **found}
+    network = modality.network(params, build, base)
+    found: dict[str, Any] = {"merge": str(merge)}
+    if ensembled:
+        found["ensembles"] = ensembles(network, examples, base, merge, experts, progress)
+    found |= layer_errors(network, examples, base, merge, experts, progress)
     if page:
         render_layer_errors(page, found)
     return found

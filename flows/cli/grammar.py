@@ -869,6 +869,11 @@ def _layer_errors(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--examples", type=values.count, metavar="N", help="of each task (default: as fits take)"
     )
+    command.add_argument(
+        "--ensembles",
+        action="store_true",
+        help="also beside the mean of all experts' logits, and of their features",
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves")
     _force(command)
     _json(command)

@@ -290,6 +290,7 @@ def layer_errors(args: argparse.Namespace) -> None:
         workspace.root / "build",
         merge,
         first=args.examples,
+        ensembled=args.ensembles,
         page=page,
         force=args.force,
         progress=text.progress("examples"),

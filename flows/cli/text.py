@@ -193,6 +193,14 @@ def layer_errors(found: Mapping[str, Any]) -> Iterator[str]:
         yield printable(advice["sentence"])
     if not found["advice"]:
         yield "after every layer the merge is nearer to the experts than the base is"
+    if ensembles := found.get("ensembles"):
+        yield from (printable(advice["sentence"]) for advice in ensembles["advice"])
+        yield "agreement with the task's expert of the merge, of the mean of logits, of features:"
+        lines = {**ensembles["tasks"], "mean": ensembles["mean"]}
+        ways = ("merge", "logits", "features")
+        yield from _aligned(
+            [(printable(task), *(f"{own[way]:.3f}" for way in ways)) for task, own in lines.items()]
+        )
     for task, own in found["tasks"].items():
         beside = f"{task}, beside expert '{own['expert']}'"
         yield printable(f"{beside}: errors of the merge, of the layer itself, of the base")

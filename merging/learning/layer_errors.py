@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.sums import added
 from mergeline.merging.architecture import layer_of
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
 from mergeline.merging.diagnoses.advice import Advice, Span, spans
 from mergeline.merging.diagnoses.sums import number
 from mergeline.merging.lazy import torch
+from mergeline.merging.learning.models import load_base, load_model
 from mergeline.merging.learning.network import Batch, Examples, Network, batch_size, mask_of
 from mergeline.merging.learning.stages import Stage, Stream, stages_of
 
@@ -42,13 +42,19 @@ def layer_errors(
     models are held at a time.
 
     Raises:
-        UserError: a checkpoint that the network cannot take over.
+        UserError: checkpoints that do not match, or that the network cannot take over.
     """
     with torch.no_grad():
-        foundation, merged = _weights(network, base), _weights(network, base, merge)
+        load_base(network, base)
+        foundation = _weights(network)
+        load_model(network, base, merge)
+        merged = _weights(network)
         total, done, tasks = sum(map(examples.count, examples.owners)), 0, {}
+        if progress:
+            progress(0, total)
         for task, owner in examples.owners.items():
-            tuned = _weights(network, base, experts[owner])
+            load_model(network, base, experts[owner])
+            tuned = _weights(network)
             with network.lent(tuned):
                 stages = stages_of(network, next(iter(examples.of(task))))
             parts: list[dict[str, Tensor]] = []
@@ -67,11 +73,7 @@ def layer_errors(
     return {"tasks": tasks, "advice": [advice.as_json() for advice in advice_on_errors(tasks)]}
 
 
-def _weights(network: Network, *checkpoints: Path) -> dict[str, Tensor]:
-    """The network's tensors with those of checkpoints, each over the ones before."""
-    for path in checkpoints:
-        checkpoint = open_checkpoint(path)
-        network.load({name: checkpoint.read(name) for name in checkpoint.tensors})
+def _weights(network: Network) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.tensors().items()}
 
 

@@ -71,13 +71,20 @@ def test_a_merge_is_held_against_the_experts_of_a_pipeline(tmp_path, monkeypatch
     assert "Errors by layer" in page.text and "What to do" in page.text
     assert all(v.startswith("#") for _, attrs in page.tags for key, v in attrs.items() if key in LOADS)
     assert main(["layer-errors", "build/checkpoints/left", "--examples", "5"]) == 0
-    assert "right, beside expert 'right'" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "right, beside expert 'right'" in told.out and "going on" not in told.err
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, capsys):
     workspace(tmp_path, monkeypatch, Toy())
     assert main(["layer-errors", "build/checkpoints/left"]) == 2
     assert "are not run on examples" in capsys.readouterr().err
+
+
+def test_ensembles_of_what_has_no_classes_are_refused(tmp_path, monkeypatch, capsys):
+    workspace(tmp_path, monkeypatch, Running())
+    assert main(["layer-errors", "build/checkpoints/left", "--ensembles"]) == 2
+    assert "predict no classes" in capsys.readouterr().err
 
 
 def test_a_page_replaces_no_file_of_somebodys(tmp_path, monkeypatch, capsys):

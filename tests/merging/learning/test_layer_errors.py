@@ -87,5 +87,5 @@ def test_errors_are_relative_distances(tmp_path):
 def test_a_model_of_another_shape_is_refused(tmp_path):
     family = make_family(tmp_path)
     merge = average(family) | {"gain": torch.ones(7, dtype=torch.float64)}
-    with refused("'gain' is (7,), in the model (6,)"):
+    with refused("gain", "7", "6"):
         measured(family, tmp_path, merge)
