@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Iterator, Sequence
 
+from mergeline.evaluation.pages.family import advised_rules, passed_on
 from mergeline.evaluation.pages.page import counted
 from mergeline.merging.errors import printable
 
@@ -19,12 +20,26 @@ def lines(found: Json) -> Iterator[str]:
         yield f"locked: {lock['sentence']}; so it is in {lock['modules']} of {lock['of']} attention modules"
     for note in found["notes"]:
         yield f"note: {note}"
+    yield from _advice(found)
     yield from _experts(found)
     if found["origins"]:
         yield from _ranks(found)
     if len(names) > 1:
         yield from _pairs(found, names)
     yield from _layers(found)
+    yield from _diagnoses(found, names)
+
+
+def _advice(found: Json) -> Iterator[str]:
+    yield from ("", "What to do")
+    advice = found["diagnoses"]["advice"]
+    if not advice:
+        yield "  nothing: no expert is out of line"
+    for one in advice:
+        yield f"  {printable(one['sentence'])}"
+    if rules := advised_rules(found):
+        yield "  as lines of a recipe:"
+        yield from (f"    {line}" for line in rules.splitlines())
 
 
 def _experts(found: Json) -> Iterator[str]:
@@ -107,6 +122,46 @@ def _layers(found: Json) -> Iterator[str]:
         rows.append((layer["layer"], [_text(value) for value in values]))
     at = f" (R and I at rank {found['typical_rank']:g})" if found["origins"] else ""
     yield from _table(f"By layer{at}", list(keys), rows)
+
+
+def _diagnoses(found: Json, names: Sequence[str]) -> Iterator[str]:
+    layers = [layer["layer"] for layer in found["layers"]]
+
+    def table(title: str, values: Sequence[Sequence[float | None] | None], form: str) -> Iterator[str]:
+        empty = [None] * len(names)
+        cells = [[_text(value, form) for value in own or empty] for own in values]
+        return _table(title, names, list(zip(layers, cells)))
+
+    diagnoses = found["diagnoses"]
+    if len(names) > 1:
+        yield from _triangles(
+            "Kinship: median of the cosine over blocks (below), Pearson's correlation (above)",
+            names,
+            diagnoses["kinship"]["median_cosine"],
+            diagnoses["kinship"]["pearson"],
+        )
+        undone = diagnoses["interference"]["undone"]
+        yield from table("Undone by the other experts (negative: strengthened)", undone, ".1%")
+    scopes = diagnoses["scopes"]
+    for tower, own in diagnoses["composition"].items():
+        yield from _composition(tower, own)
+    if any(scopes["ratio"]):
+        yield from table(
+            "Scope: standard deviation of weights, relative to the base's", scopes["ratio"], ".4f"
+        )
+        yield from table("Share of the change that is one of scope", scopes["share"], ".1%")
+
+
+def _composition(tower: str, found: Json) -> Iterator[str]:
+    keys = {"mean": "mean", "largest": "largest", "in base": "in_base", "in expert": "in_expert"}
+    keys |= {"in average": "in_average"}
+    rows = [
+        (name, [*(_text(own[key], ".4f") for key in keys.values()), passed_on(own)])
+        for name, own in found["experts"].items()
+    ]
+    by_chance = f"by chance {found['by_chance']:.3f}"
+    title = f"Composition of heads in {tower} ({by_chance}): how far the average is from an expert"
+    yield from _table(title, [*keys, "of"], rows)
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:

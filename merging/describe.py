@@ -12,13 +12,28 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Mapping, NamedTuple, Sequence
 
 from mergeline.merging.algebra import decompositions, directions, linear
 from mergeline.merging.algebra.slots import Slot, View
 from mergeline.merging.algebra.sums import added
+from mergeline.merging.align import config_of
+from mergeline.merging.architecture import describe
+from mergeline.merging.diagnoses import heads as attention_heads
+from mergeline.merging.diagnoses.family import diagnose
+from mergeline.merging.diagnoses.scopes import scope_row
+from mergeline.merging.diagnoses.sums import (
+    Layer,
+    Sums,
+    TensorSums,
+    layers_of,
+    number,
+    rows,
+    sums_of,
+    total,
+)
 from mergeline.merging.engine.machine import keep_freed_memory, one_thread, worker_count
-from mergeline.merging.engine.mergelock import Lock, attention_modules, suspicions
+from mergeline.merging.engine.mergelock import Attention, Lock, Part, attention_modules, read_part, suspicions
 from mergeline.merging.engine.plan import Entry, Plan, with_kept
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import FileInputs
@@ -32,139 +47,10 @@ RANKS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0)
 _TYPICAL = (
     0.08  # the rank that CART's paper finds best; overlaps and layers are told at the rank nearest to it
 )
-# An expert whose weights point elsewhere than the base's was not fine-tuned from it; real experts stay above 0.9.
-_SAME_FAMILY = 0.5
 _TINY = 1e-300
 _BUFFERS = 12  # float64 intermediates of the size of a matrix, whatever the number of experts
 
 Json = dict[str, Any]
-
-
-# ---------------------------------------------------------------------------------------------- sums over entries
-
-
-class Sums(NamedTuple):
-    """Sums over the entries of T task vectors, of a tensor or of many; `total` adds them up. All float64.
-
-    products_TT: of every two task vectors; magnitudes_TT: of their magnitudes. opposite_TT, nonzero_TT: entries of
-    opposite sign, and where neither is 0. magnitude: sum of all magnitudes; cancelled: what of it is lost when task
-    vectors are added. base: the base's squared norm. aligned_T, experts_T, weights: over tensors of two or more
-    dimensions, inner product of expert and base, and their squared norms.
-    """
-
-    products_TT: Tensor
-    magnitudes_TT: Tensor
-    opposite_TT: Tensor
-    nonzero_TT: Tensor
-    magnitude: Tensor
-    cancelled: Tensor
-    base: Tensor
-    aligned_T: Tensor
-    experts_T: Tensor
-    weights: Tensor
-
-    @classmethod
-    def zero(cls, experts: int) -> Sums:
-        sizes = {"TT": (experts, experts), "T": (experts,)}
-        return cls(
-            *(torch.zeros(sizes.get(n.rpartition("_")[2], ()), dtype=torch.float64) for n in cls._fields)
-        )
-
-    @property
-    def norm_T(self) -> Tensor:
-        """Of the task vectors."""
-        return self.products_TT.diagonal().sqrt()
-
-    @property
-    def relative_norm_T(self) -> Tensor:
-        """Of the task vectors, over the base's; where that is 0, over 1."""
-        return self.norm_T / (self.base.sqrt() or 1.0)
-
-    @property
-    def cosine_TT(self) -> Tensor:
-        """Of the task vectors; 0 with one that is 0."""
-        return self.products_TT / (self.norm_T[:, None] * self.norm_T).clamp(min=_TINY)
-
-    @property
-    def conflict_TT(self) -> Tensor:
-        """Share of entries, where neither is 0, in which two task vectors have opposite signs."""
-        return self.opposite_TT / self.nonzero_TT.clamp(min=1)
-
-    @property
-    def weighted_conflict_TT(self) -> Tensor:
-        """The same, each entry weighted by the product of both magnitudes."""
-        return (self.magnitudes_TT - self.products_TT) / 2 / self.magnitudes_TT.clamp(min=_TINY)
-
-    @property
-    def cancelled_share(self) -> float:
-        """Share of the magnitude of all task vectors that their sum loses to opposite signs: 0 for one expert."""
-        return float(self.cancelled / self.magnitude.clamp(min=_TINY))
-
-    @property
-    def alignment_T(self) -> Tensor | None:
-        """Cosine of the experts' weights with the base's; None if the base has none of two or more dimensions."""
-        if not self.weights:
-            return None
-        return self.aligned_T / (self.experts_T.sqrt() * self.weights.sqrt()).clamp(min=_TINY)
-
-
-def total(parts: Iterable[Sums], experts: int) -> Sums:
-    """The sums over several tensors."""
-    found = Sums.zero(experts)
-    for part in parts:
-        found = Sums(*(a + b for a, b in zip(found, part)))
-    return found
-
-
-def sums_of(view: View) -> Sums:
-    """The sums over one tensor, block by block."""
-    count = len(view.source.experts)
-    return total((_block_sums(x) for x in view.blocks("element")), count)
-
-
-def _block_sums(x: Slot) -> Sums:
-    zero = Sums.zero(len(x.experts))
-    tau_TD = x.task_vectors.double()
-    size_TD = tau_TD.abs()
-    products_TT, magnitude = tau_TD @ tau_TD.T, size_TD.sum()
-    sign_TD = tau_TD.sign().float()
-    agreement_TT = (sign_TD @ sign_TD.T).double()
-    nonzero_TD = sign_TD.abs()
-    nonzero_TT = (nonzero_TD @ nonzero_TD.T).double()
-    assert x.base is not None, "task vectors are measured from the base"
-    base_D = x.base.double()
-    found = zero._replace(
-        products_TT=products_TT,
-        magnitudes_TT=size_TD @ size_TD.T,
-        opposite_TT=(nonzero_TT - agreement_TT) / 2,
-        nonzero_TT=nonzero_TT,
-        magnitude=magnitude,
-        cancelled=magnitude - tau_TD.sum(0).abs().sum(),
-        base=base_D @ base_D,
-    )
-    if len(x.tensor_shape) < 2:
-        return found
-    experts_TD = x.experts.stacked.double()
-    return found._replace(
-        aligned_T=experts_TD @ base_D, experts_T=experts_TD.square().sum(1), weights=found.base
-    )
-
-
-def oddities(sums: Sums, experts: Sequence[str]) -> Iterator[str]:
-    """A sentence for each expert that is not of this base, equals it, or is another's twin."""
-    norm_T, cosine_TT, alignment_T = sums.norm_T, sums.cosine_TT, sums.alignment_T
-    for t, name in enumerate(experts):
-        if alignment_T is not None and alignment_T[t] < _SAME_FAMILY:
-            yield (
-                f"expert '{name}' was not fine-tuned from this base: the cosine of their weights is "
-                f"{alignment_T[t]:.2f}, a fine-tuned copy has more than {_SAME_FAMILY}; remove it or name its own base"
-            )
-    for i, name in enumerate(experts):
-        if norm_T[i] == 0:
-            yield f"expert '{name}' equals the base; remove it from experts"
-        for j in range(i):
-            if norm_T[i] == norm_T[j] != 0 and cosine_TT[i, j] > 1 - 1e-12:
-                yield f"experts '{experts[j]}' and '{name}' are the same; list one of them"
 
 
 # ---------------------------------------------------------------------------------------------- spectra
@@ -252,13 +138,9 @@ def _stacked(values: list[Tensor], empty: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _Measured(TensorSums):
     """What was found in one tensor; `spectra` by origin, of a matrix."""
 
-    name: str
-    shape: tuple[int, ...]
-    sums: Sums
-    layer: tuple[str, int] | None
     spectra: Mapping[str, Spectra] = field(default_factory=dict)
 
 
@@ -279,6 +161,7 @@ def describe_family(
     *,
     ranks: Sequence[float] = RANKS,
     heads: Sequence[str] = (),
+    composition: bool = False,
     workers: int | None = None,
     memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -286,14 +169,17 @@ def describe_family(
     """Everything that `mergeline inspect` tells of a family, as JSON values; None where there is nothing to tell.
 
     ranks: fractions of full rank, as CART rounds them. heads: names of tensors that are each expert's own and not
-    described. `origins`: for `base` and (of several experts) `mean`, the
+    described. composition: whether to measure what attention heads pass on to one another, in every model and the
+    average of the experts; it holds the output matrices of a model, and takes time by the square of its depth.
+    `origins`: for `base` and (of several experts) `mean`, the
     `error` R(k) = sum over experts and matrices of |tau - P_k tau|_F^2, also as a share of its value at k = 0, and the
     `interference` I(k) of CART as a mean over ordered pairs and matrices, each term relative to |tau_i| |tau_j|: 0 for
     experts that read from orthogonal inputs, 1 for equal ones of rank one. `locks`: experts that are locked against
     merging (see `merging.engine.mergelock`), here looked for in every module. `notes`: sentences on what looks wrong.
 
     Raises:
-        UserError: checkpoints that do not match, NaN or Inf in one, a rank outside (0, 1], too little memory.
+        UserError: checkpoints that do not match, NaN or Inf in one, a rank outside (0, 1], too little memory;
+            `composition` of a model the number of whose attention heads is not known.
     """
     wrong = next((rank for rank in ranks if not 0 < rank <= 1), None)
     if wrong is not None or not ranks:
@@ -301,6 +187,8 @@ def describe_family(
     ranks = sorted(set(ranks))
     plan = family_plan(base, experts, heads)
     entries = [entry for entry in plan.entries if entry.action == "merge"]
+    modules = attention_modules({entry.name: entry.spec.shape for entry in entries})
+    attention = _attention(plan, modules) if composition else {}
     need = max((_peak_bytes(entry, len(experts)) for entry in entries), default=0)
     workers = worker_count(need, workers, memory)
     keep_freed_memory()
@@ -314,9 +202,11 @@ def describe_family(
             measured.append(found)
             if progress:
                 progress(len(measured), len(entries))
-        modules = attention_modules({entry.name: entry.spec.shape for entry in entries})
+        towers = [_composed(source, tower, found, list(experts)) for tower, found in attention.items()]
         locks = {name: list(filter(None, suspicions(source, modules, "base", name))) for name in experts}
+    layers = layers_of(measured, len(experts))
     sums = total((m.sums for m in measured), len(experts))
+    locked = {name: _lock(found, len(modules)) for name, found in locks.items() if found}
     return {
         "base": str(base),
         "ranks": ranks,
@@ -326,11 +216,45 @@ def describe_family(
         "experts": _experts(list(experts), sums, measured),
         **_pairwise(sums, measured),
         "origins": _origins(measured, ranks),
-        "layers": _layers(measured, ranks, len(experts)),
+        "layers": _layers(layers, ranks),
         "by_tensor": [_tensor(m) for m in measured],
-        "locks": {name: _lock(found, len(modules)) for name, found in locks.items() if found},
-        "notes": [*oddities(sums, list(experts)), *plan.warnings],
+        "diagnoses": diagnose(layers, sums, list(experts), locked, towers),
+        "locks": locked,
+        "notes": plan.warnings,
     }
+
+
+def _attention(plan: Plan, modules: Sequence[Attention]) -> dict[str, list[attention_heads.Layer]]:
+    assert plan.base is not None
+    shapes = {name: info.shape for name, info in plan.base.tensors.items()}
+    merged = {entry.name for entry in plan.entries if entry.action == "merge"}
+    model = describe(shapes, config_of(plan.base.path))
+    found = attention_heads.attention_layers(model, modules, merged)
+    if not found:
+        raise UserError(
+            f"{plan.base.path}: neither names nor config.json say which heads its attention has in two or more layers; "
+            "leave composition out"
+        )
+    return found
+
+
+def _composed(
+    source: FileInputs, tower: str, layers: Sequence[attention_heads.Layer], experts: Sequence[str]
+) -> attention_heads.Tower:
+    """What the heads of a tower pass on in the base, in each expert, and in the experts' average."""
+
+    def of(origins: Sequence[str]) -> tuple[list[attention_heads.Pair], Tensor]:
+        def read(part: Part) -> Tensor:
+            return added(read_part(source, origin, part) for origin in origins) / len(origins)
+
+        return attention_heads.composition(read, layers)
+
+    models = {"base": ["base"], "mean": list(experts)}
+    scores = {name: of(origins) for name, origins in models.items()}
+    own = {name: of([name])[1] for name in experts}
+    pairs = scores["base"][0]
+    width = layers[0].module.query.columns
+    return attention_heads.Tower(tower, width, pairs, scores["base"][1], scores["mean"][1], own)
 
 
 def _peak_bytes(entry: Entry, experts: int) -> int:
@@ -366,11 +290,6 @@ def _layer(view: View) -> tuple[str, int] | None:
     return None if role.tower is None or role.layer is None else (role.tower, role.layer)
 
 
-def _component(name: str) -> str:
-    """What stands before a tensor's name in a model of several components, as `unet/`."""
-    return name[: name.find("/") + 1]
-
-
 def _experts(names: Sequence[str], sums: Sums, measured: Sequence[_Measured]) -> Json:
     spectra = [m.spectra["base"] for m in measured if m.spectra]
     sides = torch.tensor([float(min(m.shape)) for m in measured if m.spectra], dtype=torch.float64)
@@ -392,24 +311,26 @@ def _experts(names: Sequence[str], sums: Sums, measured: Sequence[_Measured]) ->
 
 
 def _pairwise(sums: Sums, measured: Sequence[_Measured]) -> Json:
-    spectra = [m.spectra["base"] for m in measured if m.spectra]
-    count = len(sums.norm_T)
-    inputs, outputs = (
-        _square(_mean([getattr(s, key) for s in spectra]), count) for key in ("inputs_P", "outputs_P")
-    )
-    chance = _mean([s.chance for s in spectra])
     return {
-        "cosine": _rows(sums.cosine_TT),
-        "sign_conflict": _rows(sums.conflict_TT),
-        "sign_conflict_by_magnitude": _rows(sums.weighted_conflict_TT),
+        "cosine": rows(sums.cosine_TT),
+        "sign_conflict": rows(sums.conflict_TT),
+        "sign_conflict_by_magnitude": rows(sums.weighted_conflict_TT),
         "cancelled": number(sums.cancelled_share),
-        "overlap": None if chance is None or count < 2 else {
-            "inputs": inputs,
-            "outputs": outputs,
-            "inputs_by_chance": number(chance[0]),
-            "outputs_by_chance": number(chance[1]),
-        },
-    }  # fmt: skip
+        "overlap": _overlap_of([m.spectra["base"] for m in measured if m.spectra], len(sums.norm_T)),
+    }
+
+
+def _overlap_of(spectra: Sequence[Spectra], experts: int) -> Json | None:
+    """Of every two experts' subspaces, a mean over matrices; and what it is by chance."""
+    chance = _mean([s.chance for s in spectra])
+    if chance is None or experts < 2:
+        return None
+    return {
+        "inputs": _square(_mean([s.inputs_P for s in spectra]), experts),
+        "outputs": _square(_mean([s.outputs_P for s in spectra]), experts),
+        "inputs_by_chance": number(chance[0]),
+        "outputs_by_chance": number(chance[1]),
+    }
 
 
 def _origins(measured: Sequence[_Measured], ranks: Sequence[float]) -> Json:
@@ -421,7 +342,7 @@ def _origins(measured: Sequence[_Measured], ranks: Sequence[float]) -> Json:
             held_TK = added(s.held_TK for s in spectra)
             error_K, share_K = _errors(spectra)
             found[origin] = {
-                "energy": _rows(held_TK / energy_T.clamp(min=_TINY)[:, None]),  # by expert
+                "energy": rows(held_TK / energy_T.clamp(min=_TINY)[:, None]),  # by expert
                 "error": [number(e) for e in error_K],
                 "error_share": [number(e) for e in share_K],
                 "interference": _interferences(spectra, len(ranks)),
@@ -443,22 +364,15 @@ def _interferences(spectra: Sequence[Spectra], ranks: int) -> list[float | None]
     return [None] * ranks if mean_K is None else [number(value) for value in mean_K]
 
 
-def _layers(measured: Sequence[_Measured], ranks: Sequence[float], experts: int) -> list[Json]:
-    """A row for each block and one for what of each component lies outside of blocks, in the order of the model."""
-    blocks = [m.layer for m in measured]
-    outside = sorted({_component(m.name) for m in measured if m.layer is None})
-    rows, at = [], typical(ranks)
-    for block, component in [
-        *((b, "") for b in sorted(set(filter(None, blocks)))),
-        *((None, c) for c in outside),
-    ]:
-        inside = [m for m in measured if m.layer == block and (block or _component(m.name) == component)]
-        sums = total((m.sums for m in inside), experts)
+def _layers(layers: Sequence[Layer[_Measured]], ranks: Sequence[float]) -> list[Json]:
+    found, at = [], typical(ranks)
+    for layer in layers:
+        sums, inside = layer.sums, layer.tensors
         around = {o: [m.spectra[o] for m in inside if o in m.spectra] for o in ("base", "mean")}
         row: Json = {
-            "layer": f"{block[0]}{block[1]}" if block else f"{component}outside blocks",
-            "tower": block and block[0].rstrip("."),
-            "block": block and block[1],
+            "layer": layer.name,
+            "tower": layer.place and layer.place[0].rstrip("."),
+            "block": layer.place and layer.place[1],
             "tensors": len(inside),
             "norm": [number(n) for n in sums.norm_T],
             "relative_norm": [number(n) for n in sums.relative_norm_T],
@@ -468,12 +382,13 @@ def _layers(measured: Sequence[_Measured], ranks: Sequence[float], experts: int)
             "cancelled": number(sums.cancelled_share),
         }
         effective_T = _mean([m.spectra["base"].effective_T / min(m.shape) for m in inside if m.spectra])
+        row["overlap"] = _overlap_of([m.spectra["base"] for m in inside if m.spectra], len(sums.norm_T))
         row["effective_rank_share"] = None if effective_T is None else number(effective_T.nanmean())
         for origin, spectra in around.items():
             row[f"error_share_{origin}"] = number(_errors(spectra)[1][at]) if spectra else None
             row[f"interference_{origin}"] = _interferences(spectra, len(ranks))[at] if spectra else None
-        rows.append(row)
-    return rows
+        found.append(row)
+    return found
 
 
 def _tensor(found: _Measured) -> Json:
@@ -481,6 +396,7 @@ def _tensor(found: _Measured) -> Json:
         "tensor": found.name,
         "shape": list(found.shape),
         "norm": [number(n) for n in found.sums.norm_T],
+        "scope": scope_row(found),
     }
     for origin, spectra in found.spectra.items():
         row[origin] = {
@@ -523,14 +439,4 @@ def _square(values_P: Tensor | None, count: int) -> list[list[float | None]] | N
     square_TT = torch.eye(count, dtype=torch.float64)
     for (i, j), value in zip(combinations(range(count), 2), values_P):
         square_TT[i, j] = square_TT[j, i] = value
-    return _rows(square_TT)
-
-
-def _rows(values: Tensor) -> list[list[float | None]]:
-    return [[number(value) for value in row] for row in values]
-
-
-def number(value: Any) -> float | None:
-    """Six significant digits: enough to read, and the same text on every run; None for NaN."""
-    value = float(value)
-    return None if value != value else float(f"{value:.6g}")
+    return rows(square_TT)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Sequence
 
-from mergeline.merging.describe import describe_family, number
+from mergeline.merging.describe import describe_family
+from mergeline.merging.diagnoses.sums import number
 from mergeline.merging.engine.mergelock import refuse_locked
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.errors import UserError
@@ -30,9 +31,9 @@ def extract(base: Path, experts: dict[str, Path], out: Path, heads: Sequence[str
     refuse_locked(plan)
     with staged(out) as partial:
         found = describe_family(base, experts, heads=heads, workers=1)
-        for note in found["notes"]:
-            if note not in plan.warnings:  # the others say that an expert is not of this base, or not itself
-                raise UserError(note)
+        for advice in found["diagnoses"]["advice"]:
+            if advice["diagnosis"] == "origins":  # an expert is not of this base, or not itself
+                raise UserError(advice["sentence"])
         write_json(partial / "description.json", _description(found))
         publish(partial, out)
 

@@ -5,6 +5,7 @@ This module turns results into what the page shows; family.html.jinja says how i
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Callable
 
@@ -31,7 +32,12 @@ def render_family(path: Path, found: Json) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    filters: dict[str, Callable[..., Any]] = {"counted": counted, "value": as_text, "text": _text}
+    filters: dict[str, Callable[..., Any]] = {
+        "counted": counted,
+        "value": as_text,
+        "text": _text,
+        "passed_on": passed_on,
+    }
     names = list(found["experts"])
     overlap = found["overlap"] or {}
     write_page(
@@ -56,7 +62,30 @@ def render_family(path: Path, found: Json) -> None:
             if len(values) > 1
         },
         layer_charts=_layer_charts(found),
+        kinship={
+            key: square(names, found["diagnoses"]["kinship"][key])
+            for key in ("median_cosine", "pearson", "distance")
+            if len(names) > 1
+        },
+        by_layer=_by_layer(found, names),
+        rules=advised_rules(found),
     )
+
+
+def advised_rules(found: Json) -> str:
+    """The rules that are advised, as lines of a recipe; "" if there are none."""
+    rules = [rule for advice in found["diagnoses"]["advice"] for rule in advice["rules"]]
+    if not rules:
+        return ""
+    weights = ", ".join("1" * len(found["experts"]))
+    lines = [f"  - {json.dumps(rule, ensure_ascii=False)}" for rule in rules]
+    return "\n".join([f"params: {{weights: [{weights}]}}", "rules:", *lines])
+
+
+def passed_on(drift: Json) -> str:
+    """Which two heads the largest drift is of, by layer and number: `2.1 -> 3.0 (key)`."""
+    writer, reader = (".".join(map(str, drift[key])) for key in ("writer", "reader"))
+    return f"{writer} -> {reader} ({drift['kind']})"
 
 
 def _text(value: float | None, form: str = ".3f") -> str:
@@ -149,6 +178,39 @@ def _by_rank(found: Json) -> Table | None:
     return plain._replace(
         rows=[(name, [cell._replace(heat=None) for cell in cells]) for name, cells in plain.rows]
     )
+
+
+def _by_layer(found: Json, names: list[str]) -> dict[str, Table | None]:
+    """What diagnoses found of each expert in each layer."""
+    scopes, interference = found["diagnoses"]["scopes"], found["diagnoses"]["interference"]
+    overlaps = [layer["overlap"] for layer in found["layers"]]
+    values = {
+        "undone": (interference["undone"], ".1%"),
+        "sign_conflict": (interference["sign_conflict"], ".3f"),
+        "inputs": ([_with_others(own, "inputs") for own in overlaps], ".3f"),
+        "outputs": ([_with_others(own, "outputs") for own in overlaps], ".3f"),
+        "ratio": (scopes["ratio"], ".4f"),
+        "kl": (scopes["kl"], ".1e"),
+        "share": (scopes["share"], ".1%"),
+    }
+    layers = [layer["layer"] for layer in found["layers"]]
+    return {
+        key: table(names, [(layer, row) for layer, row in zip(layers, rows) if row], form)
+        if any(rows)
+        else None
+        for key, (rows, form) in values.items()
+    }
+
+
+def _with_others(overlap: Json | None, side: str) -> list[float | None] | None:
+    """The mean overlap of each expert's subspaces with those of the others, over what it is by chance."""
+    if overlap is None:
+        return None
+    found: list[float | None] = []
+    for t, row in enumerate(overlap[side]):
+        known = [value for j, value in enumerate(row) if j != t and value is not None]
+        found.append(sum(known) / len(known) / overlap[f"{side}_by_chance"] if known else None)
+    return found
 
 
 def _energies(found: Json, origin: str) -> Table:

@@ -148,6 +148,13 @@ def _parser(argv: Sequence[str] | None) -> argparse.ArgumentParser:
         _pareto,
     )
     add(
+        "layer-errors",
+        pipeline_commands.layer_errors,
+        "where a merge's activations part from those of a pipeline's experts",
+        _params,
+        _layer_errors,
+    )
+    add(
         "collect-activations",
         pipeline_commands.collect_activations,
         "how alike the units of two models are on a pipeline's examples, for align",
@@ -789,6 +796,11 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rank", type=values.numbers, metavar="R1,R2,...", help="fractions of full rank, of a family"
     )
+    command.add_argument(
+        "--composition",
+        action="store_true",
+        help="what attention heads pass on to one another, of a family",
+    )
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves, of a family")
     _force(command)
     _remote(command)
@@ -848,6 +860,21 @@ def _pareto(command: argparse.ArgumentParser) -> None:
         help="write the picked point, or the best mean, as a recipe for `mergeline merge --recipe`",
     )
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the picture")
+    _force(command)
+    _json(command)
+
+
+def _layer_errors(command: argparse.ArgumentParser) -> None:
+    command.add_argument("merge", metavar="MERGE", help="a merge of the pipeline's experts")
+    command.add_argument(
+        "--examples", type=values.count, metavar="N", help="of each task (default: as fits take)"
+    )
+    command.add_argument(
+        "--ensembles",
+        action="store_true",
+        help="also beside the mean of all experts' logits, and of their features",
+    )
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves")
     _force(command)
     _json(command)
 

@@ -44,8 +44,10 @@ def inspect(args: argparse.Namespace) -> None:
         return
     if not args.checkpoint:
         raise UserError("name a checkpoint, or --base and every --expert of a family")
-    if args.rank or args.html or args.force:
-        raise UserError("--rank, --html and --force are for a family: name --base and every --expert")
+    if args.rank or args.html or args.force or args.composition:
+        raise UserError(
+            "--rank, --composition, --html and --force are for a family: name --base and every --expert"
+        )
     inputs = Inputs(args.allow_pickle, stream=args.no_cache)
     for where in args.checkpoint:
         with inputs.blamed():
@@ -89,6 +91,7 @@ def _inspect_family(args: argparse.Namespace) -> None:
             force=args.force,
             ranks=args.rank,
             heads=heads,
+            composition=args.composition,
             workers=args.workers,
             memory=args.memory,
             progress=text.progress("measured"),

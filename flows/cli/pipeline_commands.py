@@ -276,6 +276,28 @@ def pareto(args: argparse.Namespace) -> None:
         print(path)
 
 
+def layer_errors(args: argparse.Namespace) -> None:
+    from mergeline.flows.cli import text
+    from mergeline.tasks.fetch import local_checkpoint
+    from mergeline.tasks.layer_errors import measured_errors
+
+    merge = local_checkpoint(args.merge).absolute()
+    page = args.html and args.html.absolute()
+    workspace = _built(args)
+    found = measured_errors(
+        workspace.modality,
+        workspace.params,
+        workspace.root / "build",
+        merge,
+        first=args.examples,
+        ensembled=args.ensembles,
+        page=page,
+        force=args.force,
+        progress=text.progress("examples"),
+    )
+    print(as_json(found) if args.json else "\n".join(text.layer_errors(found)))
+
+
 def collect_activations(args: argparse.Namespace) -> None:
     from mergeline.flows.cli import text
     from mergeline.merging.learning.activation_matching import collect_activations

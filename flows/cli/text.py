@@ -187,6 +187,28 @@ def front(found: Mapping[str, Any], picked: int | None) -> Iterator[str]:
         )
 
 
+def layer_errors(found: Mapping[str, Any]) -> Iterator[str]:
+    """How far a merge's activations are from the experts', by task and stage; what to do first."""
+    for advice in found["advice"]:
+        yield printable(advice["sentence"])
+    if not found["advice"]:
+        yield "after every layer the merge is nearer to the experts than the base is"
+    if ensembles := found.get("ensembles"):
+        yield from (printable(advice["sentence"]) for advice in ensembles["advice"])
+        yield "agreement with the task's expert of the merge, of the mean of logits, of features:"
+        lines = {**ensembles["tasks"], "mean": ensembles["mean"]}
+        ways = ("merge", "logits", "features")
+        yield from _aligned(
+            [(printable(task), *(f"{own[way]:.3f}" for way in ways)) for task, own in lines.items()]
+        )
+    for task, own in found["tasks"].items():
+        beside = f"{task}, beside expert '{own['expert']}'"
+        yield printable(f"{beside}: errors of the merge, of the layer itself, of the base")
+        width = max(map(len, own["stages"]))
+        for stage, *errors in zip(own["stages"], own["merge"], own["own"], own["base"]):
+            yield printable(f"  {stage.ljust(width)}  {'  '.join(f'{error:.3f}' for error in errors)}")
+
+
 def mixture(manifest: Mapping[str, Any]) -> Iterator[str]:
     """How many experts of a mixture are left, in how many layers, and which are in no group."""
     made = manifest["mixture"]

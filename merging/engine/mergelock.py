@@ -124,7 +124,10 @@ def suspicions(
         for part in (module.query, module.value):
             rows = min(_ROWS, part.rows)
             some = part._replace(first=part.first + i * rows % (part.rows - rows + 1), rows=rows)
-            if _distance([_read(source, expert, some)], [_read(source, reference, some)]) >= _THRESHOLD:
+            if (
+                _distance([read_part(source, expert, some)], [read_part(source, reference, some)])
+                >= _THRESHOLD
+            ):
                 yield _lock(source, module, reference, expert)
                 break
 
@@ -171,7 +174,8 @@ def _module(
         yield Attention(prefix.rstrip("."), query, key, value, Part(output, 0, rows, columns))
 
 
-def _read(source: FileInputs, origin: str, part: Part) -> Tensor:
+def read_part(source: FileInputs, origin: str, part: Part) -> Tensor:
+    """The rows of a part in float64: (rows, columns)."""
     start = part.first * part.columns
     found = source.stored(origin, part.tensor, start, start + part.rows * part.columns)
     return found.double().reshape(part.rows, part.columns)
@@ -187,7 +191,7 @@ def _distance(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 def _lock(source: FileInputs, module: Attention, reference: str, expert: str) -> Lock | None:
     """Compare the products of a whole module."""
     for first, second in ((module.query, module.key), (module.output, module.value)):
-        found, known = ([_read(source, o, part) for part in (first, second)] for o in (expert, reference))
+        found, known = ([read_part(source, o, part) for part in (first, second)] for o in (expert, reference))
         if first is module.query:
             found[0], known[0] = found[0].T, known[0].T
         factors = _distance(found, known)

@@ -237,7 +237,8 @@ def test_what_looks_wrong_is_noted(tmp_path):
         save_file(state, family["experts"][name])
     found = described(family)
     for part in ("'same' equals the base", "'stranger' was not fine-tuned", "'a' and 'twin' are the same"):
-        assert sum(part in note for note in found["notes"]) == 1, found["notes"]
+        sentences = [advice["sentence"] for advice in found["diagnoses"]["advice"]]
+        assert sum(part in sentence for sentence in sentences) == 1, sentences
     assert found["cosine"][0][2] == 0 and found["experts"]["same"]["stable_rank"] is None
     assert found["origins"]["base"]["interference"][-1] < 1  # of the pairs that have some
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -278,7 +279,7 @@ def test_the_sample_family_from_the_command_line(mergeline, locked, tmp_path):
     shapes = SAMPLES / "experts" / "shapes.safetensors"
     page = tmp_path / "page.html"
     arguments = ["inspect", "--base", SAMPLES / "base", "--expert", f"s={shapes}", "--expert", f"d={locked}"]
-    done = mergeline(*arguments, "--rank", "0.08,1", "--html", page, "--workers", 1)
+    done = mergeline(*arguments, "--rank", "0.08,1", "--composition", "--html", page, "--workers", 1)
     assert done.code == 0
     assert "expert 'd' is locked against merging" in done.out and "4 of 4 attention modules" in done.out
     for title in (
@@ -289,8 +290,17 @@ def test_the_sample_family_from_the_command_line(mergeline, locked, tmp_path):
         "Sign conflict",
         "Overlap",
         "By layer",
+        "What to do",
+        "Kinship",
+        "Undone",
+        "Composition of heads in visual.transformer.resblocks",
+        "Scope",
     ):
         assert f"\n{title}" in done.out
+    told = Page(page.read_text()).text
+    assert all(
+        title in told for title in ("What to do", "Interference by layer", "What attention heads pass on")
+    )
     assert "expert 's' is locked" not in done.out and "locked against merging" in Page(page.read_text()).text
     found = json.loads(mergeline(*arguments, "--rank", "0.08", "--json").out)
     assert found["ranks"] == [0.08] and list(found["locks"]) == ["d"] and found["locks"]["d"]["modules"] == 4
@@ -306,6 +316,7 @@ def test_arguments_that_do_not_go_together(mergeline, tmp_path):
         (["--expert", a], "a family is --base and every --expert"),
         ([a, "--rank", "0.5"], "are for a family"),
         ([a, "--html", tmp_path / "x.html"], "are for a family"),
+        ([a, "--composition"], "are for a family"),
         (["--base", base, "--expert", a, "--rank", "half"], "are no numbers"),
         (["--base", base, "--expert", a, "--workers", "0"], "give one or more"),
         (

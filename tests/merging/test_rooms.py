@@ -23,6 +23,7 @@ LAYERS = [
     ["methods", "permutations"],
     ["recipes"],
     ["engine"],
+    ["diagnoses"],
     ["verbs"],
     ["learning"],
     ["evaluation"],
