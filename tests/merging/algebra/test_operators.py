@@ -28,7 +28,8 @@ WEIGHTS = st.lists(st.sampled_from([-1.0, 0.5, 1.0, 2.0]), min_size=4, max_size=
 @contextmanager
 def computed(way: str) -> Iterator[None]:
     """As on the CPU, by NumPy; or as on an accelerator, by torch."""
-    with patch.object(quantiles, "on_cpu", lambda _: way == "numpy"):
+    here = lambda _: way == "numpy"  # noqa: E731
+    with patch.object(quantiles, "on_cpu", here), patch.object(sparsify, "on_cpu", here):
         yield
 
 
@@ -227,8 +228,10 @@ def test_thresholds_are_compared_in_float32():
 
 @given(hnp.arrays(np.float32, st.integers(1, 30), elements=SMALL), st.integers(0, 3), st.integers(0, 3))
 @pytest.mark.parametrize("bound", [float, torch.tensor])
-def test_keep_between_keeps_equals(bound, values, least, most):
-    kept_X = sparsify.keep_between(torch.from_numpy(values), bound(float(least)), bound(float(most)))
+@both_ways
+def test_keep_between_keeps_equals(way, bound, values, least, most):
+    with computed(way):
+        kept_X = sparsify.keep_between(torch.from_numpy(values), bound(float(least)), bound(float(most)))
     assert kept_X.tolist() == [v if least <= abs(v) <= most else 0.0 for v in values.tolist()]
 
 
