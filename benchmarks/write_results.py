@@ -233,7 +233,9 @@ def machines() -> str:
     """What each results file was measured on."""
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
-        found = json.loads(path.read_text())["machine"]
+        found = json.loads(path.read_text()).get("machine")  # counts and losses are the same on all
+        if not found:
+            continue
         lines.append([path.stem, found["cpu"], found["cores"], found["load"], found["python"]])
     return table(["results", "CPU", "cores", "load when written", "Python"], lines)
 
