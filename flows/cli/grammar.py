@@ -818,9 +818,15 @@ def _line(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "others", nargs="+", metavar="[NAME=]B", help="where they end (several for one picture)"
     )
-    command.add_argument("--points", type=values.count, default=11, metavar="N", help="on each line (11)")
+    command.add_argument("--plane", action="store_true", help="measure the plane through A and two others")
+    command.add_argument(
+        "--points",
+        type=values.count,
+        metavar="N",
+        help="on each line (11), or along each axis of a plane (9)",
+    )
     command.add_argument("--split", choices=["val", "test"], default="val", help="default: val")
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page with the picture")
     _force(command)
     _json(command)
 

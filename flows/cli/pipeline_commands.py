@@ -213,26 +213,30 @@ def notify(args: argparse.Namespace) -> None:
 
 def line(args: argparse.Namespace) -> None:
     from mergeline.flows.cli import text, values
+    from mergeline.tasks import line
     from mergeline.tasks.fetch import local_checkpoint
-    from mergeline.tasks.line import measured_line
 
     a = local_checkpoint(args.a).absolute()
     others = {n: local_checkpoint(where).absolute() for n, where in values.experts(args.others).items()}
     page = args.html and args.html.absolute()
     workspace = _built(args)
-    found = measured_line(
+    measure, usual = (
+        (line.measured_plane, line.POINTS_OF_PLANE) if args.plane else (line.measured_line, line.POINTS)
+    )
+    found = measure(
         workspace.modality,
         workspace.params,
         workspace.root / "build",
         a,
         others,
-        points=args.points,
+        points=args.points or usual,
         split=args.split,
         page=page,
         force=args.force,
         progress=text.progress("measured"),
     )
-    print(as_json(found) if args.json else "\n".join(text.line(found)))
+    lines = text.plane if args.plane else text.line
+    print(as_json(found) if args.json else "\n".join(lines(found)))
 
 
 def pareto(args: argparse.Namespace) -> None:

@@ -158,6 +158,21 @@ def line(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name}  barrier {one['barrier']:.3f}, distance {one['distance']:.4g}:  {values}"
 
 
+def plane(found: Mapping[str, Any]) -> Iterator[str]:
+    """The means over the plane through three models, as it lies, and the best of them."""
+    y, x = found["best"]
+    yield f"mean {found['measure']} on {found['split']}, over the plane through"
+    for name, (right, up) in found["corners"].items():
+        yield printable(f"  {name}, at {right:.4g}, {up:.4g}")
+    rows = zip(reversed(found["ys"]), reversed(found["means"]))
+    yield from _aligned(
+        [(f"{up:.4g}", *(f"{mean:.3f}" for mean in means)) for up, means in rows]
+        + [("", *(f"{right:.4g}" for right in found["xs"]))]
+    )
+    weights = ", ".join(f"{weight:.3f}" for weight in found["weights"][y][x])
+    yield f"the best has {found['means'][y][x]:.3f}, with weights {weights}"
+
+
 def front(found: Mapping[str, Any], picked: int | None) -> Iterator[str]:
     """A line for each point of a front, of `tasks.pareto.front_of`; where one was picked, it is marked."""
     points, tasks = found["points"], found["tasks"]

@@ -86,6 +86,48 @@ def test_the_ends_of_a_line_are_the_models_and_the_page_says_so(root, capsys):
     assert "barrier" in capsys.readouterr().out
 
 
+def test_a_plane_has_its_models_at_their_distances_and_the_weights_of_each_point(root, capsys):
+    weights = {name: load_file(f"in/{name}.safetensors")["w"] for name in ("base", "left", "right")}
+    weights["aside"] = weights["right"] + torch.tensor([0.3, 0.0, 0.3, 0.1])
+    save_file({"w": weights["aside"]}, "in/aside.safetensors")
+    names = ["base", "left", "aside"]
+    capsys.readouterr()
+    asked = ["line", *(f"in/{name}.safetensors" for name in names), "--plane", "--points", "4"]
+    assert main([*asked, "--json", "--html", "plane.html"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    states = [weights[name].double() for name in names]
+    corners = torch.tensor(list(found["corners"].values()), dtype=torch.float64)
+    for i in range(3):
+        for j in range(3):
+            distance = float((states[i] - states[j]).norm())
+            assert float((corners[i] - corners[j]).norm()) == pytest.approx(distance, rel=1e-6, abs=1e-9)
+    for k, y in enumerate(found["ys"]):
+        for i, x in enumerate(found["xs"]):
+            own = torch.tensor(found["weights"][k][i], dtype=torch.float64)
+            assert float(own.sum()) == pytest.approx(1) and (own @ corners).tolist() == pytest.approx(
+                [x, y], abs=1e-9
+            )
+            assert found["means"][k][i] == pytest.approx(sum(found["points"][k][i].values()) / len(TASKS))
+    k, i = found["best"]
+    assert found["means"][k][i] == max(map(max, found["means"]))
+    page = Path("plane.html").read_text()
+    assert page.count("<rect") == 16 * (1 + len(TASKS)) and page.count("<circle") == 3 * (1 + len(TASKS))
+    assert main(asked) == 0
+    assert "the best has" in capsys.readouterr().out
+
+
+def test_what_spans_no_plane_is_refused_in_one_line(root, capsys):
+    base, left, right = (f"build/checkpoints/{name}" for name in ("base", *TASKS))
+    for models, said in (
+        ([base, left], "three models"),
+        ([base, left, f"again={left}"], "lie on one line"),
+        ([base, base, f"b={left}"], "lie on one line"),
+    ):
+        capsys.readouterr()
+        assert main(["line", *models, "--plane"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_activations_of_a_pipelines_examples_align_a_model(root, capsys):
     state = chain(1).state_dict()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
