@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Callable, Iterable, Sequence
 
 from mergeline.merging.algebra.device import on_cpu
@@ -12,8 +11,6 @@ from mergeline.merging.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HALF = 1 << 16  # numbers that half of the bits can be
-_ZERO = _HALF // 2 - 1  # no finite number has it for the upper half of its bits
 Total = Callable[[Callable[["View"], "Tensor"]], "Tensor"]  # the sum of what a function counts in every view
 
 
@@ -49,7 +46,7 @@ def kth_smallest_of(
 
     # One less than the bits, so that zero has a bin of its own.
     def upper(view: View) -> Tensor:
-        return _histograms(view, unit, rows, _HALF // 2 + 1, lambda row, _: [(_less(row) >> 16).add_(1)])
+        return _histograms(view, unit, rows, (1 << 15) + 1, lambda less, _: [(less >> 16).add_(1)])
 
     counts_T1B = total(upper)
     places = kth(counts_T1B[:, 0, 1:].sum(1).tolist())
@@ -61,24 +58,9 @@ def kth_smallest_of(
 
     def lower(view: View) -> Tensor:
         bins = upper_TK.tolist()
-        return _histograms(view, unit, rows, _HALF, lambda row, t: _inside(_less(row), bins[t]))
+        return _histograms(view, unit, rows, 1 << 16, lambda less, t: _inside(less, bins[t]))
 
     lower_TK, _ = _locate(total(lower), kth_TK - before_TK)
-    return _joined(upper_TK, lower_TK)
-
-
-def _less(tau_X: Tensor) -> Tensor:
-    """The bits of the magnitudes, less one: (numel,) int32."""
-    return magnitude_bits(tau_X).sub_(1)
-
-
-def _signed(tau_X: Tensor) -> Tensor:
-    """The bits less one, with the sign's: (numel,) int32. The upper half of zeros is _ZERO, maybe with a sign's bit."""
-    return tau_X.reshape(-1).float().view(torch.int32).sub(1)
-
-
-def _joined(upper_TK: Tensor, lower_TK: Tensor) -> list[list[float]]:
-    """The magnitudes whose bits, less one, have these halves."""
     return ((upper_TK << 16) + lower_TK + 1).to(torch.int32).view(torch.float32).tolist()
 
 
@@ -93,19 +75,6 @@ def _inside(values: Tensor, uppers: Sequence[int]) -> list[Tensor]:
     return [torch.from_numpy(array[halves == upper] & np.int32(0xFFFF)) for upper in uppers]
 
 
-def _inside_by_sign(values: Tensor, upper: int) -> Tensor:
-    """The lower halves of those that have an upper half, whatever the sign's bit, which comes before them."""
-    mask, wanted = _ZERO << 16, (upper & _ZERO) << 16
-    if on_cpu(values):
-        import numpy as np
-
-        array = values.numpy()
-        chosen = torch.from_numpy(array[(array & np.int32(mask)) == np.int32(wanted)])
-    else:
-        chosen = values[(values & mask) == wanted]
-    return ((chosen >> 15) & _HALF).bitwise_or_(chosen & 0xFFFF)
-
-
 def _histograms(
     view: View,
     unit: Unit,
@@ -113,11 +82,11 @@ def _histograms(
     bins: int,
     keys: Callable[[Tensor, int], Sequence[Tensor]],
 ) -> Tensor:
-    """How often each of K kinds of `keys`, which are given a row and its number, occurs in each: (T, K, bins)."""
+    """How often each of K kinds of keys occurs in the magnitudes, less one, of each row: (T, K, bins)."""
     histograms: list[list[_Histogram]] = []
     for x in view.blocks(unit):
         for t, row in enumerate(rows(x)):
-            found = keys(row, t)
+            found = keys(magnitude_bits(row).sub_(1), t)
             if t == len(histograms):
                 histograms.append([_Histogram(bins) for _ in found])
             for histogram, values in zip(histograms[t], found):
@@ -171,46 +140,6 @@ def magnitude_thresholds(total: Total, kth_T: Sequence[int]) -> list[float]:
     places = [[max(kth, 1)] for kth in kth_T]
     found = kth_smallest(total, lambda x: x.task_vectors, "element", places)
     return [threshold if kth else 0.0 for kth, [threshold] in zip(kth_T, found)]
-
-
-def thresholds_and_signs(total: Total, kth_T: Sequence[int]) -> tuple[list[float], int]:
-    """The same, and how many more of all entries that reach their threshold are positive than negative.
-
-    Histograms that tell signs apart say both, so that the model is read no third time.
-    """
-    histograms = partial(_histograms, unit="element", rows=lambda x: x.task_vectors)
-
-    def upper(view: View) -> Tensor:
-        return histograms(
-            view, bins=_HALF, keys=lambda row, _: [(_signed(row) >> 16).bitwise_and_(_HALF - 1)]
-        )
-
-    counts_T2B = total(upper)[:, 0].unflatten(1, (2, -1))  # of positive numbers, and of negative ones
-    zero_T1, counts_T2B = counts_T2B[..., _ZERO:].sum(1), counts_T2B[..., :_ZERO]
-    kth_T1 = torch.tensor(kth_T)[:, None].clamp(min=1)
-    bin_T1, before_T1 = _locate(torch.cat([zero_T1, counts_T2B.sum(1)], -1)[:, None], kth_T1)
-    upper_T1 = bin_T1 - 1
-
-    def lower(view: View) -> Tensor:
-        uppers = upper_T1[:, 0].tolist()
-        return histograms(
-            view, bins=2 * _HALF, keys=lambda row, t: [_inside_by_sign(_signed(row), uppers[t])]
-        )
-
-    lower_T2B = total(lower)[:, 0].unflatten(1, (2, -1))
-    lower_T1, _ = _locate(lower_T2B.sum(1, keepdim=True), kth_T1 - before_T1)
-    threshold_T = [v if kth else 0.0 for kth, [v] in zip(kth_T, _joined(upper_T1, lower_T1))]
-    more = 0
-    for t, (bin, least) in enumerate(zip(bin_T1[:, 0].tolist(), lower_T1[:, 0].tolist())):
-        more += _more(counts_T2B[t, :, bin:])
-        if bin > 0:  # else zeros have this upper half
-            more += _more(lower_T2B[t, :, least:])
-    return threshold_T, more
-
-
-def _more(counts_2B: Tensor) -> int:
-    positive, negative = counts_2B.sum(1).tolist()
-    return positive - negative
 
 
 def place_of_largest(elements: int, density: float) -> int:

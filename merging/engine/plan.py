@@ -101,7 +101,7 @@ class Entry:
         """About how often each input is read: looks over the tensor and over the model come before the merge."""
         if self.bound is None:
             return 1
-        return 1 + self.bound.looks_at_tensors + 2 * self.bound.looks_at_model
+        return 1 + self.bound.looks_at_tensors + 3 * self.bound.looks_at_model
 
     @property
     def treatment(self) -> str:

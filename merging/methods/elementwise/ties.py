@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Iterator, Literal, Mapping
 
-from mergeline.merging.algebra import combine, quantiles, sparsify
-from mergeline.merging.algebra.slots import Slot, Views
+from mergeline.merging.algebra import combine, quantiles, sparsify, sums
+from mergeline.merging.algebra.slots import Slot, View, Views
 from mergeline.merging.lazy import torch
 from mergeline.merging.methods.contract import Look, method
 from mergeline.merging.methods.parameters import Share, Shares, Weights
@@ -26,10 +26,16 @@ def _wrong(params: Mapping[str, Any], _experts: int) -> Iterator[str]:
 def trim(views: Views, *, density: float | list[float], variant: str) -> dict[str, Any]:
     """Thresholds of each expert, over the model or a tensor, and the sign that stands in where sums cancel."""
     kth_T = [_kth(views.elements, share, variant) for share in sparsify.for_each(density, views.experts)]
+    thresholds = quantiles.magnitude_thresholds(views.total, kth_T)
     if variant == "mergekit":  # a sum of zero counts as positive there
-        return {"thresholds": quantiles.magnitude_thresholds(views.total, kth_T), "majority": 1.0}
-    thresholds, more = quantiles.thresholds_and_signs(views.total, kth_T)
-    return {"thresholds": thresholds, "majority": float(more > 0) - float(more < 0)}
+        return {"thresholds": thresholds, "majority": 1.0}
+
+    def signs(view: View) -> float:
+        trimmed = (sparsify.trimmed(x, thresholds) for x in view.blocks("element"))
+        return sum(float(sums.total(tau_TX).sign().sum()) for tau_TX in trimmed)
+
+    majority = sum(views.each(signs))
+    return {"thresholds": thresholds, "majority": float(majority > 0) - float(majority < 0)}
 
 
 def trim_to_norms(

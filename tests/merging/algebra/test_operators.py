@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Iterator, Sequence
 from unittest.mock import patch
 
@@ -162,30 +161,6 @@ def test_kth_smallest_is_told_how_many_are_not_zero(way, values):
     with computed(way):
         assert quantiles.kth_smallest_of(lambda f: f(Chunks([x_TN])), list, "row", place) is None
     assert told == [torch.count_nonzero(x_TN, dim=1).tolist()]
-
-
-@given(
-    hnp.arrays(
-        np.float32,
-        st.tuples(st.integers(1, 3), st.integers(1, 60)),
-        elements=FINITE
-        | SMALL
-        | st.sampled_from([-0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0, 1.0000001, -1.0000001]),
-    ),
-    st.data(),
-)
-@both_ways
-def test_signs_of_what_reaches_its_threshold_are_counted_with_it(way, values, data):
-    x_TN = torch.from_numpy(values)
-    count = x_TN.shape[1]
-    kth_T = [data.draw(st.integers(0, count)) for _ in x_TN]
-    cut = data.draw(st.integers(0, count))
-    blocks = [SimpleNamespace(task_vectors=x_TN[:, :cut]), SimpleNamespace(task_vectors=x_TN[:, cut:])]
-    views = [SimpleNamespace(blocks=lambda unit, b=block: iter([b])) for block in blocks]
-    with computed(way):
-        found, more = quantiles.thresholds_and_signs(lambda f: integer_sum(map(f, views)), kth_T)
-    assert found == [row.abs().kthvalue(k).values.item() if k else 0.0 for row, k in zip(x_TN, kth_T)]
-    assert more == sum(int(row[row.abs() >= least].sign().sum()) for row, least in zip(x_TN, found))
 
 
 def test_kth_smallest_of_many_in_one_bin():
