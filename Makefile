@@ -52,8 +52,9 @@ samples/embeddings/family/.made: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --durations=15
 
+# Three at a time on two cores: many of them wait for servers.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile --durations=15
 
 test-failed: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'slow or not slow' -n 0 --last-failed --last-failed-no-failures none
