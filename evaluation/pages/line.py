@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mergeline.evaluation.pages.charts import line_chart
-from mergeline.evaluation.pages.page import counted, write_page
+from mergeline.evaluation.pages.page import Axis, counted, write_page
 
 Json = dict[str, Any]
 
@@ -94,11 +94,12 @@ def _map(title: str, found: Json, values: list[list[float]]) -> Map:
             heat = 100 * (value - low) / ((high - low) or 1)
             at = round(i * side, 1), round(height - (k + 1) * rise, 1)
             cells.append(Cell(*at, heat, f"{value:.3f} at weights {weights}"))
+    across = Axis(xs[0], xs[-1], start=side / 2, end=_WIDTH - side / 2)
+    up = Axis(ys[0], ys[-1], start=height - rise / 2, end=rise / 2)
     corners = []
     for label, (x, y) in found["corners"].items():
-        right = side * ((x - xs[0]) / (xs[1] - xs[0]) + 0.5)
-        up = rise * ((y - ys[0]) / (ys[1] - ys[0]) + 0.5)
+        right = across.at(x)
         anchor = "start" if right < _WIDTH / 3 else "end" if right > 2 * _WIDTH / 3 else "middle"
-        corners.append(Corner(round(right, 1), round(height - up, 1), label, anchor))
+        corners.append(Corner(right, up.at(y), label, anchor))
     worst, best = (f"{value:.3f}" for value in (low, high))
     return Map(title, cells, round(side, 1), round(rise, 1), corners, worst, best, _WIDTH, round(height, 1))
