@@ -13,7 +13,7 @@ from mergeline.merging.checkpoints.checkpoint import Checkpoint, TensorInfo, ope
 from mergeline.merging.checkpoints.components import by_component, component_folders, configurations
 from mergeline.merging.checkpoints.quantised.formats import dequantised
 from mergeline.merging.checkpoints.remote import refuse_changed_remotes, remote_source
-from mergeline.merging.engine.inputs import files_of
+from mergeline.merging.engine.inputs import files_of, places_of
 from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.errors import UserError
 
@@ -121,10 +121,7 @@ def describe_family(
     from mergeline.merging import describe as family
 
     if page:
-        read = [
-            file for path in (base, *experts.values()) for file in (path, *files_of(open_checkpoint(path)))
-        ]
-        refuse_file(page, read, is_page, "page", force)
+        refuse_file(page, places_of([base, *experts.values()]), is_page, "page", force)
     found = family.describe_family(
         base,
         experts,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
-from mergeline.merging.engine.inputs import files_of
+from mergeline.merging.engine.inputs import places_of
 from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.errors import UserError
 from mergeline.merging.learning.ensembles import ensembles
@@ -49,9 +48,7 @@ def measured_errors(
     checkpoints = build / "checkpoints"
     base, experts = checkpoints / params.base, {name: checkpoints / name for name in params.experts}
     if page:
-        paths = (merge, base, *experts.values())
-        read = [file for path in paths for file in (path, *files_of(open_checkpoint(path)))]
-        refuse_file(page, read, is_page, "page", force)
+        refuse_file(page, places_of([merge, base, *experts.values()]), is_page, "page", force)
     examples = examples_of(modality, params, build, first)
     network = modality.network(params, build, base)
     found: dict[str, Any] = {"merge": str(merge)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Mapping, Sequence
 
 from mergeline.merging.api import merge
 from mergeline.merging.checkpoints.checkpoint import open_checkpoint
-from mergeline.merging.engine.inputs import files_of
+from mergeline.merging.engine.inputs import places_of
 from mergeline.merging.engine.places import refuse_file
 from mergeline.merging.errors import UserError
 from mergeline.tasks.evaluate import mean_outcomes
@@ -58,7 +58,7 @@ def measured_line(
     if points < 3:
         raise UserError(f"{points} points: a line has its ends and what is between them; give 3 or more")
     _refuse_page(page, [a, *others.values()], force)
-    shares = [i / (points - 1) for i in range(points)]
+    shares = _spaced(0.0, 1.0, points)
     measure = _measure(modality, params, build, a, split)
     lines: dict[str, Any] = {}
     for name, other in others.items():
@@ -162,7 +162,7 @@ def barrier(shares: list[float], means: list[float]) -> float:
 def _refuse_page(page: Path | None, models: Sequence[Path], force: bool) -> None:
     from mergeline.evaluation.pages.page import is_page
 
-    read = [file for path in models for file in (path, *files_of(open_checkpoint(path)))]
+    read = places_of(models)
     if page:
         refuse_file(page, read, is_page, "page", force)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Iterable, Mapping, NamedTuple
 
 from mergeline.merging.checkpoints.adapters import ADAPTER_CONFIG
-from mergeline.merging.checkpoints.checkpoint import Checkpoint
+from mergeline.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from mergeline.merging.checkpoints.companions import CONFIG, STEMS, TOKENIZER
 from mergeline.merging.checkpoints.components import PIPELINE
 from mergeline.merging.checkpoints.dcp import METADATA
@@ -39,6 +39,11 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
     folders = {checkpoint.folder, *(file.parent for file in weights)}
     beside = (folder / name for folder in folders for name in _BESIDE)
     return sorted(weights.union(path for path in beside if path.is_file()))
+
+
+def places_of(models: Iterable[Path]) -> list[Path]:
+    """Where checkpoints lie, and the files that they are read from (raises UserError as `open_checkpoint`)."""
+    return [file for path in models for file in (path, *files_of(open_checkpoint(path)))]
 
 
 def stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
