@@ -11,7 +11,7 @@ from mergeline.merging.algebra.slots import FactorStore, Runner
 from mergeline.merging.architecture import RUNNING_STATISTICS, Role
 from mergeline.merging.compress import compress
 from mergeline.merging.engine.blocks import look_at_model, merged_blocks
-from mergeline.merging.engine.machine import one_thread
+from mergeline.merging.engine.machine import check_device, one_thread
 from mergeline.merging.engine.manifest import Manifest
 from mergeline.merging.engine.opening import Headers
 from mergeline.merging.engine.output import opened, publish_all
@@ -118,6 +118,7 @@ def merge_state_dicts(
     statistics: Mapping[str, Any] | None = None,
     seed: int = 0,
     factors: FactorStore | None = None,
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory; inputs are not modified, each output tensor has the dtype of its input.
 
@@ -125,15 +126,16 @@ def merge_state_dicts(
     experts: a state dict, or a module of torch, by name; or a list of them. base: the same of one.
     statistics: name -> one state dict an expert (a list), or one for all. Tensors that only `base` has are returned
     as they are; integer and bool tensors must agree, but for the counters of BatchNorm, of which the largest is taken,
-    and whose running means and variances are averaged.
+    and whose running means and variances are averaged. device: where it is computed; what is returned is on the CPU.
 
     Raises:
         UserError: unknown method or parameter, missing base, what is no state dict, tensors that do not match, NaN or
-            Inf.
+            Inf, a device that is not here.
     """
     return merge_state_dicts_points(
-        method, experts, base, points=[params or {}], statistics=statistics, seed=seed, factors=factors
-    )[0]
+        method, experts, base, points=[params or {}], statistics=statistics, seed=seed, factors=factors,
+        device=device,
+    )[0]  # fmt: skip
 
 
 def merge_state_dicts_points(
@@ -145,8 +147,10 @@ def merge_state_dicts_points(
     statistics: Mapping[str, Any] | None = None,
     seed: int = 0,
     factors: FactorStore | None = None,
+    device: str = "cpu",
 ) -> list[dict[str, Tensor]]:
     """Merge state dicts with several `params` in one pass, which shares what they have in common."""
+    check_device(device)
     states, origin = _named_states(experts), None if base is None else _state("the base", base)
     bounds = []
     for params in points:
@@ -159,7 +163,7 @@ def merge_state_dicts_points(
         for misuse in entry.misuses(resolved, len(states), origin is not None, statistics):
             raise UserError(misuse)
         bounds.append(bind(entry, resolved))
-    source = MemoryInputs(states, origin, statistics or {}, seed, factors, entry.delta)
+    source = MemoryInputs(states, origin, statistics or {}, seed, factors, entry.delta, device)
     merged: list[dict[str, Tensor]] = [{} for _ in points]
     averages = [bind(get_method("average"), {})] * len(points), [None] * len(points)
     roles = {name: source.model.tensors[name].role for name in source.names}
@@ -174,7 +178,7 @@ def merge_state_dicts_points(
             if like.is_floating_point():
                 own = averages if roles[name] in RUNNING_STATISTICS else (bounds, found)
                 for i, block in merged_blocks(source.view(name), *own):
-                    parts[i].append(block.reshape(-1).to(like.dtype))
+                    parts[i].append(block.reshape(-1).to(like.dtype).cpu())
             else:
                 origins = [*(["base"] if origin is not None else []), *states]
                 for block in source.copied(origins, name, roles[name] is Role.COUNTER):

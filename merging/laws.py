@@ -39,6 +39,7 @@ from mergeline.merging.lazy import torch
 from mergeline.merging.methods.bound import bind
 from mergeline.merging.methods.contract import Method, get_method
 from mergeline.merging.methods.parameters import AnExpert, OneAnExpert
+from mergeline.merging.pretended_device import Mixed, pretended_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +81,7 @@ def check_method(id: str, params: Params | None = None) -> None:
     check_copies_of_the_base(id, given)
     check_dtypes_and_shapes(id, given)
     check_cuts(id, given)
+    check_device(id, given)
     random = Random(0)
     for _ in range(_PAIRS):
         first = legal_params(id, random, given)
@@ -160,6 +162,24 @@ def check_cuts(id: str, params: Params) -> None:
             )
 
 
+def check_device(id: str, params: Params) -> None:
+    """On a device of its own, it mixes no tensors of the CPU with those of the device, and gives the same.
+
+    The device is none (`pretended_device`), so that any machine finds what would fail on an accelerator.
+    """
+    base, experts = family(id)
+    [here] = merged(id, experts, base, [params])
+    try:
+        with pretended_device() as device:
+            [there] = merged(id, experts, base, [params], device)
+    except Mixed as error:
+        raise AssertionError(
+            f"{id}: fails on an accelerator: {error}; make tensors where those of the slot lie, with device=..."
+        ) from error
+    for name, tensor in here.items():
+        assert torch.allclose(there[name], tensor, rtol=1e-5, atol=1e-5), f"{id}: has another '{name}' there"
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether no element differs by more than 1e-6."""
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=0, atol=1e-6)
@@ -226,12 +246,14 @@ def family(id: str, dtype: torch.dtype | None = None, seed: int = 0) -> tuple[St
     }
 
 
-def merged(id: str, experts: Mapping[str, State], base: State, points: Sequence[Params]) -> list[State]:
+def merged(
+    id: str, experts: Mapping[str, State], base: State, points: Sequence[Params], device: str = "cpu"
+) -> list[State]:
     """Merges in one pass, with the statistics that the first point reads."""
     count = min(count_for(get_method(id), params) for params in points)
     experts = dict(list(experts.items())[:count])
     statistics = gathered(id, experts, points[0])
-    return merge_state_dicts_points(id, experts, base, points=points, statistics=statistics)
+    return merge_state_dicts_points(id, experts, base, points=points, statistics=statistics, device=device)
 
 
 def gathered(id: str, experts: Mapping[str, State], params: Params = NOTHING) -> dict[str, Any]:

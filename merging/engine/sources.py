@@ -261,9 +261,10 @@ class MemoryInputs(_Source):
         seed: int,
         store: FactorStore | None = None,
         delta: bool = False,
+        device: str = "cpu",
     ):
         """delta: bare factors of adapters stand for what they add, where there is no base."""
-        super().__init__(seed, "cpu", store)
+        super().__init__(seed, device, store)
         self._factors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for name, state in experts.items():
             if is_bare(state) and (delta or base is not None):
@@ -312,7 +313,7 @@ class MemoryInputs(_Source):
         state, name = self._statistics_of(kind, key)
         if name not in state:
             raise UserError(f"statistics '{kind}': tensor '{key}' is missing")
-        return state[name].detach().cpu().reshape(-1)[start:stop]
+        return state[name].detach().cpu().reshape(-1)[start:stop].to(self.device)
 
     def has_statistic(self, kind: str, key: str) -> bool:
         state, name = self._statistics_of(kind, key)
@@ -333,7 +334,8 @@ class MemoryInputs(_Source):
         factors = self._factors.get(origin)
         if factors is None:
             return None
-        return factors.get(name) or no_factors(self.states[origin][name].shape, self.device)
+        left_MR, right_RN = factors.get(name) or no_factors(self.states[origin][name].shape, self.device)
+        return left_MR.to(self.device), right_RN.to(self.device)
 
     def length(self, origin: str, name: str) -> int:
         return self.states[origin][name].numel()

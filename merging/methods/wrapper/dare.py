@@ -22,9 +22,7 @@ def kept(x: Slot, t: int, probability: float | Tensor, masks: str) -> Tensor:
         return x.statistic("masks", t).float() if given else torch.ones_like(x.experts[t])
     source, expert = x.view.source, x.view.experts[t]
     drawn_X = draws.uniform(source.seed, expert, x.name, x.start, x.elements).reshape(x.shape)
-    if isinstance(probability, float):
-        return (drawn_X < probability).float()
-    return (drawn_X.to(probability.device) < probability).float()
+    return (drawn_X.to(source.device) < probability).float()
 
 
 def wants_masks(params: Mapping[str, Any]) -> Sequence[str]:

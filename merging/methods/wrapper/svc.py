@@ -39,7 +39,8 @@ def svc(x: Slot, merge: Inner, *, inner: str = "task_arithmetic", alpha: Positiv
         a full decomposition a matrix
     Trap:
         The scale of the inner method cancels in matrices, but for directions where `alpha` bounds a response;
-        other tensors keep it.
+        other tensors keep it. Where `inner` makes all singular values equal, as `iso_c` does, rounding chooses the
+        directions that are scaled.
     """
     update_MN = merge.update()
     u_MK, _, _ = decompositions.singular_triplets(update_MN)

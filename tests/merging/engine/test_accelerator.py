@@ -1,16 +1,17 @@
-"""The torch-only branches that an accelerator takes, run on the CPU: the same results within rounding."""
+"""Merges on an accelerator: on a device that refuses the CPU's tensors, and by the branches that it takes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import random_state
+from checkpoints import random_state, save_family_for
 from patched import patch_everywhere
+from safetensors.torch import load_file
 
-from mergeline.merging import merge_state_dicts
+from mergeline.merging import merge, merge_state_dicts
 from mergeline.merging.algebra import directions
-from mergeline.merging.laws import gathered
 from mergeline.merging.methods import catalogue
+from mergeline.merging.pretended_device import pretended_device
 
 SHAPES = {"blocks.0.attn.weight": (160, 140), "blocks.1.mlp.weight": (130, 200), "blocks.1.bias": (300,)}
 PARAMS = {
@@ -26,25 +27,24 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("method", catalogue())
-def test_every_method_gives_the_same(method, monkeypatch):
-    base = random_state(0, shapes=SHAPES)
-    count = catalogue()[method].experts[1] or 3
-    experts = {
-        f"e{t}": {n: v + 0.1 * random_state(t + 1, shapes=SHAPES)[n] for n, v in base.items()}
-        for t in range(count)
-    }
-    params = PARAMS.get(method, {})
-    given = {"params": params, "statistics": gathered(method, experts, params)}
-    expected = merge_state_dicts(method, experts, base, **given)
-    seen = []
-    patch_everywhere(monkeypatch, "on_cpu", lambda tensor: seen.append(tensor) or False)
-    merged = merge_state_dicts(method, experts, base, **given)
-    for name, value in expected.items():
-        assert torch.allclose(merged[name], value, rtol=1e-5, atol=1e-5), name
-    # weighted decomposes nothing of its usual directions, the task vectors; Fourier transforms are the same anywhere
-    spectral = catalogue()[method].spectral and method not in ("weighted", "free")
-    if spectral or method in ("ties", "della", "breadcrumbs", "sce"):
-        assert seen
+def test_every_method_from_files(method, tmp_path):
+    recipe = save_family_for(method, tmp_path / "in", SHAPES) | {"params": PARAMS.get(method, {})}
+    merge(recipe, tmp_path / "here.safetensors")
+    with pretended_device() as device:
+        manifest = merge(recipe, tmp_path / "there.safetensors", device=device, workers=2)
+    assert manifest["device"] == device
+    here, there = load_file(tmp_path / "here.safetensors"), load_file(tmp_path / "there.safetensors")
+    for name, value in here.items():
+        assert torch.allclose(there[name], value, rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["cart", "tsv_merge", "iso_c"])
+def test_decompositions_that_are_kept(method, tmp_path):
+    recipe = save_family_for(method, tmp_path / "in", SHAPES)
+    for out in ("first", "again"):
+        with pretended_device() as device:
+            merge(recipe, tmp_path / f"{out}.safetensors", device=device, factors=tmp_path / "factors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "first.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("bytes", [1, 2 * 8 * 160 * 140, 1 << 30])

@@ -48,6 +48,16 @@ def test_numbers_that_are_equal_and_mean_different_things_are_told_apart():
     assert not torch.equal(one["layers.0.attn.weight"], other["layers.0.attn.weight"])
 
 
+@pytest.mark.parametrize(
+    ("id", "params"),
+    # Around equal singular values rounding chooses directions, on a device as anywhere.
+    [use for use in USES if use[1].get("inner") != "iso_c"],
+    ids=str,
+)
+def test_nothing_of_the_cpu_meets_what_lies_on_a_device(id, params):
+    laws.check_device(id, params)
+
+
 @first_use
 def test_copies_of_the_base_come_back(id, params):
     laws.check_copies_of_the_base(id, params)
@@ -150,8 +160,14 @@ def breaches() -> Iterator[tuple[str, Any]]:
 
     yield "blocks of 1 elements", block_matters
 
+    @method(paper="none", needs=("base",))
+    def strays(x: Slot) -> Tensor:
+        return x.task_vectors.sum(0) * torch.ones(x.shape, dtype=x.dtype)
 
-@pytest.mark.parametrize("what", range(7))
+    yield "fails on an accelerator.*device=", strays
+
+
+@pytest.mark.parametrize("what", range(8))
 def test_a_breach_is_said(what, outside):
     sentence, function = list(breaches())[what]
     with pytest.raises(AssertionError, match=sentence):
