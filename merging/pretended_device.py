@@ -9,18 +9,22 @@ beside tensors, and indices of the CPU.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any, Iterator, Sequence
+from functools import partialmethod
+from threading import Thread
+from typing import Any, Callable, Iterator, Sequence
 from unittest.mock import patch
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergeline.merging import api
 from mergeline.merging.engine import output
 
-DEVICE = "meta"
+DEVICE = "meta:0"
+_PLACE = torch.device(DEVICE)
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_.default, _aten._to_copy.default}
 _INDEXING = {
@@ -46,17 +50,26 @@ class Pretended(torch.Tensor):
     def __new__(cls, held: torch.Tensor) -> Pretended:
         own = torch.Tensor._make_wrapper_subclass(
             cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=torch.device(DEVICE), requires_grad=held.requires_grad,
+            device=_PLACE, requires_grad=held.requires_grad,
         )  # fmt: skip
         own.held = held
         return own
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _run(func, args, kwargs or {})
 
     def numpy(self, **_: Any) -> Any:
         raise Mixed("a tensor of the device is no array of NumPy's; bring it to the CPU with .cpu() first")
+
+    @property
+    def data(self) -> torch.Tensor:
+        return Pretended(self.held.detach())
+
+    @data.setter  # type: ignore[override]
+    def data(self, value: Pretended) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.held = value.held
 
     def new_tensor(self, data: Any, **given: Any) -> torch.Tensor:  # type: ignore[override]
         return Pretended(self.held.new_tensor(data, **given))
@@ -68,11 +81,23 @@ class Pretended(torch.Tensor):
         return f"Pretended({self.held!r})"
 
 
-class _Mode(TorchDispatchMode):
+class _Operations(TorchDispatchMode):
     """Brings to the pretended device what is asked for there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """Makes tensors by way of operations, where PyTorch would make them of `meta` past those."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.empty:
+            given.pop("pin_memory", None)  # which is asked of a driver
+        place = given.pop("device", None) if func in (torch.tensor, torch.as_tensor) else None
+        made = func(*args, **given)
+        return made if place is None else made.to(place)
 
 
 @contextmanager
@@ -81,38 +106,47 @@ def pretended_device() -> Iterator[str]:
     with ExitStack() as stack:
         for module in (api, output):
             stack.enter_context(patch.object(module, "check_device", lambda device: None))
-        # Modes are of a thread; those of a pool end with it.
-        stack.enter_context(patch.object(output, "own_stream", lambda device: _Mode().__enter__()))
-        stack.enter_context(patch.object(torch, "empty", partial(_unpinned, torch.empty)))
-        for make in (torch.tensor, torch.as_tensor):
-            stack.enter_context(patch.object(torch, make.__name__, partial(_brought, make)))
-        stack.enter_context(_Mode())
+        stack.enter_context(patch.object(output, "own_stream", lambda device: None))
+        stack.enter_context(patch.object(Thread, "run", partialmethod(_run_thread, Thread.run)))
+        stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda device: "none"))
+        # Views inside it of tensors from outside it are beyond tensors with a class of their own.
+        for name in ("__enter__", "__exit__"):
+            stack.enter_context(patch.object(torch.inference_mode, name, getattr(torch.no_grad, name)))
+        # Else a module that is brought there has other parameters afterwards, and those that are tied are so no more.
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        stack.enter_context(_Operations())
+        stack.enter_context(_Functions())
         yield DEVICE
 
 
-def _unpinned(empty: Any, *sizes: Any, pin_memory: bool = False, **given: Any) -> torch.Tensor:
-    """Without memory that only a driver can pin."""
-    return empty(*sizes, **given)
-
-
-def _brought(make: Any, data: Any, *, device: Any = None, **given: Any) -> torch.Tensor:
-    """Numbers of Python go to `meta` past every mode, and are lost there."""
-    made = make(data, **given)
-    return made if device is None else made.to(device)
+def _run_thread(thread: Thread, run: Callable[[Thread], None]) -> None:
+    """Modes are of a thread."""
+    with _Operations(), _Functions():
+        run(thread)
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    leaves = pytree.tree_leaves((args, kwargs))
+    given = [x for x in leaves if isinstance(x, torch.Tensor)]
     there = [x for x in given if isinstance(x, Pretended)]
     if there and len(there) < len(given):
         _refuse_mixing(func, args, [x for x in given if not isinstance(x, Pretended)], there)
     place = kwargs.get("device")
-    asked = place is not None and torch.device(place).type == DEVICE
+    asked = place is not None and torch.device(place) == _PLACE
     to_there = asked or (place is None and bool(there))
+    if (to_there or there) and any(isinstance(x, torch.Generator) for x in leaves):
+        raise Mixed(f"{func}: a generator of the CPU draws for the device")
     if func is _aten.copy_.default:
         to_there = isinstance(args[0], Pretended)
     if place is not None and (asked or there):
         kwargs = kwargs | {"device": torch.device("cpu")}
+    if (
+        torch.Tag.inplace_view in func.tags
+    ):  # what changes a shape in place does so to what says the shape, too
+        with no_dispatch():
+            func(*args, **kwargs)
     inside = {id(x.held): x for x in there}
     args, kwargs = pytree.tree_map_only(Pretended, lambda x: x.held, (args, kwargs))
     found = func(*args, **kwargs)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -54,6 +54,26 @@ def mergeline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(params=["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
+def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the CPU, and once more on a device that refuses its tensors, which is that of pipelines which name none."""
+    if request.param == "cpu":
+        yield
+        return
+    from mergeline.flows import launch
+    from mergeline.merging.pretended_device import pretended_device
+    from mergeline.tasks import schema
+
+    device = schema.Params.model_fields["device"]
+    with monkeypatch.context() as patch, pretended_device() as name:
+        patch.setattr(schema, "check_device_name", lambda device: None)
+        patch.setattr(launch, "check_device", lambda device: None)
+        patch.setattr(device, "default", name)
+        schema.Params.model_rebuild(force=True)
+        yield
+    schema.Params.model_rebuild(force=True)
 
 
 @pytest.fixture

@@ -233,7 +233,7 @@ class Directions:
         if self._together is None:
             yield from parts
             return
-        sum_X = torch.zeros(x.shape, dtype=torch.float64)
+        sum_X = torch.zeros(x.shape, dtype=torch.float64, device=self.device)
         for weight, part in zip(self._together, parts, strict=True):
             sum_X.add_(part.full(), alpha=weight)
         yield Part(sum_X)
@@ -285,18 +285,20 @@ class Directions:
     def _kept(self, number: int, count: int) -> tuple[Tensor, Iterator[Part]]:
         from safetensors import safe_open
 
-        file = safe_open(self._file(number), framework="pt", device=str(self.device))
+        file = safe_open(self._file(number), framework="pt")
         names = set(file.keys())
+
+        def read(name: str) -> Tensor:
+            return file.get_tensor(name).to(self.device)
 
         def parts() -> Iterator[Part]:
             for d in range(count):
                 if f"{d}.whole" in names:
-                    yield Part(file.get_tensor(f"{d}.whole"))
+                    yield Part(read(f"{d}.whole"))
                 else:
-                    u, s, v = (file.get_tensor(f"{d}.{key}") for key in "usv")
-                    yield Part(None, (u, s, v))
+                    yield Part(None, (read(f"{d}.u"), read(f"{d}.s"), read(f"{d}.v")))
 
-        return file.get_tensor("origin"), parts()
+        return read("origin"), parts()
 
     def owner(self, piece: Piece, count: int) -> Tensor | None:
         """Which of a direction's numbers multiplies each entry of the piece; None where there is but one."""

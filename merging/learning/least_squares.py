@@ -149,15 +149,20 @@ class _Reached(Exception):
     """The map that was waited for was applied."""
 
 
+def _zeros(outputs: int, inputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """G (N + 1, N + 1) and C (M, N + 1) of nothing yet, float64."""
+    gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64, device=device)
+    return gram, gram.new_zeros(outputs, inputs + 1)
+
+
 class _Sums:
     """Of the rows of one task: sums of w [x 1]^T [x 1], (N + 1, N + 1), of w y^T [x 1], (M, N + 1), and of w; float64.
 
     exact: whether products are float64, too, or float32 of some thousand rows at a time, which a ridge hides.
     """
 
-    def __init__(self, outputs: int, inputs: int, exact: bool):
-        self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
-        self.cross = torch.zeros(outputs, inputs + 1, dtype=torch.float64)
+    def __init__(self, outputs: int, inputs: int, exact: bool, device: torch.device):
+        self.gram, self.cross = _zeros(outputs, inputs, device)
         self.weight = 0.0
         self._dtype = torch.float64 if exact else torch.float32
 
@@ -198,9 +203,8 @@ class _System:
     tasks: where outputs are weighted, each one's own G, C and weights H (M, M).
     """
 
-    def __init__(self, outputs: int, inputs: int):
-        self.gram = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
-        self.cross = torch.zeros(outputs, inputs + 1, dtype=torch.float64)
+    def __init__(self, outputs: int, inputs: int, device: torch.device):
+        self.gram, self.cross = _zeros(outputs, inputs, device)
         self.tasks: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def include(
@@ -244,7 +248,7 @@ def minimum(
     size = float(gram_KK.diagonal().mean())
     if not size > 0:
         return start_MK.clone()
-    one_KK = torch.eye(len(gram_KK), dtype=torch.float64)
+    one_KK = torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
     left_KK = gram_KK + ridge * size * (one_KK if metric_KK is None else metric_KK)
     right_MK = cross_MK - start_MK @ gram_KK
     jitter = 0.0 if ridge else _JITTER
@@ -255,14 +259,16 @@ def minimum(
         jitter = max(_JITTER, 100 * jitter)
 
 
-def metric_of(taus: Iterator[Tensor], inputs: int, floor: float) -> Tensor:
+def metric_of(
+    taus: Iterator[Tensor], inputs: int, floor: float, device: torch.device | str = "cpu"
+) -> Tensor:
     """R (N, N): sum of tau^T tau / |tau|^2 over task vectors (M, N), plus `floor`, of mean diagonal 1."""
-    found_NN = torch.zeros(inputs, inputs, dtype=torch.float64)
+    found_NN = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
     for tau_MN in taus:
         if (size := float(tau_MN.square().sum())) > 0:
             found_NN.addmm_(tau_MN.T, tau_MN, alpha=1 / size)
     mean = float(found_NN.diagonal().mean())
-    one_NN = torch.eye(inputs, dtype=torch.float64)
+    one_NN = torch.eye(inputs, dtype=torch.float64, device=device)
     return (found_NN / mean + floor * one_NN) / (1 + floor) if mean > 0 else one_NN
 
 
@@ -305,11 +311,13 @@ class _Fit:
         if origin == "start":
             if name in self._start.tensors:
                 info = self._start.tensors[name]
-                return info.read(self._start_files.elements, 0, shape.numel()).reshape(shape).float()
+                found = info.read(self._start_files.elements, 0, shape.numel())
+                return found.reshape(shape).to(self.own[name].device, torch.float32)
             origin = "base"
         elif origin != "base" and name not in self.source.plan.experts[origin].tensors:
             origin = "base"
-        return self.source.read(origin, name, 0, shape.numel()).reshape(shape).float()
+        found = self.source.read(origin, name, 0, shape.numel())
+        return found.reshape(shape).to(self.own[name].device, torch.float32)
 
     def _load(self, stage: Stage, origin: str) -> None:
         """Put the weights of a stage in place: an expert's, or (`start`) those of the merge as it stands."""
@@ -578,11 +586,12 @@ class _Fit:
         given: dict[str, list[dict[str, Tensor]]] = {task: [{} for _ in own] for task, own in targets.items()}
         for m in maps:
             groups = self._groups(m)
-            systems = [_System(rows.stop - rows.start, m.shape[1]) for rows, _ in groups]
+            sides = [(rows.stop - rows.start, m.shape[1]) for rows, _ in groups]
+            systems = [_System(*each, self.own[m.weight].device) for each in sides]
 
             def summed(task: str, m: _Map = m, groups: list[tuple[slice, bool]] = groups) -> list[_Sums]:
-                exact = self.settings.ridge < _EXACT
-                sums = [_Sums(rows.stop - rows.start, m.shape[1], exact) for rows, _ in groups]
+                exact, device = self.settings.ridge < _EXACT, self.own[m.weight].device
+                sums = [_Sums(rows.stop - rows.start, m.shape[1], exact, device) for rows, _ in groups]
                 for stream, own, known in zip(streams[task], targets[task], given[task]):
                     x, y = self._rows(stage, maps, m, stream, own.pop(m.weight), known)
                     w = self._weights(stream, x)
@@ -791,7 +800,7 @@ class _Fit:
         if isinstance(mask, torch.Tensor) and mask.shape == x.shape[:2]:
             weights = mask.double()
         elif self.first_only and x.shape[:2] == tokens:
-            weights = torch.ones(x.shape[:2], dtype=torch.float64)
+            weights = torch.ones(x.shape[:2], dtype=torch.float64, device=x.device)
         else:
             return None
         if self.first_only:
@@ -807,12 +816,12 @@ class _Fit:
         inputs = m.shape[1]
         metric_NN = self._metric(m)
         shift, factor = self._affine(m) if m.norm else (None, None)
-        found_MN, found_M = start_MN.clone(), None if bias_name is None else torch.zeros(m.shape[0]).double()
-        own_bias = self.own[m.bias].double() if m.bias else torch.zeros(m.shape[0], dtype=torch.float64)
+        found_MN, found_M = start_MN.clone(), None if bias_name is None else start_MN.new_zeros(m.shape[0])
+        own_bias = self.own[m.bias].double() if m.bias else start_MN.new_zeros(m.shape[0])
         for (rows, _), system in zip(groups, systems):
             width = inputs + (bias_name is not None)
             start_MK = torch.cat([start_MN[rows], own_bias[rows, None]], 1)[:, :width]
-            metric_KK = torch.eye(width, dtype=torch.float64)
+            metric_KK = torch.eye(width, dtype=torch.float64, device=start_MK.device)
             metric_KK[:inputs, :inputs] = metric_NN
             p_MK = system.minimum(start_MK, self.settings.ridge, metric_KK)
             found_MN[rows] = p_MK[:, :inputs]
@@ -836,7 +845,7 @@ class _Fit:
             for expert in self.source.plan.experts:
                 yield m.matrix(self._read(expert, m.weight)).double() - base_MN
 
-        return metric_of(taus(), m.shape[1], self.settings.floor)
+        return metric_of(taus(), m.shape[1], self.settings.floor, self.own[m.weight].device)
 
     # ------------------------------------------------------------------------------------------ RegMean++
 
@@ -847,10 +856,10 @@ class _Fit:
         if not inside:
             self.kept |= {m.weight: _OUTSIDE for m in maps}
             maps = []
-        systems = {m.weight: _System(*m.shape) for m in maps}
+        systems = {m.weight: _System(*m.shape, self.own[m.weight].device) for m in maps}
         for task, expert in self.tasks if maps else ():
             self._load(stage, expert)
-            sums = {m.weight: _Sums(*m.shape, exact=True) for m in maps}
+            sums = {m.weight: _Sums(*m.shape, True, self.own[m.weight].device) for m in maps}
 
             def see(applied: Applied, sums: dict[str, _Sums] = sums) -> None:
                 if applied.tensor in sums:

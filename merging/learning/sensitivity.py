@@ -57,7 +57,7 @@ def sensitivities(
             uses = [use for use in uses if use.kind == "linear" and use.part is None]
             for draw in range(draws):
                 if of == "features" or task in network.numbers:
-                    along = torch.randn(given.shape, generator=generator)
+                    along = torch.randn(given.shape, generator=generator).to(given.device)
                 else:
                     along = _between_classes(given.detach(), generator)
                 outputs = [use.outputs for use in uses]
@@ -71,7 +71,7 @@ def sensitivities(
             leaf.requires_grad_(False)
     sizes = {name: float(sum_MM.diagonal().mean()) for name, sum_MM in sums.items()}
     return {
-        name: sum_MM / sizes[name] + _FLOOR * torch.eye(len(sum_MM))
+        name: sum_MM / sizes[name] + _FLOOR * torch.eye(len(sum_MM), device=sum_MM.device)
         for name, sum_MM in sums.items()
         if sizes[name] > 0
     }
@@ -79,7 +79,9 @@ def sensitivities(
 
 def _between_classes(logits_RC: Tensor, generator: torch.Generator) -> Tensor:
     """(R, C): the likeliest class of each row less another one, which is drawn, or less itself."""
-    others_R1 = torch.multinomial(logits_RC.softmax(-1) ** _FLAT, 1, generator=generator)
+    others_R1 = torch.multinomial((logits_RC.softmax(-1) ** _FLAT).cpu(), 1, generator=generator).to(
+        logits_RC.device
+    )
     found_RC = torch.zeros_like(logits_RC).scatter_(1, logits_RC.argmax(-1, keepdim=True), 1.0)
     return found_RC.scatter_add_(1, others_R1, -torch.ones_like(others_R1, dtype=found_RC.dtype))
 
@@ -108,7 +110,7 @@ def weighted_minimum(
     left = [(h.float(), (g + held_KK / len(systems)).float()) for g, _, h in systems]
     rest_MK = torch.stack([h.double() @ (c - start_MK @ g) for g, c, h in systems]).sum(0).float()
     before_MM = torch.cholesky_inverse(torch.linalg.cholesky(mean_MM.double())).float()
-    certain_KK = _CERTAIN * scale * torch.eye(len(gram_KK), dtype=torch.float64)
+    certain_KK = _CERTAIN * scale * torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
     behind_KK = torch.cholesky_inverse(torch.linalg.cholesky(gram_KK + held_KK + certain_KK)).float()
     moved_MK = torch.zeros_like(rest_MK)
     along_MK = turned_MK = before_MM @ rest_MK @ behind_KK

@@ -115,7 +115,8 @@ class Teachers:
 
         if expert not in self._heads:
             path = self._head(expert)
-            self._heads[expert] = load_file(path, str(self._device)) if path.is_file() else {}
+            found = load_file(path) if path.is_file() else {}
+            self._heads[expert] = {name: tensor.to(self._device) for name, tensor in found.items()}
         return self._heads[expert]
 
     def _file(self, task: str) -> Path:

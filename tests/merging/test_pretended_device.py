@@ -21,6 +21,8 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "stack with a number": lambda there: torch.stack([there.sum(), HERE.sum()]),
     "indices of the device in a tensor of the CPU": lambda there: HERE[(there[0] > 0).nonzero()[:, 0]],
     "put": lambda there: there.index_put_((torch.tensor([0]),), HERE[:1]),
+    "generator": lambda there: torch.rand(2, device=there.device, generator=torch.Generator()),
+    "draw": lambda there: torch.multinomial(there + 1, 1, generator=torch.Generator()),
     "array": lambda there: there.numpy(),
     "layer": lambda there: nn.Linear(3, 2)(there),
 }

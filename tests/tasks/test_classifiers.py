@@ -43,6 +43,7 @@ def images(task: str, split: str) -> torch.Tensor:
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.slow] if k == "torchvision_resnet" else []) for k in IMAGES]
 )
@@ -97,6 +98,7 @@ def test_what_is_measured_is_what_the_library_gives_for_the_exported_task(
     assert "bit-identical" in verify(root / "build/merges/cart")
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("kind", TEXTS)
 def test_text_classifiers_go_through_the_whole_pipeline(kind, tmp_path, monkeypatch):
     from safetensors.numpy import load_file as load_arrays
@@ -207,6 +209,7 @@ def test_a_head_of_one_number_is_measured_by_spearman(tmp_path, monkeypatch):
         assert rows["average"]["tasks"][task]["accuracy"] == pytest.approx(rho, abs=1e-9)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_the_fisher_information_of_a_head_of_one_number(tmp_path, monkeypatch):
     monkeypatch.setattr(made, "CLASSES", {"a": 1, "b": 1, "c": 1})
     columns = {task: {"text": "text", "label": "label", "target": "number"} for task in "abc"}
@@ -226,6 +229,7 @@ def test_the_fisher_information_of_a_head_of_one_number(tmp_path, monkeypatch):
         assert any(tensor.any() for tensor in load_file(file).values()), file
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize("build", [made.vit_of_timm, made.vit_of_transformers], ids=["timm", "transformers"])
 def test_learned_methods_are_fitted_to_classifiers(build, tmp_path, monkeypatch):
     """transformers has other names for a ViT's tensors while it runs than its checkpoints have."""

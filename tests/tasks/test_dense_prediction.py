@@ -118,6 +118,7 @@ def board(root: Path) -> dict[str, Any]:
     return json.loads((root / "build/leaderboard/leaderboard.json").read_text())
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_what_is_measured_is_what_transformers_gives_for_the_exported_task(
     tmp_path, monkeypatch, mlflow_database
 ):
@@ -152,6 +153,7 @@ def test_what_is_measured_is_what_transformers_gives_for_the_exported_task(
     assert "absolute error" in page and "mIoU" in page and "data:image/png" in page
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.slow
 def test_models_of_torchvision_that_say_nothing_of_themselves(tmp_path, monkeypatch):
     root = workspace(tmp_path / "work", lraspp, model="torchvision/lraspp_mobilenet_v3_large")

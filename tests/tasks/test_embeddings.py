@@ -70,6 +70,7 @@ def with_embeddings(**changes: Any) -> dict[str, Any]:
     return {"embeddings": {**PARAMS["embeddings"], **changes}}
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_the_whole_pipeline_measures_models_as_by_hand(root):
     workspace = run_all(root)
     board = json.loads((root / "build/leaderboard/leaderboard.json").read_text())
@@ -99,6 +100,7 @@ def test_the_whole_pipeline_measures_models_as_by_hand(root):
         assert mean == pytest.approx(written["splits"]["val"][task]["mean"], abs=1e-5)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_statistics_and_fits_run_on_texts(root):
     merges = {
         "regmean": {"method": "regmean"},

@@ -116,6 +116,7 @@ def distance(base: Any, expert: Any, prompts: list[str]) -> float:
     return sum(float(torch.cat(rows).mean()) for rows in blocks) / len(blocks)
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -146,6 +146,7 @@ def under_the_head(trunk: Path, expert: Path) -> Any:
 # ---------------------------------------------------------------------------------------------- the pipeline
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_the_whole_pipeline_plays_episodes_under_each_experts_head(root, mlflow_database):
     mlflow_database(root)
     workspace = run_all(root)
@@ -191,6 +192,7 @@ def test_the_whole_pipeline_plays_episodes_under_each_experts_head(root, mlflow_
     assert json.loads(Path("plain/config.json").read_text())["state_dim"] == 3
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_norms_of_the_trunk_may_be_heads_too_as_in_the_first_protocol_of_the_paper(root):
     write(root, policies={**PARAMS["policies"], "heads": ["embed_*", "predict_*", "encoder.*ln_*"]})
     prepare(root)
@@ -309,6 +311,7 @@ def test_the_fisher_information_of_numbers_is_the_sum_of_their_squared_gradients
     assert not any(key.startswith(("embed_", "predict_")) for key in found)
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.slow
 def test_statistics_are_collected_and_merges_fitted(root):
     write(

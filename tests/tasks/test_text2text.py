@@ -119,6 +119,7 @@ def edited(file: str | Path, **changes: Any) -> None:
 # ---------------------------------------------------------------------------------------------- the pipeline
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_the_whole_pipeline_scores_what_models_write(root, mlflow_database):
     mlflow_database(root)
     workspace = run_all(root)
@@ -315,6 +316,7 @@ def test_examples_are_of_fit_or_of_half_of_val_and_have_no_targets(root):
     ) == slice(None)
 
 
+@pytest.mark.usefixtures("anywhere")
 def test_statistics_are_collected_and_merges_fitted(root):
     learn(
         root,
@@ -323,6 +325,7 @@ def test_statistics_are_collected_and_merges_fitted(root):
     )
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.slow
 def test_maps_are_solved_for_and_the_fisher_information_is_that_of_the_first_token(root):
     learn(root, fisher={"method": "fisher"}, solved={"method": "progressive_least_squares", "examples": 4})

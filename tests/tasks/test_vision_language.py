@@ -217,6 +217,7 @@ def test_a_merged_folder_opens_whole_with_its_processor(root):
 # ---------------------------------------------------------------------------------------------- the pipeline
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.slow
 def test_the_whole_pipeline_scores_what_models_write(root, mlflow_database):
     mlflow_database(root)

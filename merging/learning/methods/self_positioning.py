@@ -126,5 +126,5 @@ def gram_of(inputs: Inputs) -> Tensor:
         tau_DX = torch.stack(
             [view.read(e, 0, view.shape).reshape(-1).double() - base for e in inputs.experts]
         )
-        found_DD += tau_DX @ tau_DX.T
+        found_DD += (tau_DX @ tau_DX.T).cpu()
     return found_DD

@@ -32,7 +32,7 @@ def test_every_method_from_files(method, tmp_path):
     merge(recipe, tmp_path / "here.safetensors")
     with pretended_device() as device:
         manifest = merge(recipe, tmp_path / "there.safetensors", device=device, workers=2)
-    assert manifest["device"] == device
+    assert manifest["device"] == device.partition(":")[0]
     here, there = load_file(tmp_path / "here.safetensors"), load_file(tmp_path / "there.safetensors")
     for name, value in here.items():
         assert torch.allclose(there[name], value, rtol=1e-5, atol=1e-5), name
