@@ -4,7 +4,7 @@ Processors that multiply bfloat16 take half as long for it. Rounding moves an im
 only if they cross the boundary to another one: of unit features f and class embeddings h, the boundary between the
 classes a and b is (f h_a - f h_b) / |h_a - h_b| away. Images are run again in float32, the nearest to a boundary first,
 until the next is farther from it than rounding moved those in the mean. To have another class, it would have to be
-moved straight towards the boundary, of all directions; no image of thousands of merges was (benchmarks/evaluation.py).
+moved straight towards the boundary, of all directions: none was, of all points of the demo (benchmarks/evaluation.py).
 
 Shape suffixes: N images, B of them at a time, C classes, D the width of features.
 """
