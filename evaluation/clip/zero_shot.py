@@ -265,7 +265,7 @@ class Evaluator:
         import torch
 
         with torch.inference_mode():
-            if not (self._screen and self._screen.pays):
+            if not (images and self._screen and self._screen.pays):
                 return {task: self._predict(task, x, more) for task, x in images.items()}
             features = self._screen.features(images, self._heads, more)
             return {task: self._classes(own, task) for task, own in features.items()}

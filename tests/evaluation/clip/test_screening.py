@@ -29,17 +29,17 @@ def tower(seed=0, quick_gelu=False, **change):
     return visual
 
 
-def features_of(visual):
+def features_of(visual, images=IMAGES):
     with torch.inference_mode():
-        return normalize(visual(PIXELS(IMAGES)), dim=-1)
+        return normalize(visual(PIXELS(images)), dim=-1)
 
 
-def screened(visual, head):
+def screened(visual, head, images=IMAGES):
     """The features that a screen finds, how many images float32 was run on, and the screen."""
     screen, seen = Screen(visual, PIXELS, 100), []
     hook = visual.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
     with torch.inference_mode():
-        found = screen.features({"task": IMAGES}, {"task": head}, lambda count: None)["task"]
+        found = screen.features({"task": images}, {"task": head}, lambda count: None)["task"]
     hook.remove()
     return found, sum(seen), screen
 
@@ -58,14 +58,18 @@ def classes(features, head):
         {"attentional_pool": True},
         {"qk_norm": True},
         {"patch_size": 7},
+        {"image_size": 32, "width": 16, "layers": [1, 1, 1, 1]},
+        {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"},
+        {"timm_model_name": "convnext_atto", "timm_pool": "avg", "timm_proj": "linear"},
     ],
     ids=str,
 )
 def test_classes_of_random_towers_are_those_of_float32(change):
-    visual = tower(**change)
-    head = features_of(visual)[::20]  # where images are, so that there are boundaries between them
-    found, _, _ = screened(visual, head)
-    exact = features_of(visual)
+    visual, size = tower(**change), change.get("image_size", 36)
+    images = IMAGES[:, :size, :size]
+    exact = features_of(visual, images)
+    head = exact[::20]  # where images are, so that there are boundaries between them
+    found, _, _ = screened(visual, head, images)
     assert torch.equal(classes(found, head), classes(exact, head))
     torch.testing.assert_close(found, exact, atol=0.02, rtol=0)
 
@@ -155,6 +159,10 @@ def test_predictions_are_the_same_with_and_without(evaluators, state):
     one, other = (evaluator.predict(state(), "val", ["digits", "shapes"]) for evaluator in evaluators)
     assert one.keys() == other.keys() and all(np.array_equal(one[task], other[task]) for task in one)
     assert all(own.dtype == np.int32 for own in one.values())
+
+
+def test_of_no_tasks_nothing_is_predicted(evaluators):
+    assert [evaluator.predict({}, "val", []) for evaluator in evaluators] == [{}, {}]
 
 
 def test_where_it_does_not_pay_float32_is_all(evaluators, monkeypatch):
