@@ -46,6 +46,8 @@ SEARCH_KEYS = [
     "dropped",
     "dropped_wrongly",
 ]
+DISK = ["disk", "job", "workers", "gb_read", "gb_written", "apart_s", "together_s", "wall_s", "cpu_s",
+        "of_apart", "of_together", "free", "of_rate", "load"]  # fmt: skip
 STORES = ["store", "params", "once", "expert", "checkpoint", "ratio", "accuracy", "kept"]
 
 
@@ -321,6 +323,12 @@ def document() -> str:
         table(LARGE, [[row.get(key) for key in LARGE] for row in load("large")]),
         "What `mergeline plan` says of larger ones, for one core: [docs/scale.md](../docs/scale.md) reads it.",
         table(PLANS, [[row.get(key) for key in PLANS] for row in load("large_plans")]),
+        "## Beside the disk",
+        "Cold merges of the Llama of 340 M parameters, imports apart. `apart`: `cat` of the inputs, then `dd` of the\n"
+        "output with conv=fsync; `together`: both at once. Ratios are theirs to the merge, so that 1 is the disk's\n"
+        "speed. `free`: to `apart`, without the seconds in line for a core; `of_rate`: to what the bytes need at the\n"
+        "rate that the disk was limited to (`disk.py`).",
+        table(DISK, [[row.get(key) for key in DISK] for row in load("disk")]),
         "## Compressed stores",
         "The eight experts of the sample family in one file; each is taken out again and scored on its own task.\n"
         "`ratio`: bytes of the store over those of eight checkpoints; `kept`: of the experts' accuracy.",

@@ -22,9 +22,10 @@ import os
 import shutil
 import stat
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping
 
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import read_json
@@ -36,7 +37,7 @@ _UNWRITABLE = (
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_AT_FDCWD, _RENAME_EXCHANGE, _SYNC_FILE_RANGE_WRITE = -100, 2, 2  # of Linux
 
 _OUT, _BESIDE, _OLD, JOURNAL = "out", "beside", "old", "journal.jsonl"
 
@@ -457,6 +458,28 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def begin_writing(handle: int, start: int, stop: int) -> bool:
+    """Let bytes [start, stop) of an open file go to its disk by and by, so that `sync` waits for less.
+
+    False where the system cannot. That a disk fails is for `sync` to say.
+    """
+    function = _sync_file_range()
+    return function is not None and function(handle, start, stop - start, _SYNC_FILE_RANGE_WRITE) == 0
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The system call, where the C library has it."""
+    import ctypes
+
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return function
 
 
 def sync_tree(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import stat
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from mergeline.merging.checkpoints.checkpoint import DTYPES, hasher
 from mergeline.merging.checkpoints.companions import STEMS
 from mergeline.merging.checkpoints.components import component_of
 from mergeline.merging.errors import UserError
+from mergeline.merging.files import begin_writing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 1 << 20
+_BEHIND = 1 << 20  # bytes that are sent to the disk together
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class TensorWriter:
     def __init__(self, checkpoint: CheckpointWriter, spec: TensorSpec, handle: int, offset: int):
         self._checkpoint, self._spec, self._handle = checkpoint, spec, handle
         self._next, self._end = offset, offset + spec.nbytes
+        self._begun = offset  # what lies before is on its way to the disk
         self._hash = hasher()
 
     def append(self, tensor: Tensor) -> None:
@@ -173,6 +177,10 @@ class TensorWriter:
         while done < len(data):
             done += os.pwrite(self._handle, data[done:], self._next + done)
         self._next += done
+        if self._next - self._begun >= _BEHIND:
+            whole = self._next - self._next % mmap.PAGESIZE  # the next elements go into the last page, too
+            begin_writing(self._handle, self._begun, whole)
+            self._begun = whole
 
     def close(self) -> str:
         """All elements are written; returns their hash."""

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from mergeline.merging.checkpoints.checkpoint import open_checkpoint
+from mergeline.merging.checkpoints.checkpoint import Files, open_checkpoint
 from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.errors import UserError
 from mergeline.merging.reading import safe_name
@@ -72,6 +72,30 @@ def test_a_file_that_shrinks_after_it_was_opened(read, tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with refused("x.safetensors", "'w'"):
         read(checkpoint)
+
+
+@pytest.mark.parametrize("piece", [100_001, 1 << 20, 6_000_000])
+def test_a_file_is_read_ahead(piece, tmp_path, monkeypatch):
+    """Every stretch is asked for once, before it is read and not with it, and none is far ahead."""
+    mib, asked = 1 << 20, []
+
+    def advised(handle: int, start: int, size: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.extend(range(start, start + size, mib))
+
+    monkeypatch.setattr(os, "posix_fadvise", advised)
+    save_file({"a": torch.zeros(20 * mib, dtype=torch.uint8)}, tmp_path / "a.safetensors")
+    info = open_checkpoint(tmp_path / "a.safetensors").tensors["a"]
+    with Files() as files:
+        for start in range(0, 20 * mib, piece):
+            stop = min(start + piece, 20 * mib)
+            before = len(asked)
+            files.elements(info, start, stop)
+            assert all(0 <= step - (info.start + stop) < 4 * mib for step in asked[before:])
+            assert not asked or asked[-1] >= info.start + stop + 3 * mib
+    assert len(asked) == len({*asked}) and asked == sorted(asked)
+    if piece < 4 * mib:  # between larger ones the kernel reads the rest
+        assert asked == list(range(asked[0], asked[-1] + 1, mib)) and asked[0] < info.start + 5 * mib
 
 
 # --------------------------------------------------------------------------------------- digests

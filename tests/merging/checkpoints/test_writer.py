@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save
 from mergeline.merging.checkpoints.checkpoint import DTYPES, open_checkpoint
 from mergeline.merging.checkpoints.companions import INDEX
 from mergeline.merging.checkpoints.writer import CheckpointWriter, TensorSpec
+from mergeline.merging.files import begin_writing
 
 NAMES = {f"torch.{torch_name}": name for name, (torch_name, _) in DTYPES.items()}
 
@@ -48,6 +50,41 @@ def test_the_layout_is_that_of_the_library(tmp_path):
         ours[int.from_bytes(ours[:8], "little") + 8 :] == theirs[int.from_bytes(theirs[:8], "little") + 8 :]
     )
     assert int.from_bytes(ours[:8], "little") % 8 == 0
+
+
+def test_a_tensor_goes_to_the_disk_while_it_is_written(tmp_path, monkeypatch):
+    begun: list[tuple[int, int]] = []
+
+    def recording(handle: int, start: int, stop: int) -> bool:
+        assert stop <= tensor._next
+        begun.append((start, stop))
+        return begin_writing(handle, start, stop)
+
+    monkeypatch.setattr("mergeline.merging.checkpoints.writer.begin_writing", recording)
+    values = torch.arange(1 << 20, dtype=torch.float32)
+    writer = CheckpointWriter(
+        tmp_path, [TensorSpec("a", "F32", tuple(values.shape), values.nbytes)], {}, None
+    )
+    tensor = writer.open("a")
+    for part in values.split(99_999):
+        tensor.append(part)
+    tensor.close()
+    writer.finish()
+    [file] = tmp_path.iterdir()
+    size = file.stat().st_size
+    assert begun[0][0] == size - values.nbytes and size - begun[-1][1] < 1 << 20
+    assert [stop for _, stop in begun[:-1]] == [start for start, _ in begun[1:]]
+    assert all(stop % mmap.PAGESIZE == 0 for _, stop in begun)
+    assert same_tensors(load_file(file), {"a": values})
+
+
+def test_writing_is_begun_where_the_system_can(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x" * (1 << 16))
+        file.flush()
+        assert begin_writing(file.fileno(), 0, 1 << 16)
+        assert begin_writing(file.fileno(), 1 << 40, 1 << 41)
+        assert not begin_writing(file.fileno(), 1 << 33, 0)  # sizes are of 64 bits, with their sign
 
 
 # Tensor names are JSON strings without lone surrogates; `__metadata__` is the format's own.
