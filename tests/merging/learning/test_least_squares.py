@@ -222,7 +222,7 @@ def test_sums_are_those_of_all_rows_at_once(rows):
     x, y, w = torch.randn(rows, 200), torch.randn(rows, 3), torch.rand(rows)
     for weights in (w, None):
         for exact, near in ((True, 1e-12), (False, 1e-5)):
-            sums = least_squares._Sums(3, 200, exact)
+            sums = least_squares._Sums(3, 200, exact, x.device)
             for part in range(0, rows, 1700):
                 own = None if weights is None else weights[part : part + 1700]
                 sums.add(x[part : part + 1700], y[part : part + 1700], own)
