@@ -39,7 +39,6 @@ from mergeline.merging.lazy import torch
 from mergeline.merging.methods.bound import bind
 from mergeline.merging.methods.contract import Method, get_method
 from mergeline.merging.methods.parameters import AnExpert, OneAnExpert
-from mergeline.merging.pretended_device import Mixed, pretended_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,6 +166,8 @@ def check_device(id: str, params: Params) -> None:
 
     The device is none (`pretended_device`), so that any machine finds what would fail on an accelerator.
     """
+    from mergeline.merging.pretended_device import Mixed, pretended_device
+
     base, experts = family(id)
     [here] = merged(id, experts, base, [params])
     try:
