@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from math import cos, isfinite, pi
 from typing import TYPE_CHECKING, Any, Collection, Iterator, Literal, Mapping
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 Optimiser = Literal["adam", "lbfgs"]
 
 _STATE, CURVE = "fit.state", "curve.json"
+_SIDE_BY_SIDE = 2  # groups of small images
 
 
 @dataclass(frozen=True)
@@ -161,32 +165,73 @@ class Descent:
     ) -> dict[str, float]:
         """The loss of each task at the numbers of this step, their derivatives in `.grad`.
 
-        Backward goes a task at a time, or a few where their images are small. keep_gradients: those of the weights
-        stay, too. tasks: only of these.
+        Backward goes a task at a time, or a few where their images are small, and then for two such groups side by
+        side. keep_gradients: those of the weights stay, too. tasks: only of these.
         """
         self._space.put(step)
         tensors = self._network.tensors()
         for tensor in [*tensors.values(), *self._space.numbers.values()]:
             tensor.grad = None
         losses = {task: 0.0 for task in self._pools if tasks is None or task in tasks}
-        for group in self._groups(step, losses):
-            parts = []
-            for drawn, merged in zip(group, self._outputs(group)):
-                parts.append(self._objective.loss(self._seen(drawn, merged)) / drawn.divisor)
-                loss = float(parts[-1].detach())
+        leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+        for groups in self._turns(step, losses):
+            for drawn, loss in self._backward(groups, leaves):
                 if not isfinite(loss):
                     raise UserError(
                         f"the loss of '{drawn.task}' at step {step} is {loss}; what was kept last is in "
                         f"{self._job.folder}; try a smaller rate"
                     )
                 losses[drawn.task] += loss
-            torch.stack(parts).sum().backward()
-            del parts, merged
         penalty = self._space.pull(step)
         for name, tensor in tensors.items():
             if name not in self._space.numbers and not keep_gradients:
                 tensor.grad = None
         return losses if penalty is None else losses | {"penalty": float(penalty)}
+
+    def _backward(self, groups: list[list[_Drawn]], leaves: list[Tensor]) -> list[tuple[_Drawn, float]]:
+        """Add to the derivatives by `leaves`, of several groups in their order; gives each batch's loss."""
+        experts = [[self._expert(drawn) for drawn in group] for group in groups]
+        if len(groups) == 1:
+            found = [self._losses(groups[0], experts[0])]
+            found[0].sum().backward()
+        else:
+
+            def slopes(
+                group: list[_Drawn], own: list[Outputs | None]
+            ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+                losses = self._losses(group, own)
+                return losses, torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+
+            with ThreadPoolExecutor(len(groups), initializer=partial(torch.set_num_threads, 1)) as pool:
+                both = [*pool.map(slopes, groups, experts)]
+            for _, each in both:
+                for leaf, slope in zip(leaves, each):
+                    if slope is not None:
+                        leaf.grad = slope if leaf.grad is None else leaf.grad.add_(slope)
+            found = [losses for losses, _ in both]
+        return [*zip(chain(*groups), chain(*(losses.tolist() for losses in found)))]
+
+    def _losses(self, group: list[_Drawn], experts: list[Outputs | None]) -> Tensor:
+        """The share of each batch in the loss, (batches,)."""
+        return torch.stack([
+            self._objective.loss(Seen(self._network, drawn.batch, drawn.task, merged, expert)) / drawn.divisor
+            for drawn, merged, expert in zip(group, self._outputs(group), experts)
+        ])  # fmt: skip
+
+    def _turns(self, step: int, tasks: Collection[str]) -> Iterator[list[list[_Drawn]]]:
+        """The groups of a step: two together where their images are small, which two cores run side by side."""
+        turn: list[list[_Drawn]] = []
+        for group in self._groups(step, tasks):
+            small = not self._objective.hidden and are_small([drawn.batch for drawn in group])
+            if turn and not small:
+                yield turn
+                turn = []
+            turn.append(group)
+            if not small or len(turn) == _SIDE_BY_SIDE:
+                yield turn
+                turn = []
+        if turn:
+            yield turn
 
     def _groups(self, step: int, tasks: Collection[str]) -> Iterator[list[_Drawn]]:
         """What a step sees of these tasks, by what the network is run on at once."""
@@ -222,10 +267,11 @@ class Descent:
         features = self._network.features(joined([drawn.batch for drawn in group]))
         return [Outputs(rows) for rows in features.split([len(drawn.which) for drawn in group])]
 
-    def _seen(self, drawn: _Drawn, merged: Outputs) -> Seen:
-        asked = self._teachers is not None and self._objective.expert
-        expert = self._teachers.of(drawn.task, drawn.which) if asked and self._teachers is not None else None
-        return Seen(self._network, drawn.batch, drawn.task, merged, expert)
+    def _expert(self, drawn: _Drawn) -> Outputs | None:
+        """What the task's own expert makes of a batch, if that is asked."""
+        if self._teachers is None or not self._objective.expert:
+            return None
+        return self._teachers.of(drawn.task, drawn.which)
 
     # ------------------------------------------------------------------------------------------ early stopping
 
