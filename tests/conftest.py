@@ -58,7 +58,7 @@ def mergeline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(params=["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
 def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On the CPU, and once more on a device that refuses its tensors, which is that of pipelines which name none."""
+    """On the CPU, and once more on a device that refuses its tensors, which all pipelines then have."""
     if request.param == "cpu":
         yield
         return
@@ -66,14 +66,11 @@ def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     from mergeline.merging.pretended_device import pretended_device
     from mergeline.tasks import schema
 
-    device = schema.Params.model_fields["device"]
     with monkeypatch.context() as patch, pretended_device() as name:
         patch.setattr(schema, "check_device_name", lambda device: None)
         patch.setattr(launch, "check_device", lambda device: None)
-        patch.setattr(device, "default", name)
-        schema.Params.model_rebuild(force=True)
+        patch.setattr(schema.Params, "device", property(lambda params: name), raising=False)
         yield
-    schema.Params.model_rebuild(force=True)
 
 
 @pytest.fixture
