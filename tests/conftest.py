@@ -58,7 +58,7 @@ def mergeline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(params=["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
 def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On the CPU, and once more on a device that refuses its tensors, which all pipelines then have."""
+    """On the CPU, and once more on a device that refuses its tensors, which is that of pipelines that name none."""
     if request.param == "cpu":
         yield
         return
@@ -66,11 +66,18 @@ def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     from mergeline.merging.pretended_device import pretended_device
     from mergeline.tasks import schema
 
-    with monkeypatch.context() as patch, pretended_device() as name:
-        patch.setattr(schema, "check_device_name", lambda device: None)
-        patch.setattr(launch, "check_device", lambda device: None)
-        patch.setattr(schema.Params, "device", property(lambda params: name), raising=False)
+    def by_default(name: str) -> None:
+        schema.Params.model_fields[
+            "device"
+        ].default = name  # of the fields as they are now: a rebuild copies them
+        schema.Params.model_rebuild(force=True)
+
+    monkeypatch.setattr(schema, "check_device_name", lambda device: None)
+    monkeypatch.setattr(launch, "check_device", lambda device: None)
+    with pretended_device() as name:
+        by_default(name)
         yield
+    by_default("cpu")
 
 
 @pytest.fixture
