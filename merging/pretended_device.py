@@ -142,9 +142,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to_there = isinstance(args[0], Pretended)
     if place is not None and (asked or there):
         kwargs = kwargs | {"device": torch.device("cpu")}
-    if (
-        torch.Tag.inplace_view in func.tags
-    ):  # what changes a shape in place does so to what says the shape, too
+    if torch.Tag.inplace_view in func.tags:  # the shape that is said changes, too
         with no_dispatch():
             func(*args, **kwargs)
     inside = {id(x.held): x for x in there}

@@ -204,7 +204,6 @@ class Evaluator:
         expert. routes: task -> which expert each of its images is given to, (N) of 0 to E-1. A class is -1, which is
         no image's, where the expert is of another task: it is then told apart by another task's classes.
         """
-
         found = {task: np.full(len(route), -1, np.int32) for task, route in routes.items()}
         for e, state in enumerate(states):
             if not any((route == e).any() for route in routes.values()):

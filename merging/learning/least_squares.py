@@ -282,6 +282,7 @@ class _Fit:
         self.network, self.examples = job.network, job.examples
         self.roles: Mapping[str, TensorRole] = plan.model.tensors
         self.own = {name: t for name, t in self.network.tensors().items() if t.is_floating_point()}
+        self.device = next(iter(self.own.values())).device
         self.merged = {entry.name for entry in plan.merged}
         self.tasks = [(task, expert) for expert in plan.experts for task in self.examples.tasks_of(expert)]
         self.tasks = [(task, expert) for task, expert in self.tasks if self.examples.count(task)]
@@ -312,12 +313,12 @@ class _Fit:
             if name in self._start.tensors:
                 info = self._start.tensors[name]
                 found = info.read(self._start_files.elements, 0, shape.numel())
-                return found.reshape(shape).to(self.own[name].device, torch.float32)
+                return found.reshape(shape).to(self.device, torch.float32)
             origin = "base"
         elif origin != "base" and name not in self.source.plan.experts[origin].tensors:
             origin = "base"
         found = self.source.read(origin, name, 0, shape.numel())
-        return found.reshape(shape).to(self.own[name].device, torch.float32)
+        return found.reshape(shape).to(self.device, torch.float32)
 
     def _load(self, stage: Stage, origin: str) -> None:
         """Put the weights of a stage in place: an expert's, or (`start`) those of the merge as it stands."""
@@ -586,12 +587,11 @@ class _Fit:
         given: dict[str, list[dict[str, Tensor]]] = {task: [{} for _ in own] for task, own in targets.items()}
         for m in maps:
             groups = self._groups(m)
-            sides = [(rows.stop - rows.start, m.shape[1]) for rows, _ in groups]
-            systems = [_System(*each, self.own[m.weight].device) for each in sides]
+            systems = [_System(rows.stop - rows.start, m.shape[1], self.device) for rows, _ in groups]
 
             def summed(task: str, m: _Map = m, groups: list[tuple[slice, bool]] = groups) -> list[_Sums]:
-                exact, device = self.settings.ridge < _EXACT, self.own[m.weight].device
-                sums = [_Sums(rows.stop - rows.start, m.shape[1], exact, device) for rows, _ in groups]
+                exact = self.settings.ridge < _EXACT
+                sums = [_Sums(rows.stop - rows.start, m.shape[1], exact, self.device) for rows, _ in groups]
                 for stream, own, known in zip(streams[task], targets[task], given[task]):
                     x, y = self._rows(stage, maps, m, stream, own.pop(m.weight), known)
                     w = self._weights(stream, x)
@@ -845,7 +845,7 @@ class _Fit:
             for expert in self.source.plan.experts:
                 yield m.matrix(self._read(expert, m.weight)).double() - base_MN
 
-        return metric_of(taus(), m.shape[1], self.settings.floor, self.own[m.weight].device)
+        return metric_of(taus(), m.shape[1], self.settings.floor, self.device)
 
     # ------------------------------------------------------------------------------------------ RegMean++
 
@@ -856,10 +856,10 @@ class _Fit:
         if not inside:
             self.kept |= {m.weight: _OUTSIDE for m in maps}
             maps = []
-        systems = {m.weight: _System(*m.shape, self.own[m.weight].device) for m in maps}
+        systems = {m.weight: _System(*m.shape, self.device) for m in maps}
         for task, expert in self.tasks if maps else ():
             self._load(stage, expert)
-            sums = {m.weight: _Sums(*m.shape, True, self.own[m.weight].device) for m in maps}
+            sums = {m.weight: _Sums(*m.shape, True, self.device) for m in maps}
 
             def see(applied: Applied, sums: dict[str, _Sums] = sums) -> None:
                 if applied.tensor in sums:

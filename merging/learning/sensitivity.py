@@ -79,9 +79,8 @@ def sensitivities(
 
 def _between_classes(logits_RC: Tensor, generator: torch.Generator) -> Tensor:
     """(R, C): the likeliest class of each row less another one, which is drawn, or less itself."""
-    others_R1 = torch.multinomial((logits_RC.softmax(-1) ** _FLAT).cpu(), 1, generator=generator).to(
-        logits_RC.device
-    )
+    odds_RC = (logits_RC.softmax(-1) ** _FLAT).cpu()  # where the generator is
+    others_R1 = torch.multinomial(odds_RC, 1, generator=generator).to(logits_RC.device)
     found_RC = torch.zeros_like(logits_RC).scatter_(1, logits_RC.argmax(-1, keepdim=True), 1.0)
     return found_RC.scatter_add_(1, others_R1, -torch.ones_like(others_R1, dtype=found_RC.dtype))
 
