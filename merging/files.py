@@ -140,6 +140,13 @@ def resumable(out: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def remove_leftovers(out: Path) -> None:
+    """Remove what a writer of `out` left that was killed once `out` stood in its place; what is being written stays."""
+    if os.path.lexists(staging_of(out)):
+        with suppress(UserError), staged(out):
+            pass
+
+
 def _remove(staging: Path, handle: int) -> None:
     """Remove the staging folder, unless it is another process's by now, or has what the next writer must put right."""
     if _is_same(staging, handle) and not _unfinished(staging):

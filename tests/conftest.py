@@ -57,27 +57,15 @@ def mergeline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture(params=["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
-def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def anywhere(request: pytest.FixtureRequest) -> Iterator[None]:
     """On the CPU, and once more on a device that refuses its tensors, which is that of pipelines that name none."""
     if request.param == "cpu":
         yield
         return
-    from mergeline.flows import launch
-    from mergeline.merging.pretended_device import pretended_device
-    from mergeline.tasks import schema
+    from accelerator import accelerator, default_device
 
-    def by_default(name: str) -> None:
-        schema.Params.model_fields[
-            "device"
-        ].default = name  # of the fields as they are now: a rebuild copies them
-        schema.Params.model_rebuild(force=True)
-
-    monkeypatch.setattr(schema, "check_device_name", lambda device: None)
-    monkeypatch.setattr(launch, "check_device", lambda device: None)
-    with pretended_device() as name:
-        by_default(name)
+    with accelerator() as name, default_device(name):
         yield
-    by_default("cpu")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mergeline.merging.engine.machine import one_thread
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.errors import UserError, did_you_mean
-from mergeline.merging.files import publish, staged
+from mergeline.merging.files import publish, remove_leftovers, staged
 from mergeline.merging.lazy import torch
 from mergeline.merging.learning.gathering import (
     PLAIN,
@@ -100,6 +100,7 @@ def collect(
     chosen = {task: _chosen(examples.count(task), gathering.examples, seed, task) for task in tasks}
     facts = _facts(kind, name, plan, gathering, examples, chosen, seed)
     if out.is_file() and provenance(out).get("made_from") == facts:
+        remove_leftovers(out)
         return out
     network.module.eval()
     done, total = 0, sum(map(len, chosen.values()))

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerator import accelerator
 from safetensors.numpy import load_file
 from small_workspace import SmallWorkspace, save_small_family
 
-from mergeline.merging.pretended_device import pretended_device
-from mergeline.tasks import schema
 from mergeline.tasks.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -33,9 +32,8 @@ FITS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", FITS)
 def test_what_is_fitted_there_answers_as_what_is_fitted_here(method, tmp_path, monkeypatch):
-    monkeypatch.setattr(schema, "check_device_name", lambda device: None)
     here = fitted(tmp_path / "here", method, "cpu", monkeypatch)
-    with pretended_device() as device:
+    with accelerator() as device:
         there = fitted(tmp_path / "there", method, device, monkeypatch)
     assert here.keys() == there.keys() and here
     for split, answers in here.items():  # Adam makes a step of any slope, also of one that is rounding
