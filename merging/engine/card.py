@@ -109,7 +109,7 @@ def _seen(fitted: dict[str, Any]) -> str:
     """What the merge was fitted to."""
     found = Fitted.model_validate(fitted)
     words = f"Fitted by {_cell(found.method)} to data: {_cell(found.words)}."
-    if found.stand_in:
+    if found.stand_in and found.data == "none":
         words = f"Fitted by {_cell(found.method)} to no data, but to {_cell(found.stand_in)}."
     if found.chosen_on:
         words += f" Default settings were chosen on {_cell(found.chosen_on)}."

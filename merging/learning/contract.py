@@ -61,8 +61,8 @@ class LearnedMethod(Declared):
     data: what it looks at beside the weights. trains: whether the weights leave what merging experts can reach, so that
     it is training, and said to be. task_known: whether its result needs to know the task of an input. routed: whether
     the result is a compressed store with a router, for `merging.compress`. stand_in: what it runs the models on in
-    place of data. chosen_on: where its defaults come from, if from data that others do not have. pool: whether experts
-    without examples of a task of their own are of use to it.
+    place of data, or beside them where its `drawn` asks for some. chosen_on: where its defaults come from, if from data
+    that others do not have. pool: whether experts without examples of a task of their own are of use to it.
     """
 
     function: Callable[..., Recipe]
@@ -114,6 +114,15 @@ class LearnedMethod(Declared):
         if objective_of(objective).labels:
             return "labelled"
         return "unlabelled" if self.data == "labelled" else self.data
+
+    def stand_in_of(self, params: Mapping[str, Any]) -> str:
+        """What it runs the models on in place of data, or beside them, with these parameters of `resolve`."""
+        if self.stand_in and params.get("drawn", True):
+            return self.stand_in
+        if not is_learned(params.get("inner", "")):
+            return ""
+        inner = learned_methods()[params["inner"]]
+        return inner.stand_in_of(inner.resolve(self.inner_params(params)))
 
     def inner_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters of the inner method among those of `resolve`."""

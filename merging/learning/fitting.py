@@ -83,7 +83,7 @@ def fit(
         params=params,
         trains=method.trains,
         task_known=method.task_known,
-        stand_in=method.stand_in,
+        stand_in=method.stand_in_of(params),
         chosen_on=method.chosen_on,
         **{"split": examples.split, "examples": {}, "digests": {}, **facts["seen"]},
     )

@@ -12,7 +12,8 @@ less each task's mean over the pool, then each picture's mean over tasks. The hi
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
 
 from mergeline.merging.algebra.slots import View
 from mergeline.merging.canonical import text_digest
@@ -31,7 +32,13 @@ _BATCH = 100
 SPLIT = "procedural images"
 
 
-def stand_ins(job: Job, pool: int, chosen: int) -> Examples:
+POOL = (
+    3600  # pictures that are chosen from, and how near to the start the fit to those that are chosen is held
+)
+RIDGE, FLOOR = 10.0, 0.5
+
+
+def stand_ins(job: Job, chosen: int, pool: int = POOL) -> Examples:
     """So many pictures of a pool for each expert, drawn by the recipe's seed; each expert has one task, its own.
 
     Raises:
@@ -41,7 +48,9 @@ def stand_ins(job: Job, pool: int, chosen: int) -> Examples:
     if kind is None:
         raise UserError(f"{job.recipe.method} draws images, which these models do not take")
     if chosen > pool:
-        raise UserError(f"{job.recipe.method}: a pool of {pool} has no {chosen} images to choose; enlarge it")
+        raise UserError(
+            f"{job.recipe.method}: a pool of {pool} has no {chosen} images to choose; choose fewer"
+        )
     with Inputs(job.recipe) as source, torch.no_grad():
         source.load(job.network, "base")
         scores_TP = _scores(job, source, kind, pool)
@@ -60,9 +69,38 @@ def stand_ins(job: Job, pool: int, chosen: int) -> Examples:
     )
 
 
-def with_stand_ins(job: Job, pool: int, chosen: int) -> Job:
-    """The job with these examples in place of its own, which are not looked at."""
-    return replace(job, examples=stand_ins(job, pool, chosen))
+def of_tasks(drawn: Examples, owners: Mapping[str, str]) -> Examples:
+    """What was drawn for each expert, as examples of its tasks (`owners`: task -> expert)."""
+    owners = {task: owner for task, owner in owners.items() if owner in drawn.counts}
+
+    def batches(task: str) -> Iterator[Batch]:
+        for batch in drawn.of(owners[task]):
+            yield {**batch, "task": task}
+
+    return replace(
+        drawn,
+        batches={task: partial(batches, task) for task in owners},
+        counts={task: drawn.count(owner) for task, owner in owners.items()},
+        owners=owners,
+        digests={task: drawn.digests[owner] for task, owner in owners.items()},
+    )
+
+
+def beside(examples: Examples, drawn: Examples) -> Examples:
+    """The examples of each task, and after them what was drawn for its expert."""
+    added = of_tasks(drawn, examples.owners)
+
+    def batches(task: str) -> Iterator[Batch]:
+        yield from examples.of(task)
+        yield from added.of(task)
+
+    return replace(
+        examples,
+        batches={task: partial(batches, task) for task in added.owners},
+        counts={task: examples.count(task) + added.count(task) for task in added.owners},
+        owners=added.owners,
+        first=None,
+    )
 
 
 def _batches(kind: Pictures, task: str, numbers: Sequence[int], seed: int) -> Iterator[Batch]:

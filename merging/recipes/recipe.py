@@ -212,8 +212,8 @@ class Fitted(BaseModel):
     method, params: the learned method and its parameters. data: what it looked at. split: which part of the data; of
     `test` the test score of the merge is no measure. examples: task -> how many. digests: task -> of their content.
     trains: whether the weights were trained beyond what merging reaches. task_known: whether the task of an input must
-    be known where the merge is used. stand_in: what the models were run on in place of data. chosen_on: where the
-    method's defaults come from, if from data that others do not have.
+    be known where the merge is used. stand_in: what the models were run on in place of data, or beside them. chosen_on:
+    where the method's defaults come from, if from data that others do not have.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -240,7 +240,8 @@ class Fitted(BaseModel):
             return f"no data; {self.stand_in}" if self.stand_in else "none"
         least, most = (min(self.examples.values()), max(self.examples.values())) if self.examples else (0, 0)
         count = f"{least} to {most}" if least < most else str(most)
-        return f"{count} {self.data} a task of {self.split}" + (", trained" if self.trains else "")
+        drawn = f" and {self.stand_in}" if self.stand_in else ""
+        return f"{count} {self.data} a task of {self.split}{drawn}" + (", trained" if self.trains else "")
 
 
 class Recipe(BaseModel):

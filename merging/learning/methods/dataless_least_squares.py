@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from mergeline.merging.learning.contract import Job, learned
 from mergeline.merging.learning.least_squares import Settings, solve
 from mergeline.merging.learning.methods.progressive_least_squares import start_of
-from mergeline.merging.learning.stand_ins import with_stand_ins
+from mergeline.merging.learning.stand_ins import FLOOR, POOL, RIDGE, of_tasks, stand_ins
 from mergeline.merging.methods.parameters import NotNegative, Positive, PositiveCount
 from mergeline.merging.recipes.recipe import Recipe
 
@@ -22,17 +23,20 @@ def dataless_least_squares(
     job: Job,
     *,
     inner: str = "cart_wudi",
-    pool: PositiveCount = 3600,
+    pool: PositiveCount = POOL,
     chosen: PositiveCount = 200,
-    ridge: NotNegative = 10.0,
-    floor: NotNegative = 0.5,
+    ridge: NotNegative = RIDGE,
+    floor: NotNegative = FLOOR,
     first_token: Positive = 16.0,
+    errors: Literal["alike", "features", "classes"] = "alike",
+    draws: PositiveCount = 4,
     **params: Any,
 ) -> Recipe:
     """`progressive_least_squares` where no image of any task is at hand: drawn ones stand in, chosen by task vectors.
 
     A pool of images is drawn: noise, shapes, strokes, textures. The base is run on them, and each expert is given those
-    that its task vector moves most, compared with the others'. No data, labels, heads or class names are looked at.
+    that its task vector moves most, compared with the others'. No data and no labels are looked at,
+    and no heads or class names but with `errors: classes`.
 
     Formula:
         aₜ(x, k) = Σ over tokens ‖τₜₖ z‖² / ‖τₜₖ‖², z the inputs of the linear map k of the base's blocks
@@ -45,6 +49,8 @@ def dataless_least_squares(
         ridge: toward the start, in mean diagonals of G
         floor: of the metric of the ridge
         first_token: the weight of the token that a model is read out at, where it is the first
+        errors: as of progressive_least_squares; `classes` looks at the tasks' heads
+        draws: directions of every image's features, or pairs of classes, that tell what is felt
     Needs:
         models of images
     Trap:
@@ -52,5 +58,8 @@ def dataless_least_squares(
         images: elsewhere a ridge that is too small makes the merge worse than its start. The images do not choose the
         ridge either: agreement with the experts on further ones prefers ridges that are too small.
     """
-    settings = Settings("residual", ridge, floor, first_token)
-    return solve(with_stand_ins(job, pool, chosen), inner, start_of(inner, params), settings)
+    examples = stand_ins(job, chosen, pool)
+    if errors == "classes":  # which are of tasks
+        examples = of_tasks(examples, job.examples.owners)
+    settings = Settings("residual", ridge, floor, first_token, errors=errors, draws=draws)
+    return solve(replace(job, examples=examples), inner, start_of(inner, params), settings)

@@ -10,13 +10,15 @@ from mergeline.merging.learning.answering import answered
 from mergeline.merging.learning.contract import Job, is_learned, learned
 from mergeline.merging.learning.least_squares import Settings, solve
 from mergeline.merging.learning.shifting import have_images, shifted
+from mergeline.merging.learning.stand_ins import FLOOR, RIDGE, beside, stand_ins
 from mergeline.merging.methods.parameters import Count, NotNegative, Positive, PositiveCount
 from mergeline.merging.recipes.recipe import Recipe
 
 Auto = Literal["auto"]
 # What the sample family's validation images chose around its start.
 _CART_WUDI = {"damping": 0.1}
-_FEW = 16  # images a task, of which shifted copies help
+_FEW = 16  # images a task, of which shifted copies help: so many, and beside drawn images
+_COPIES, _COPIES_BESIDE = 3, 9
 _FEW_DRAWN = 128  # examples a task, of which several draws each are needed to tell what is felt
 
 
@@ -35,7 +37,9 @@ def start_of(inner: str, params: Mapping[str, Any]) -> dict[str, Any]:
     return {**_CART_WUDI, **params} if inner == "cart_wudi" else dict(params)
 
 
-@learned(paper="Mergeline's own, of 2212.09849 (RegMean) and 2508.03121 (RegMean++)")
+@learned(
+    paper="Mergeline's own, of 2212.09849 (RegMean) and 2508.03121 (RegMean++)", stand_in="procedural images"
+)
 def progressive_least_squares(
     job: Job,
     *,
@@ -48,6 +52,7 @@ def progressive_least_squares(
     errors: Literal["alike", "features", "classes"] = "alike",
     draws: PositiveCount | Auto = "auto",
     answers: Count = 0,
+    drawn: Count = 0,
     **params: Any,
 ) -> Recipe:
     """Linear maps solved in forward order, so that the merge does to every task's examples what its own expert does.
@@ -87,11 +92,15 @@ def progressive_least_squares(
     counts = [job.examples.count(task) for task in job.examples.counts]
     mean = sum(counts) / len(counts)
     own_ridge, own_floor = of_examples(mean, inner)
-    copies = (3 if mean <= _FEW and have_images(job.examples) else 0) if shifts == "auto" else shifts
+    few = _COPIES_BESIDE if drawn else _COPIES
+    copies = (few if mean <= _FEW and have_images(job.examples) else 0) if shifts == "auto" else shifts
     if copies:
         if not have_images(job.examples):
             raise UserError("progressive_least_squares: only images can be shifted; set shifts to 0")
         job = replace(job, examples=shifted(job.examples, copies, job.recipe.seed))
+    if drawn:
+        job = replace(job, examples=beside(job.examples, stand_ins(job, drawn)))
+        own_ridge, own_floor = min(own_ridge, RIDGE), min(own_floor, FLOOR)
     if answers:
         job = replace(job, examples=answered(job, answers))
     settings = Settings(

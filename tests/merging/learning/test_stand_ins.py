@@ -21,7 +21,7 @@ from mergeline.merging.learning.contract import Job
 from mergeline.merging.learning.fitting import fit
 from mergeline.merging.learning.network import Examples, Pictures
 from mergeline.merging.learning.procedural import pictures
-from mergeline.merging.learning.stand_ins import stand_ins
+from mergeline.merging.learning.stand_ins import beside, stand_ins
 from mergeline.merging.recipes.recipe import Recipe
 from mergeline.merging.verify import verify
 from mergeline.tasks.seen import seen
@@ -69,7 +69,7 @@ def test_each_expert_is_given_what_its_task_vector_moves_most(family, tmp_path):
     for expert, tau in zip(family.experts, taus):
         save_file({**base, name: base[name] + tau}, tmp_path / expert / "model.safetensors")
     job = Job(Recipe.of(family.recipe(METHOD)), family.network, no_examples(family), tmp_path / "job")
-    found = stand_ins(job, 36, 8)
+    found = stand_ins(job, 8, 36)
     family.network.load(base)
     inputs: list[torch.Tensor] = []
     module = family.network.module.transformer.resblocks[0].mlp.c_fc
@@ -112,7 +112,7 @@ def test_the_fit_is_nearer_to_the_experts_on_pictures_of_theirs_than_the_start(f
     merge(fit(recipe, family.network, no_examples(family), tmp_path / "fit"), tmp_path / "merged.safetensors")
     merge(family.recipe("average"), tmp_path / "start.safetensors")
     job = Job(Recipe.of(recipe), family.network, no_examples(family), tmp_path / "job")
-    drawn = {task: next(iter(stand_ins(job, 36, 8).of(task)))["images"] for task in family.experts}
+    drawn = {task: next(iter(stand_ins(job, 8, 36).of(task)))["images"] for task in family.experts}
     far = {
         name: sum(
             float((family.features(tmp_path / name, x) - family.features(tmp_path / task, x)).norm())
@@ -131,3 +131,67 @@ def test_models_without_images_and_pools_that_are_too_small_are_refused(family, 
     words = learned_family("llama", tmp_path / "llama")
     with refused("draws images, which these models do not take"):
         fit(words.recipe(METHOD, **SMALL), words.network, words.examples(4), tmp_path / "b")
+
+
+def test_drawn_images_are_fitted_beside_those_at_hand(family, tmp_path):
+    own = family.examples(4)
+    job = Job(Recipe.of(family.recipe(METHOD)), family.network, own, tmp_path / "job")
+    drawn = stand_ins(job, 8, 36)
+    both = beside(replace(own, first=3), drawn)
+    for task in family.experts:
+        found = [batch["images"] for batch in both.of(task)]
+        here = [batch["images"] for batch in own.of(task)] + [batch["images"] for batch in drawn.of(task)]
+        assert torch.equal(torch.cat(found), torch.cat([torch.cat(here)[:3], torch.cat(here)[4:]]))
+        assert both.count(task) == 11
+    settings = {"inner": "average", "ridge": 0.1, "shifts": 0}
+    merged = {}
+    for count in (0, 8):
+        recipe = family.recipe("progressive_least_squares", **settings, drawn=count)
+        fitted = fit(recipe, family.network, own, tmp_path / f"fit{count}")
+        assert fitted.fitted is not None and fitted.fitted.data == "unlabelled"
+        merged[count] = merge(fitted, tmp_path / f"{count}.safetensors")
+        words = "4 unlabelled a task of fit" + " and procedural images" * bool(count)
+        assert fitted.fitted.words == words and f"to data: {words}." in model_card(merged[count])
+
+    def far(count: int) -> float:
+        """From the experts, on what was drawn."""
+        return sum(
+            float(
+                (
+                    family.features(tmp_path / f"{count}.safetensors", x)
+                    - family.features(tmp_path / task, x)
+                ).norm()
+            )
+            for task in family.experts
+            for x in [next(iter(drawn.of(task)))["images"]]
+        )
+
+    assert far(8) < 0.8 * far(0)
+
+
+def test_fits_that_begin_with_one_of_drawn_images_say_so(family, tmp_path):
+    recipe = family.recipe("distill", **{**SMALL, "inner": METHOD}, iterations=1, shifts=0)
+    fitted = fit(recipe, family.network, family.examples(4), tmp_path / "fit").fitted
+    assert fitted is not None and fitted.words == "4 unlabelled a task of fit and procedural images, trained"
+
+
+def test_errors_by_classes_are_those_of_the_tasks_heads(family, tmp_path):
+    """Of an expert with two tasks, the drawn images count by the heads of both."""
+    owners = {"e0": "e0", "e0 too": "e0", "e1": "e1"}
+    examples = replace(no_examples(family), owners=owners)
+    torch.manual_seed(0)
+    heads = {task: torch.randn(3, 12) for task in owners}
+    asked = []
+
+    def logits(features: torch.Tensor, task: str) -> torch.Tensor:
+        asked.append(task)
+        return features @ heads[task].T
+
+    network = replace(family.network, score=logits)
+    merged = {}
+    for errors in ("alike", "classes"):
+        recipe = family.recipe(METHOD, **SMALL, errors=errors)
+        merge(fit(recipe, network, examples, tmp_path / errors), tmp_path / f"{errors}.safetensors")
+        merged[errors] = load_file(tmp_path / f"{errors}.safetensors")
+        assert set(asked) == (set(owners) if errors == "classes" else set())
+    assert any(not torch.equal(value, merged["classes"][name]) for name, value in merged["alike"].items())
