@@ -8,8 +8,11 @@ change, so does what searches and merges depend on, and only there.
 from __future__ import annotations
 
 import shutil
+import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
 from mergeline.merging.canonical import text_digest
 from mergeline.merging.errors import UserError
@@ -87,7 +90,7 @@ def fit_recipe(
     if network is None:
         raise UserError(f"{modality.models} cannot be fitted to examples; choose methods that look at none")
     examples = examples_of(modality, params, build, first, split)
-    with counting(unit) as count:
+    with counting(unit) as count, _notes_printed():
         return fit(
             recipe,
             network(params, build, build / "checkpoints" / params.base),
@@ -97,6 +100,25 @@ def fit_recipe(
             progress=progress or count,
             transductive=split == "test",
         )
+
+
+@contextmanager
+def _notes_printed() -> Iterator[None]:
+    """What is to be known of a fit is printed as notes on other things are."""
+    from mergeline.merging.learning.fitting import FitNote
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def plainly(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, FitNote):
+                print(f"note: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = plainly  # type: ignore[assignment]
+        warnings.simplefilter("always", FitNote)
+        yield
 
 
 def examples_of(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Mapping
 
 from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 from mergeline.merging.learning.contract import Job
 from mergeline.merging.learning.directions import Inputs
 from mergeline.merging.learning.objectives import Objective
+from mergeline.merging.learning.pool import Pool
+from mergeline.merging.learning.teachers import Teachers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,6 +61,22 @@ def refuse_one_prediction(job: Job, inputs: Inputs) -> None:
                         f"{int(found[0][0])}, and predictions of one class teach a merge to say nothing else; bring "
                         "examples of several classes, or choose an objective of features (`objective: cosine`)"
                     )
+
+
+def say_one_prediction(job: Job, pools: Mapping[str, Pool], teachers: Teachers) -> None:
+    """Say where a task's own expert takes all that is fitted, `ENOUGH` examples or more, for one class."""
+    for task, pool in pools.items():
+        if job.network.score is None or task in job.network.numbers or job.examples.count(task) < ENOUGH:
+            continue
+        expert = teachers.of(task, pool.fitted)
+        with torch.no_grad(), job.network.lent(expert.heads):
+            logits = job.network.logits(expert.features, task)
+        classes = logits.argmax(1)
+        if logits.shape[1] > 1 and _are_one(classes):
+            job.say(
+                f"the expert of '{task}' takes all {job.examples.count(task)} examples for class {int(classes[0])}, so "
+                "that nothing shows what the merge makes of the others; bring examples of several classes"
+            )
 
 
 def _are_one(classes: Tensor) -> bool:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Data = Literal["unlabelled", "labelled", "none"]
 Marked = Literal["", "reconstructed", "provisional"]  # where no official code was found
 
+SAID = "said"  # among the notes of a job
+
 
 @dataclass(frozen=True)
 class Job:
@@ -52,6 +54,10 @@ class Job:
     device: str = "cpu"
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, line: str) -> None:
+        """Have `fit` warn of what the user should know of the result."""
+        self.notes.setdefault(SAID, []).append(f"{self.recipe.method}: {line}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,8 +184,11 @@ def inner_recipe(job: Job, inner: str, params: Mapping[str, Any]) -> Recipe:
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         own = Job(recipe, job.network, job.examples, folder, job.progress, job.device)
-        write_json(done, method.function(own, **method.resolve(params)).model_dump(mode="json"))
-    return Recipe.of(read_object(done))
+        made = method.function(own, **method.resolve(params)).model_dump(mode="json")
+        write_json(done, {"recipe": made, SAID: own.notes.get(SAID, [])})
+    found = read_object(done)
+    job.notes[SAID] = [*job.notes.get(SAID, []), *found[SAID]]
+    return Recipe.of(found["recipe"])
 
 
 def any_method(id: str) -> Method | LearnedMethod:

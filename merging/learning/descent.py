@@ -6,7 +6,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from math import cos, isfinite, pi
 from typing import TYPE_CHECKING, Any, Collection, Iterator, Literal, Mapping
@@ -22,7 +22,7 @@ from mergeline.merging.learning.network import Batch, Network, are_small, joined
 from mergeline.merging.learning.objectives import Objective, Outputs, Seen
 from mergeline.merging.learning.pool import Pool
 from mergeline.merging.learning.spaces import Space
-from mergeline.merging.learning.teachers import Teachers, outputs_of
+from mergeline.merging.learning.teachers import SIDE_BY_SIDE, Teachers, outputs_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 Optimiser = Literal["adam", "lbfgs"]
 
 _STATE, CURVE = "fit.state", "curve.json"
-_SIDE_BY_SIDE = 2  # groups of small images
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,22 @@ class Schedule:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A batch of a task: the units that it is of, and what its loss is divided by."""
+    """A batch of a task: the units that it is of, and what its loss is divided by. labels: whether they are seen."""
 
-    task: str
+    pool: Pool
     which: list[int]
     divisor: float
-    batch: Batch
+    labels: bool
+
+    @property
+    def task(self) -> str:
+        return self.pool.task
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Made when it is asked for."""
+        found = self.pool.batch(self.which)
+        return found if self.labels else {key: value for key, value in found.items() if key != "labels"}
 
 
 def pools_of(job: Job, schedule: Schedule) -> dict[str, Pool]:
@@ -190,20 +199,17 @@ class Descent:
 
     def _backward(self, groups: list[list[_Drawn]], leaves: list[Tensor]) -> list[tuple[_Drawn, float]]:
         """Add to the derivatives by `leaves`, of several groups in their order; gives each batch's loss."""
-        experts = [[self._expert(drawn) for drawn in group] for group in groups]
         if len(groups) == 1:
-            found = [self._losses(groups[0], experts[0])]
+            found = [self._losses(groups[0])]
             found[0].sum().backward()
         else:
 
-            def slopes(
-                group: list[_Drawn], own: list[Outputs | None]
-            ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-                losses = self._losses(group, own)
+            def slopes(group: list[_Drawn]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+                losses = self._losses(group)
                 return losses, torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
 
             with ThreadPoolExecutor(len(groups), initializer=partial(torch.set_num_threads, 1)) as pool:
-                both = [*pool.map(slopes, groups, experts)]
+                both = [*pool.map(slopes, groups)]
             for _, each in both:
                 for leaf, slope in zip(leaves, each):
                     if slope is not None:
@@ -211,8 +217,9 @@ class Descent:
             found = [losses for losses, _ in both]
         return [*zip(chain(*groups), chain(*(losses.tolist() for losses in found)))]
 
-    def _losses(self, group: list[_Drawn], experts: list[Outputs | None]) -> Tensor:
+    def _losses(self, group: list[_Drawn]) -> Tensor:
         """The share of each batch in the loss, (batches,)."""
+        experts = [self._expert(drawn) for drawn in group]
         return torch.stack([
             self._objective.loss(Seen(self._network, drawn.batch, drawn.task, merged, expert)) / drawn.divisor
             for drawn, merged, expert in zip(group, self._outputs(group), experts)
@@ -222,12 +229,12 @@ class Descent:
         """The groups of a step: two together where their images are small, which two cores run side by side."""
         turn: list[list[_Drawn]] = []
         for group in self._groups(step, tasks):
-            small = not self._objective.hidden and are_small([drawn.batch for drawn in group])
+            small = self._are_small(group)
             if turn and not small:
                 yield turn
                 turn = []
             turn.append(group)
-            if not small or len(turn) == _SIDE_BY_SIDE:
+            if not small or len(turn) == SIDE_BY_SIDE:
                 yield turn
                 turn = []
         if turn:
@@ -239,15 +246,16 @@ class Descent:
         for task in tasks:
             pool = self._pools[task]
             for which, divisor in self._drawn(pool, step):
-                batch = pool.batch(which)
-                if not self._objective.labels:
-                    batch = {key: value for key, value in batch.items() if key != "labels"}
-                if group and (self._objective.hidden or not are_small([*(d.batch for d in group), batch])):
+                drawn = _Drawn(pool, which, divisor, self._objective.labels)
+                if group and not self._are_small([*group, drawn]):
                     yield group
                     group = []
-                group.append(_Drawn(task, which, divisor, batch))
+                group.append(drawn)
         if group:
             yield group
+
+    def _are_small(self, group: list[_Drawn]) -> bool:
+        return not self._objective.hidden and are_small([drawn.pool.images(drawn.which) for drawn in group])
 
     def _drawn(self, pool: Pool, step: int) -> Iterator[tuple[list[int], float]]:
         """The batches of a task in a step, and what the loss of each is divided by."""

@@ -12,7 +12,12 @@ from mergeline.merging.engine.work import Count
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import write_json
 from mergeline.merging.lazy import torch
-from mergeline.merging.learning.classes import refuse_no_labels, refuse_one_label, refuse_one_prediction
+from mergeline.merging.learning.classes import (
+    refuse_no_labels,
+    refuse_one_label,
+    refuse_one_prediction,
+    say_one_prediction,
+)
 from mergeline.merging.learning.contract import Job, is_learned
 from mergeline.merging.learning.corrections import started
 from mergeline.merging.learning.descent import CURVE, Descent, Schedule, pools_of
@@ -193,6 +198,8 @@ def made_ready(
     teachers = None
     if objective.expert or schedule.held_out:
         teachers = Teachers(inputs, job.network, job.examples, pools, job.folder, objective.hidden)
+        if not objective.sharpens:
+            say_one_prediction(job, pools, teachers)
     inputs.load_start(job.network)
     fitted_tensors(job.network, inputs.names)
     return teachers

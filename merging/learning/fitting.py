@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping
 
@@ -12,7 +13,7 @@ from mergeline.merging.engine.machine import one_thread
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.errors import UserError, did_you_mean
 from mergeline.merging.files import read_object, remove_halves, write_json
-from mergeline.merging.learning.contract import Job, LearnedMethod, learned_methods
+from mergeline.merging.learning.contract import SAID, Job, LearnedMethod, learned_methods
 from mergeline.merging.learning.network import Examples, Network
 from mergeline.merging.recipes.recipe import Fitted, Recipe
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 _FITTED, _BEGUN = "fit.json", "begun.json"
 _PLACES = ("base", "experts", "statistics", "adapters", "router")  # of a recipe
+
+
+class FitNote(UserWarning):
+    """What is to be known of a fit beside its result."""
 
 
 def fit(
@@ -38,7 +43,7 @@ def fit(
     `folder` keeps what the result names, and fit.json: what was fitted to what. The same recipe, files and examples are
     fitted once: a second call returns the first one's result, and one that was killed goes on where it was. What the
     folder holds of another fit is removed, and at the end what was kept to go on with. The result's `fitted` says what
-    was seen.
+    was seen; a `FitNote` is warned of what else is to be known of it.
 
     transductive: whether examples of the test split may be fitted to.
 
@@ -70,6 +75,7 @@ def fit(
     facts = _facts(method, recipe, params, examples)
     done, begun = folder / _FITTED, folder / _BEGUN
     if done.is_file() and (found := read_object(done)).get("facts") == facts:
+        _warn(found["notes"])
         return _moved(found, recipe, folder)
     if done.is_file() or (begun.is_file() and read_object(begun) != facts):
         shutil.rmtree(folder)  # of another fit, which this one must not go on with
@@ -92,7 +98,13 @@ def fit(
     write_json(done, {"facts": facts, "given": _given(recipe, folder), "recipe": plain, "notes": job.notes})
     begun.unlink()
     _tidy(folder, result)
+    _warn(job.notes)
     return result
+
+
+def _warn(notes: Mapping[str, Any]) -> None:
+    for line in notes.get(SAID, ()):
+        warnings.warn(line, FitNote, stacklevel=3)
 
 
 def _given(recipe: Recipe, folder: Path) -> dict[str, str]:

@@ -18,7 +18,6 @@ experts' blocks on the merged stream.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -103,10 +102,7 @@ def solve(job: Job, inner: str, inner_params: Mapping[str, Any], settings: Setti
     matrices = [name for name in fitted.kept if name in fitted.trained]
     if matrices:
         more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
-        warnings.warn(
-            f"{job.recipe.method}: '{matrices[0]}'{more} stay as {inner} makes them: {fitted.kept[matrices[0]]}",
-            stacklevel=2,
-        )
+        job.say(f"'{matrices[0]}'{more} stay as {inner} makes them: {fitted.kept[matrices[0]]}")
     return replacing(begun, fitted.solved, folder / SOLVED)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from mergeline.merging.errors import UserError, did_you_mean
@@ -171,11 +172,13 @@ def taken(batch: Batch, which: Any) -> dict[str, Any]:
     return {key: value[which] if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def are_small(batches: Sequence[Batch]) -> bool:
-    """Whether batches are best run at once: images of one size, so few that the weights are more work than they."""
-    images = [x for batch in batches if isinstance(x := batch.get("images"), torch.Tensor)]
-    alike = len(images) == len(batches) and len({x.shape[1:] for x in images}) == 1
-    return alike and sum(x.numel() for x in images) <= _SMALL
+def are_small(shapes: Sequence[Sequence[int] | None]) -> bool:
+    """Whether batches of images (B, ...) are best run at once: of one size, so few that the weights are more work than
+    they. None: a batch of something else.
+    """
+    images = [tuple(shape) for shape in shapes if shape is not None]
+    alike = len(images) == len(shapes) and len({shape[1:] for shape in images}) == 1
+    return alike and sum(map(prod, images)) <= _SMALL
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

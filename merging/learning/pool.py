@@ -12,7 +12,7 @@ from mergeline.merging.learning.network import Batch, Examples, batch_size, mask
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STEP = 64  # units that a teacher is run on at once
+STEP = 64  # units that a teacher is run on at once
 
 
 class Pool:
@@ -35,7 +35,7 @@ class Pool:
         shapes = [
             {k: v.shape[1:] for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in batches
         ]
-        self.task, self.seed, self._pixels = task, seed, pixels
+        self.task, self.seed = task, seed
         self._ragged = any(shape != shapes[0] for shape in shapes)
         self._batches, self._keys = batches, list(shapes[0])
         # A unit is a batch if they are ragged, else an example: in which batch, and where there.
@@ -51,6 +51,9 @@ class Pool:
         if copies and (self._ragged or "images" not in self._keys):
             raise UserError("shifted copies are of images, and these examples have none; set shifts to 0")
         self.fitted = [i + copy * self.units for copy in range(copies + 1) for i in own]
+        # How far each is moved, in pixels: x and y.
+        u = draws.uniform(seed, "shift", task, 0, 2 * self.units * (copies + 1)) if copies else torch.empty(0)
+        self._shifts = (2 * u.view(-1, 2) - 1) * pixels
 
     def batch(self, which: Sequence[int]) -> Batch:
         """Some units as a batch; of ragged ones, but one."""
@@ -65,13 +68,16 @@ class Pool:
         moved = [row for row, i in enumerate(which) if i >= self.units]
         if moved:
             images = found["images"]
-            images[moved] = shifted(images[moved], self._shifts([which[row] for row in moved]).to(images))
+            images[moved] = shifted(images[moved], self._shifts[[which[row] for row in moved]].to(images))
         return found
 
-    def _shifts(self, which: Sequence[int]) -> Tensor:
-        """How far copies are moved, in pixels: (B, 2), x and y."""
-        rows = [draws.uniform(self.seed, "shift", self.task, 2 * i, 2) for i in which]
-        return (2 * torch.stack(rows) - 1) * self._pixels
+    def images(self, which: Sequence[int]) -> tuple[int, ...] | None:
+        """The shape (B, ...) of the images of some units; None where there are none."""
+        at = which[0] if self._ragged else 0
+        found = self._batches[at].get("images")
+        if not isinstance(found, torch.Tensor):
+            return None
+        return tuple(found.shape) if self._ragged else (len(which), *found.shape[1:])
 
     def drawn(self, step: int, size: int) -> Iterator[list[int]]:
         """What a step sees, `size` units: without replacement until all were drawn, in another order each time."""
@@ -81,10 +87,10 @@ class Pool:
             found.append(self.fitted[self._order(epoch)[at]])
         yield from ([i] for i in found) if self._ragged else [found]
 
-    def cut(self, size: int) -> list[list[int]]:
-        """All units that are fitted, in batches of `size`; ragged ones each by itself."""
-        step = 1 if self._ragged else size
-        return [self.fitted[start : start + step] for start in range(0, len(self.fitted), step)]
+    def cut(self, size: int, which: Sequence[int] | None = None) -> list[list[int]]:
+        """Units, all that are fitted if not said, in batches of `size`; ragged ones each by itself."""
+        which, step = self.fitted if which is None else which, 1 if self._ragged else size
+        return [list(which[start : start + step]) for start in range(0, len(which), step)]
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:
@@ -94,10 +100,7 @@ class Pool:
 
     def all_of(self, which: Sequence[int]) -> Iterator[tuple[list[int], Batch]]:
         """Units in batches."""
-        step = 1 if self._ragged else _STEP
-        for start in range(0, len(which), step):
-            some = list(which[start : start + step])
-            yield some, self.batch(some)
+        yield from ((some, self.batch(some)) for some in self.cut(STEP, which))
 
 
 def _padded(batches: list[Batch]) -> list[Batch]:

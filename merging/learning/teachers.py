@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
@@ -13,10 +15,13 @@ from mergeline.merging.lazy import torch
 from mergeline.merging.learning.directions import Inputs
 from mergeline.merging.learning.network import Batch, Examples, Network, block_name, lists_of_blocks, mask_of
 from mergeline.merging.learning.objectives import Outputs
-from mergeline.merging.learning.pool import Pool
+from mergeline.merging.learning.pool import STEP, Pool
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+SIDE_BY_SIDE = 2  # batches of images
 
 
 def blocks(module: nn.Module) -> dict[str, nn.Module]:
@@ -125,16 +130,21 @@ class Teachers:
     def _compute(self, network: Network, pool: Pool, which: Sequence[int]) -> None:
         from safetensors.torch import save_file
 
-        kept: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for some, batch in pool.all_of(which):
+        def told(some: list[int]) -> dict[str, list[Tensor]]:
+            batch = pool.batch(some)
+            with torch.no_grad():
                 outputs = outputs_of(network, batch, self._hidden)
-                named = {
-                    "features": outputs.features,
-                    **{f"hidden/{k}": v for k, v in outputs.hidden.items()},
-                }
-                for key, value in named.items():
-                    kept.setdefault(key, []).extend(_by_unit(key, value, batch, len(some)))
+            named = {"features": outputs.features, **{f"hidden/{k}": v for k, v in outputs.hidden.items()}}
+            return {key: _by_unit(key, value, batch, len(some)) for key, value in named.items()}
+
+        kept: dict[str, list[Tensor]] = {}
+        cut = pool.cut(STEP, which)
+        # What blocks give is heard of one batch at a time.
+        many = 1 if self._hidden or not cut or pool.images(cut[0]) is None else SIDE_BY_SIDE
+        with ThreadPoolExecutor(many, initializer=partial(torch.set_num_threads, 1)) as threads:
+            for found in threads.map(told, cut):
+                for key, rows in found.items():
+                    kept.setdefault(key, []).extend(rows)
         held: dict[str, Tensor] = {}
         for key, rows in kept.items():
             held[key] = torch.cat(rows).contiguous()

@@ -256,7 +256,7 @@ def test_small_images_of_several_tasks_are_run_at_once_to_the_same_result(
     assert sorted(sizes[-6 * len(wanted) :]) == sorted(wanted * 6)
     for row, alone in zip(curve(tmp_path / "job"), curve(tmp_path / "alone"), strict=True):
         assert row["tasks"] == pytest.approx(alone["tasks"], rel=1e-10)
-    monkeypatch.setattr(descent, "_SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(descent, "SIDE_BY_SIDE", 1)
     fit(recipe, replace(family.network, run=run), seen, tmp_path / "in turn")
     assert curve(tmp_path / "in turn") == curve(
         tmp_path / "job"
