@@ -73,3 +73,22 @@ def test_a_merge_of_the_pipeline_runs_on_drawn_images_where_data_are_to_have_no_
         for name in ("start.safetensors", "merged.safetensors")
     }
     assert right["merged.safetensors"] > right["start.safetensors"]
+
+
+def test_what_a_fit_has_to_say_is_printed_as_a_note(workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    file = YAML().load(workspace / "params.yaml")
+    own = {"inner": "average", "iterations": 1, "shifts": 0}
+    file["merges"] = {"distilled": {"method": "distill", "images": 16, "params": own}}
+    arrays = dict(np.load(file["datasets"]["files"]["digits"]))
+    arrays["fit_x"][:] = arrays["fit_x"][0]
+    np.savez(workspace / "one.npz", **arrays)
+    file["datasets"]["files"]["digits"] = "one.npz"
+    YAML().dump(file, workspace / "params.yaml")
+    params, build = prepared(workspace).params, Path("build")
+    for _ in range(2):  # of a fit that was done before, too
+        capsys.readouterr()
+        fit_merge(modality_of(params), params, "distilled", build, build / "fits/distilled")
+        said = capsys.readouterr().err
+        assert said.startswith("note: distill: the expert of 'digits' takes all 16 examples for class ")
+        assert said.count("\n") == 1

@@ -35,8 +35,8 @@ def dataless_least_squares(
     """`progressive_least_squares` where no image of any task is at hand: drawn ones stand in, chosen by task vectors.
 
     A pool of images is drawn: noise, shapes, strokes, textures. The base is run on them, and each expert is given those
-    that its task vector moves most, compared with the others'. No data and no labels are looked at,
-    and no heads or class names but with `errors: classes`.
+    that its task vector moves most, compared with the others'. No data and no labels are looked at; heads and class
+    names only where `errors` is `classes`, which gives .816 instead of .810 on the sample family.
 
     Formula:
         aₜ(x, k) = Σ over tokens ‖τₜₖ z‖² / ‖τₜₖ‖², z the inputs of the linear map k of the base's blocks

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from mergeline.merging import merge
 from mergeline.merging.errors import UserError
-from mergeline.merging.learning import descent, network
+from mergeline.merging.learning import descent, network, teachers
 from mergeline.merging.learning.contract import Job
 from mergeline.merging.learning.directions import Inputs
 from mergeline.merging.learning.fits import opened
@@ -257,6 +257,7 @@ def test_small_images_of_several_tasks_are_run_at_once_to_the_same_result(
     for row, alone in zip(curve(tmp_path / "job"), curve(tmp_path / "alone"), strict=True):
         assert row["tasks"] == pytest.approx(alone["tasks"], rel=1e-10)
     monkeypatch.setattr(descent, "SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(teachers, "SIDE_BY_SIDE", 1)
     fit(recipe, replace(family.network, run=run), seen, tmp_path / "in turn")
     assert curve(tmp_path / "in turn") == curve(
         tmp_path / "job"
