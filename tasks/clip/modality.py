@@ -49,6 +49,7 @@ class Clip(Modality):
         "build/heads.safetensors",
         "${code}/evaluation/clip",
         "${code}/evaluation/datasets.py",
+        "${code}/evaluation/pixels.py",
         "${code}/evaluation/splits.py",
         "${code}/tasks/clip",
     )

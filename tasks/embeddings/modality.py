@@ -56,6 +56,7 @@ class EmbeddingModels(Modality):
     deps = (
         "build/data",
         "${code}/evaluation/embeddings",
+        "${code}/evaluation/pretrained.py",
         "${code}/evaluation/tables.py",
         "${code}/tasks/embeddings",
     )

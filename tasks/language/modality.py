@@ -33,6 +33,7 @@ class LanguageModels(Modality):
         "${language.tasks}",
         "${code}/evaluation/language",
         "${code}/evaluation/pretrained.py",
+        "${code}/evaluation/processes.py",
         "${code}/tasks/language",
     )
     params = ("language",)
