@@ -24,6 +24,7 @@ from mergeline.merging.methods.bound import bind
 from mergeline.tasks import spread
 from mergeline.tasks.leaderboard import candidate_row, read_leaderboard
 from mergeline.tasks.records import remember
+from mergeline.tasks.seen import NOTHING
 from mergeline.tasks.status import refuse_missing, vouched
 from mergeline.tasks.workspace import Workspace
 
@@ -109,7 +110,7 @@ def write_table(workspace: Workspace, out: Path) -> None:
 
 
 def _table(board: dict[str, Any]) -> Iterator[str]:
-    """Where any merge has seen examples, a column says what; what is told the task, or finds it, has its own rows."""
+    """Where any merge was fitted, a column says to what; what is told the task, or finds it, has its own rows."""
     merges = [row for row in board["rows"] if row["kind"] == "merge"]
     best, points = candidate_row(board)["name"], sum(max(1, row["searched"]) for row in merges)
     told = any(_seen(row) for row in merges)
@@ -154,9 +155,9 @@ def _rows(rows: list[dict[str, Any]], best: str, told: bool) -> Iterator[str]:
 
 
 def _seen(row: dict[str, Any]) -> str:
-    """What examples a merge has seen, in words; "" if none."""
-    found = row.get("seen", {})
-    return "" if found.get("data", "none") == "none" else found["words"]
+    """What a merge was fitted to, in words; "" of one that was not fitted."""
+    words = row.get("seen", NOTHING)["words"]
+    return "" if words == NOTHING["words"] else words
 
 
 def _left_out(params: Params) -> Iterator[str]:

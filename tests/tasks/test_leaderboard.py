@@ -143,6 +143,7 @@ def test_the_table_says_what_merges_have_seen_and_sets_those_apart_that_are_told
     unlabelled = {"seen": {"data": "unlabelled", "words": "16 unlabelled a task of fit"}}
     rows = [
         row("cart", 0.7, seen={"data": "none", "words": "none"}),
+        row("drawn", 0.6, seen={"data": "none", "words": "no data; procedural images"}),
         row("fitted", 0.8, **unlabelled),
         row("linear_adapter", 0.9, at_use={"task": "known"}, **unlabelled),
     ]
@@ -155,6 +156,7 @@ def test_the_table_says_what_merges_have_seen_and_sets_those_apart_that_are_told
     assert [(line.split(" | ")[0], line.split(" | ")[-1]) for line in lines if "00 to " in line] == [
         ("| **fitted**", "16 unlabelled a task of fit |"),
         ("| cart", "none |"),
+        ("| drawn", "no data; procedural images |"),
         ("| linear_adapter", "16 unlabelled a task of fit |"),
     ]
     apart = lines.index(
