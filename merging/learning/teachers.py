@@ -81,7 +81,9 @@ class Teachers:
         self._folder, self._hidden = folder / "teachers", hidden
         self._tasks = list(pools)
         self._device = next(tensor.device for tensor in network.tensors().values())
-        self._held: dict[str, dict[str, Tensor]] = {}
+        self._held: dict[
+            str, dict[str, tuple[Tensor, list[int]]]
+        ] = {}  # rows, and where those of units begin
         names = list(inputs.experts)
         self._owners = {task: names.index(examples.owners[task]) for task in pools}
         self._heads: dict[int, dict[str, Tensor]] = {}
@@ -156,14 +158,14 @@ class Teachers:
         from safetensors.torch import load_file
 
         if task not in self._held:
-            self._held[task] = load_file(self._file(task))
+            stored = load_file(self._file(task))
+            keys = [key for key in stored if not key.startswith("ends/")]
+            self._held[task] = {key: (stored[key], [0, *stored[f"ends/{key}"].tolist()]) for key in keys}
         held, places = self._held[task], [self._places[task][unit] for unit in which]
 
         def rows(key: str) -> Tensor:
-            ends = held[f"ends/{key}"].tolist()
-            return torch.cat([held[key][(ends[i - 1] if i else 0) : ends[i]] for i in places]).to(
-                self._device
-            )
+            values, ends = held[key]
+            return torch.cat([values[ends[i] : ends[i + 1]] for i in places]).to(self._device)
 
         names = [key.removeprefix("hidden/") for key in held if key.startswith("hidden/")]
         hidden = {name: rows(f"hidden/{name}") for name in names}
