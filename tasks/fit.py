@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Mapping
 
 from mergeline.merging.canonical import text_digest
-from mergeline.merging.errors import UserError
+from mergeline.merging.errors import UserError, printable
 from mergeline.merging.files import read_object, write_json
 from mergeline.tasks.collect import digests_read
 from mergeline.tasks.progress import counting
@@ -112,7 +112,7 @@ def _notes_printed() -> Iterator[None]:
 
         def plainly(message: Warning | str, category: type[Warning], *where: Any) -> None:
             if issubclass(category, FitNote):
-                print(f"note: {message}", file=sys.stderr)
+                print(f"note: {printable(str(message))}", file=sys.stderr)
             else:
                 show(message, category, *where)
 

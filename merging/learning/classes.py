@@ -8,6 +8,7 @@ from mergeline.merging.errors import UserError
 from mergeline.merging.lazy import torch
 from mergeline.merging.learning.contract import Job
 from mergeline.merging.learning.directions import Inputs
+from mergeline.merging.learning.network import Network
 from mergeline.merging.learning.objectives import Objective
 from mergeline.merging.learning.pool import Pool
 from mergeline.merging.learning.teachers import Teachers
@@ -68,15 +69,25 @@ def say_one_prediction(job: Job, pools: Mapping[str, Pool], teachers: Teachers) 
     for task, pool in pools.items():
         if job.network.score is None or task in job.network.numbers or job.examples.count(task) < ENOUGH:
             continue
-        expert = teachers.of(task, pool.fitted)
-        with torch.no_grad(), job.network.lent(expert.heads):
-            logits = job.network.logits(expert.features, task)
-        classes = logits.argmax(1)
-        if logits.shape[1] > 1 and _are_one(classes):
+        if (found := _only_prediction(job.network, pool, teachers)) is not None:
             job.say(
-                f"the expert of '{task}' takes all {job.examples.count(task)} examples for class {int(classes[0])}, so "
-                "that nothing shows what the merge makes of the others; bring examples of several classes"
+                f"the expert of '{task}' takes all {job.examples.count(task)} examples for class {found}, so that "
+                "nothing shows what the merge makes of the others; bring examples of several classes"
             )
+
+
+def _only_prediction(network: Network, pool: Pool, teachers: Teachers) -> int | None:
+    """The class that a task's own expert takes all that is fitted for, if it is one of several."""
+    first = None
+    for unit in pool.cut(1):  # the first two differ where all is well; logits of all would be large
+        expert = teachers.of(pool.task, unit)
+        with torch.no_grad(), network.lent(expert.heads):
+            logits = network.logits(expert.features, pool.task)
+        classes = logits.argmax(1)
+        first = classes[0] if first is None else first
+        if logits.shape[1] < 2 or not bool((classes == first).all()):
+            return None
+    return None if first is None else int(first)
 
 
 def _are_one(classes: Tensor) -> bool:

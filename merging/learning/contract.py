@@ -180,14 +180,15 @@ def inner_recipe(job: Job, inner: str, params: Mapping[str, Any]) -> Recipe:
         raise UserError(
             f"inner: {inner} knows or finds the task by itself; take a method that gives one merge"
         )
-    done = folder / "recipe.json"
+    done = folder / "start.json"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         own = Job(recipe, job.network, job.examples, folder, job.progress, job.device)
         made = method.function(own, **method.resolve(params)).model_dump(mode="json")
         write_json(done, {"recipe": made, SAID: own.notes.get(SAID, [])})
     found = read_object(done)
-    job.notes[SAID] = [*job.notes.get(SAID, []), *found[SAID]]
+    if found[SAID]:
+        job.notes[SAID] = [*job.notes.get(SAID, []), *found[SAID]]
     return Recipe.of(found["recipe"])
 
 

@@ -32,10 +32,8 @@ _BATCH = 100
 SPLIT = "procedural images"
 
 
-POOL = (
-    3600  # pictures that are chosen from, and how near to the start the fit to those that are chosen is held
-)
-RIDGE, FLOOR = 10.0, 0.5
+POOL = 3600  # pictures that are chosen from
+RIDGE, FLOOR = 10.0, 0.5  # of a fit to those that are chosen
 
 
 def stand_ins(job: Job, chosen: int, pool: int = POOL) -> Examples:

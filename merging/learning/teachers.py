@@ -81,9 +81,8 @@ class Teachers:
         self._folder, self._hidden = folder / "teachers", hidden
         self._tasks = list(pools)
         self._device = next(tensor.device for tensor in network.tensors().values())
-        self._held: dict[
-            str, dict[str, tuple[Tensor, list[int]]]
-        ] = {}  # rows, and where those of units begin
+        # By task and key: rows, and where those of each unit begin.
+        self._held: dict[str, dict[str, tuple[Tensor, list[int]]]] = {}
         names = list(inputs.experts)
         self._owners = {task: names.index(examples.owners[task]) for task in pools}
         self._heads: dict[int, dict[str, Tensor]] = {}
