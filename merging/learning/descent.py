@@ -7,7 +7,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import chain
 from math import cos, isfinite, pi
 from typing import TYPE_CHECKING, Any, Collection, Iterator, Literal, Mapping
 
@@ -183,7 +182,7 @@ class Descent:
             tensor.grad = None
         losses = {task: 0.0 for task in self._pools if tasks is None or task in tasks}
         leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
-        for groups in self._turns(step, losses):
+        for groups in self._runs(step, losses):
             for drawn, loss in self._backward(groups, leaves):
                 if not isfinite(loss):
                     raise UserError(
@@ -197,25 +196,24 @@ class Descent:
                 tensor.grad = None
         return losses if penalty is None else losses | {"penalty": float(penalty)}
 
-    def _backward(self, groups: list[list[_Drawn]], leaves: list[Tensor]) -> list[tuple[_Drawn, float]]:
-        """Add to the derivatives by `leaves`, of several groups in their order; gives each batch's loss."""
+    def _backward(self, groups: list[list[_Drawn]], leaves: list[Tensor]) -> Iterator[tuple[_Drawn, float]]:
+        """Add to the derivatives by `leaves`, of one group after the other, and give each batch's loss."""
         if len(groups) == 1:
-            found = [self._losses(groups[0])]
-            found[0].sum().backward()
-        else:
+            losses = self._losses(groups[0])
+            losses.sum().backward()
+            yield from zip(groups[0], losses.tolist())
+            return
 
-            def slopes(group: list[_Drawn]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-                losses = self._losses(group)
-                return losses, torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        def slopes(group: list[_Drawn]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            losses = self._losses(group)
+            return losses, torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
 
-            with ThreadPoolExecutor(len(groups), initializer=partial(torch.set_num_threads, 1)) as pool:
-                both = [*pool.map(slopes, groups)]
-            for _, each in both:
-                for leaf, slope in zip(leaves, each):
+        with ThreadPoolExecutor(SIDE_BY_SIDE, initializer=partial(torch.set_num_threads, 1)) as pool:
+            for group, (losses, found) in zip(groups, pool.map(slopes, groups)):
+                for leaf, slope in zip(leaves, found):
                     if slope is not None:
                         leaf.grad = slope if leaf.grad is None else leaf.grad.add_(slope)
-            found = [losses for losses, _ in both]
-        return [*zip(chain(*groups), chain(*(losses.tolist() for losses in found)))]
+                yield from zip(group, losses.tolist())
 
     def _losses(self, group: list[_Drawn]) -> Tensor:
         """The share of each batch in the loss, (batches,)."""
@@ -225,20 +223,20 @@ class Descent:
             for drawn, merged, expert in zip(group, self._outputs(group), experts)
         ])  # fmt: skip
 
-    def _turns(self, step: int, tasks: Collection[str]) -> Iterator[list[list[_Drawn]]]:
-        """The groups of a step: two together where their images are small, which two cores run side by side."""
-        turn: list[list[_Drawn]] = []
+    def _runs(self, step: int, tasks: Collection[str]) -> Iterator[list[list[_Drawn]]]:
+        """The groups of a step: in runs those whose images are small, which two cores share; others each alone."""
+        run: list[list[_Drawn]] = []
         for group in self._groups(step, tasks):
-            small = self._are_small(group)
-            if turn and not small:
-                yield turn
-                turn = []
-            turn.append(group)
-            if not small or len(turn) == SIDE_BY_SIDE:
-                yield turn
-                turn = []
-        if turn:
-            yield turn
+            small = SIDE_BY_SIDE > 1 and self._are_small(group)
+            if run and not small:
+                yield run
+                run = []
+            run.append(group)
+            if not small:
+                yield run
+                run = []
+        if run:
+            yield run
 
     def _groups(self, step: int, tasks: Collection[str]) -> Iterator[list[_Drawn]]:
         """What a step sees of these tasks, by what the network is run on at once."""
