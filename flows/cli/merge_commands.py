@@ -162,7 +162,7 @@ def align(args: argparse.Namespace) -> None:
             args.out,
             statistics=args.statistics and local_checkpoint(args.statistics),
             heads=args.attention_heads,
-            progress=text.progress("sweeps"),
+            progress=text.progress("aligning", "sweeps"),
             **options,
         )
     if args.json:
@@ -226,7 +226,7 @@ def collect_experts(args: argparse.Namespace) -> None:
     print(
         collect_experts(
             model, args.texts, args.out, outputs=args.outputs, length=args.length, examples=args.examples,
-            seed=args.seed, device=args.device, force=args.force, progress=text.progress("collecting"),
+            seed=args.seed, device=args.device, force=args.force, progress=text.progress("collecting", "examples"),
         )
     )  # fmt: skip
 

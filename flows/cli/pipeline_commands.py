@@ -90,7 +90,13 @@ def _fit_recipe(args: argparse.Namespace) -> None:
     build, modality = workspace.root / "build", workspace.modality
     with workspace.lock():
         found = fit_recipe(
-            modality, workspace.params, build, written, out, args.examples, progress=text.progress("steps")
+            modality,
+            workspace.params,
+            build,
+            written,
+            out,
+            args.examples,
+            progress=text.progress("fitting", "steps"),
         )
     write_json(out / "recipe.yaml", found.model_dump(mode="json"))
     assert found.fitted
@@ -233,7 +239,7 @@ def line(args: argparse.Namespace) -> None:
         split=args.split,
         page=page,
         force=args.force,
-        progress=text.progress("measured"),
+        progress=text.progress("measuring", "points"),
     )
     lines = text.plane if args.plane else text.line
     print(as_json(found) if args.json else "\n".join(lines(found)))
@@ -297,7 +303,7 @@ def layer_errors(args: argparse.Namespace) -> None:
         ensembled=args.ensembles,
         page=page,
         force=args.force,
-        progress=text.progress("examples"),
+        progress=text.progress("running", "examples"),
     )
     print(as_json(found) if args.json else "\n".join(text.layer_errors(found)))
 
@@ -319,7 +325,7 @@ def collect_activations(args: argparse.Namespace) -> None:
     print(
         collect_activations(
             reference, model, network, examples, out, heads=args.attention_heads, force=args.force,
-            progress=text.progress("examples"),
+            progress=text.progress("running", "examples"),
         )
     )  # fmt: skip
 

@@ -320,13 +320,14 @@ def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
-def progress(verb: str = "merging") -> Callable[[int, int], None]:
+def progress(verb: str = "merging", unit: str = "tensors") -> Callable[[int, int], None]:
     """Shows on stderr what was there already; and on a terminal, once two seconds have passed, how far it is.
 
+    unit: what is counted.
     Counts that know their bytes (`merging.engine.work.Count`) are shown with them, at their rate.
     """
     start, terminal = time.monotonic(), sys.stderr.isatty()
-    first: tuple[float, int] | None = None  # when a tensor was finished first, and the bytes done by then
+    first: tuple[float, int] | None = None  # when one was finished first, and the bytes done by then
 
     def show(done: int, total: int) -> None:
         nonlocal first
@@ -334,9 +335,9 @@ def progress(verb: str = "merging") -> Callable[[int, int], None]:
         if first is None:
             first = now, bytes_done
             if done > 1:
-                print(f"going on: {done - 1} of {total} tensors are there", file=sys.stderr)
+                print(f"going on: {done - 1} of {total} {unit} are there", file=sys.stderr)
         if terminal and now - start > 2:
-            words = f"{verb} {done}/{total} tensors"
+            words = f"{verb} {done}/{total} {unit}"
             if bytes_total := getattr(total, "bytes", 0):
                 words += f", {size(bytes_done)} of {size(bytes_total)}"
                 since, before = first
