@@ -323,8 +323,7 @@ def number(value: float | None) -> str:
 def progress(verb: str = "merging", unit: str = "tensors") -> Callable[[int, int], None]:
     """Shows on stderr what was there already; and on a terminal, once two seconds have passed, how far it is.
 
-    unit: what is counted.
-    Counts that know their bytes (`merging.engine.work.Count`) are shown with them, at their rate.
+    unit: what is counted. Counts that know their bytes (`merging.engine.work.Count`) are shown with these and a rate.
     """
     start, terminal = time.monotonic(), sys.stderr.isatty()
     first: tuple[float, int] | None = None  # when one was finished first, and the bytes done by then

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, Iterator
 
 from mergeline.merging.errors import UserError
@@ -24,6 +25,11 @@ def one_thread(lapack: bool = False) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def workers_of_one_thread(count: int) -> ThreadPoolExecutor:
+    """So many workers, whose products take one thread each."""
+    return ThreadPoolExecutor(count, initializer=partial(torch.set_num_threads, 1))
 
 
 def _one_scipy_thread() -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from math import cos, isfinite, pi
 from typing import TYPE_CHECKING, Any, Collection, Iterator, Literal, Mapping
 
 from mergeline.merging.canonical import text_digest
+from mergeline.merging.engine.machine import workers_of_one_thread
 from mergeline.merging.engine.work import Count
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import write_bytes, write_json
@@ -208,7 +208,7 @@ class Descent:
             losses = self._losses(group)
             return losses, torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
 
-        with ThreadPoolExecutor(SIDE_BY_SIDE, initializer=partial(torch.set_num_threads, 1)) as pool:
+        with workers_of_one_thread(SIDE_BY_SIDE) as pool:
             for group, (losses, found) in zip(groups, pool.map(slopes, groups)):
                 for leaf, slope in zip(leaves, found):
                     if slope is not None:

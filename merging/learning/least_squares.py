@@ -19,10 +19,8 @@ experts' blocks on the merged stream.
 from __future__ import annotations
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Sequence, TypeVar
@@ -30,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Mapping, Seq
 from mergeline.merging.api import merge
 from mergeline.merging.architecture import Role, TensorRole
 from mergeline.merging.checkpoints.checkpoint import Files, open_checkpoint
+from mergeline.merging.engine.machine import workers_of_one_thread
 from mergeline.merging.engine.planning import make_plan
 from mergeline.merging.engine.sources import FileInputs
 from mergeline.merging.engine.work import Count
@@ -660,7 +659,7 @@ class _Fit:
             with torch.no_grad():  # is of a thread, as is the number of its threads
                 return work(task)
 
-        with ThreadPoolExecutor(_WORKERS, initializer=partial(torch.set_num_threads, 1)) as pool:
+        with workers_of_one_thread(_WORKERS) as pool:
             for start in range(0, len(tasks), _WORKERS):
                 yield from pool.map(quietly, tasks[start : start + _WORKERS])
 

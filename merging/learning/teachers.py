@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 from mergeline.merging.canonical import text_digest
+from mergeline.merging.engine.machine import workers_of_one_thread
 from mergeline.merging.errors import UserError
 from mergeline.merging.files import empty, read_object, write_json
 from mergeline.merging.lazy import torch
@@ -142,7 +141,7 @@ class Teachers:
         cut = pool.cut(STEP, which)
         # What blocks give is heard of one batch at a time.
         many = 1 if self._hidden or not cut or pool.images(cut[0]) is None else SIDE_BY_SIDE
-        with ThreadPoolExecutor(many, initializer=partial(torch.set_num_threads, 1)) as threads:
+        with workers_of_one_thread(many) as threads:
             for found in threads.map(told, cut):
                 for key, rows in found.items():
                     kept.setdefault(key, []).extend(rows)

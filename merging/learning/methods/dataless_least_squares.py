@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from mergeline.merging.learning.contract import Job, learned
-from mergeline.merging.learning.least_squares import Settings, solve
+from mergeline.merging.learning.least_squares import Errors, Settings, solve
 from mergeline.merging.learning.methods.progressive_least_squares import start_of
-from mergeline.merging.learning.stand_ins import FLOOR, POOL, RIDGE, of_tasks, stand_ins
+from mergeline.merging.learning.stand_ins import FLOOR, POOL, RIDGE, SPLIT, of_tasks, stand_ins
 from mergeline.merging.methods.parameters import NotNegative, Positive, PositiveCount
 from mergeline.merging.recipes.recipe import Recipe
 
@@ -16,7 +16,7 @@ from mergeline.merging.recipes.recipe import Recipe
 @learned(
     paper="Mergeline's own, of 2212.09849 (RegMean)",
     data="none",
-    stand_in="procedural images",
+    stand_in=SPLIT,
     chosen_on="validation images of the sample family",
 )
 def dataless_least_squares(
@@ -28,7 +28,7 @@ def dataless_least_squares(
     ridge: NotNegative = RIDGE,
     floor: NotNegative = FLOOR,
     first_token: Positive = 16.0,
-    errors: Literal["alike", "features", "classes"] = "alike",
+    errors: Errors = "alike",
     draws: PositiveCount = 4,
     **params: Any,
 ) -> Recipe:

@@ -8,17 +8,17 @@ from typing import Any, Literal, Mapping
 from mergeline.merging.errors import UserError
 from mergeline.merging.learning.answering import answered
 from mergeline.merging.learning.contract import Job, is_learned, learned
-from mergeline.merging.learning.least_squares import Settings, solve
+from mergeline.merging.learning.least_squares import Errors, Settings, solve
 from mergeline.merging.learning.shifting import have_images, shifted
-from mergeline.merging.learning.stand_ins import FLOOR, RIDGE, beside, stand_ins
+from mergeline.merging.learning.stand_ins import FLOOR, RIDGE, SPLIT, beside, stand_ins
 from mergeline.merging.methods.parameters import Count, NotNegative, Positive, PositiveCount
 from mergeline.merging.recipes.recipe import Recipe
 
 Auto = Literal["auto"]
 # What the sample family's validation images chose around its start.
 _CART_WUDI = {"damping": 0.1}
-_FEW = 16  # images a task, of which shifted copies help: so many, and beside drawn images
-_COPIES, _COPIES_BESIDE = 3, 9
+_FEW = 16  # images a task, of which shifted copies help
+_COPIES, _COPIES_BESIDE = 3, 9  # of each of few images: alone, and beside drawn ones
 _FEW_DRAWN = 128  # examples a task, of which several draws each are needed to tell what is felt
 
 
@@ -37,9 +37,7 @@ def start_of(inner: str, params: Mapping[str, Any]) -> dict[str, Any]:
     return {**_CART_WUDI, **params} if inner == "cart_wudi" else dict(params)
 
 
-@learned(
-    paper="Mergeline's own, of 2212.09849 (RegMean) and 2508.03121 (RegMean++)", stand_in="procedural images"
-)
+@learned(paper="Mergeline's own, of 2212.09849 (RegMean) and 2508.03121 (RegMean++)", stand_in=SPLIT)
 def progressive_least_squares(
     job: Job,
     *,
@@ -49,7 +47,7 @@ def progressive_least_squares(
     floor: NotNegative | Auto = "auto",
     first_token: Positive = 16.0,
     shifts: Count | Auto = "auto",
-    errors: Literal["alike", "features", "classes"] = "alike",
+    errors: Errors = "alike",
     draws: PositiveCount | Auto = "auto",
     answers: Count = 0,
     drawn: Count = 0,
